@@ -1,0 +1,30 @@
+"""LGMSNet (arXiv 2508.15476) as a plugin on stock nnU-Net.
+
+Importing this package is cheap: PyTorch is loaded when one of the names below is first used.
+
+Example::
+
+    >>> from nnunet_lgms import LGMSNet
+    >>> network = LGMSNet.paper(1, 14, dim=3)
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "LGMSNet": "nnunet_lgms.architecture.lgmsnet",
+    "load_official": "nnunet_lgms.architecture.official",
+}
+
+__all__ = ["__version__", *_HOME_OF]
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

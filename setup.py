@@ -1,0 +1,95 @@
+"""Packaging of nnunet_lgms.
+
+Two things are not ordinary here. The top-level folders ``trainers/`` and ``plans/`` are installed inside the package,
+as ``nnunet_lgms/trainers`` and ``nnunet_lgms/plans``. And a one-line ``.pth`` file goes beside the package: Python runs
+it at start-up, and it adds the installed trainers to ``nnUNet_extTrainer``, where nnU-Net looks for trainers that are
+not its own. As part of the wheel, both are listed in RECORD, so ``pip uninstall`` removes them.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "nnunet_lgms/__init__.py").read_text("utf-8"), re.M).group(1)
+
+# `sitedir` is the variable of site.addpackage that holds the folder of the .pth file. Only os is used, which Python has
+# loaded by then. The user's own trainer folders keep their place before ours; a child process adds nothing twice.
+PTH_NAME = "nnunet_lgms_trainers.pth"
+PTH_LINE = (
+    'import os; k = "nnUNet_extTrainer"; t = os.path.realpath({trainers}); u = os.environ.get(k, ""); '
+    "os.environ[k] = u if t in u.split(os.pathsep) else u + os.pathsep + t if u else t\n"
+)
+
+
+class BuildPyWithTrainers(build_py):
+    """Puts the ``.pth`` file at the root of the wheel, beside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # `pip install -e .`: the trainers stay in the checkout
+            folder, trainers = self.get_finalized_command("install").install_lib, ascii(str(ROOT / "trainers"))
+        else:
+            folder, trainers = self.build_lib, 'os.path.join(sitedir, "nnunet_lgms", "trainers")'
+        self.mkpath(folder)
+        Path(folder, PTH_NAME).write_text(PTH_LINE.format(trainers=trainers), encoding="ascii")
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, str(Path(self.build_lib, PTH_NAME))]
+
+
+EVALUATION = ["monai>=1.4"]
+
+setup(
+    name="nnunet-lgms",
+    version=VERSION,
+    description="LGMSNet, a light segmentation network, as a plugin on stock nnU-Net",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Healthcare Industry",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+    keywords=["medical image segmentation", "nnU-Net", "LGMSNet", "deep learning"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["nnunet_lgms", "nnunet_lgms.*"]), "nnunet_lgms.trainers", "nnunet_lgms.plans"],
+    package_dir={"nnunet_lgms.trainers": "trainers", "nnunet_lgms.plans": "plans"},
+    package_data={"nnunet_lgms.plans": ["*.json"]},
+    cmdclass={"build_py": BuildPyWithTrainers},
+    entry_points={"console_scripts": ["nnunet_lgms = nnunet_lgms.cli:main"]},
+    # Lower bounds only: constraints.txt lists the versions that this commit was tested with.
+    install_requires=[
+        "torch>=2.11",
+        "nnunetv2>=2.8",
+        "dynamic-network-architectures>=0.4.4",
+        "batchgenerators>=0.25.1",
+        "batchgeneratorsv2>=0.3.2",
+        "numpy>=1.24",
+        "SimpleITK>=2.2.1",
+        "pydantic>=2",
+        "packaging",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "evaluation": EVALUATION,
+        "test": [
+            *EVALUATION,
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "build>=1.2",
+            "setuptools>=77",
+            "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU
+        ],
+    },
+)
