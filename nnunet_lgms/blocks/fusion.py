@@ -1,0 +1,62 @@
+"""Fusion block of LGMSNet's decoder (arXiv 2508.15476, section 3.4; the skip-fusion of CMUNeXt)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_lgms.blocks.conv_norm_act import same_padding
+
+EXPANSION = 4
+
+
+class FusionBlock(nn.Module):
+    """Fuses a skip with the upsampled map below it.
+
+    The two halves of the input (skip, upsampled) are convolved apart, in two groups, then mixed by an inverted bottleneck.
+    Activation comes before the norm, three times.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
+        in_channels: channels of the input (D), even.
+        out_channels: channels of the output (C).
+        kernel_size: kernel of the grouped convolution (paper: 3 on every axis).
+        norm_op: norm type.
+        norm_op_kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: ``in_channels`` is odd.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[_ConvNd],
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        norm_op: type[nn.Module],
+        norm_op_kwargs: dict,
+    ):
+        super().__init__()
+        if in_channels % 2:
+            raise ValueError(
+                f"A Fusion block works in 2 groups and cannot take {in_channels} channels: give an even number."
+            )
+        expanded = EXPANSION * out_channels
+        self.grouped = conv_op(
+            in_channels, in_channels, tuple(kernel_size), padding=same_padding(kernel_size), groups=2
+        )
+        self.norm1 = norm_op(in_channels, **norm_op_kwargs)
+        self.expand = conv_op(in_channels, expanded, 1)
+        self.norm2 = norm_op(expanded, **norm_op_kwargs)
+        self.squeeze = conv_op(expanded, out_channels, 1)
+        self.norm3 = norm_op(out_channels, **norm_op_kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, *spatial) -> (B, C, *spatial)."""
+        x = self.norm1(F.gelu(self.grouped(x)))
+        x = self.norm2(F.gelu(self.expand(x)))
+        return self.norm3(F.gelu(self.squeeze(x)))

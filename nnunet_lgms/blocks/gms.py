@@ -1,0 +1,112 @@
+"""GMS, Global MultiScale block (LGMSNet, arXiv 2508.15476, section 3.3).
+
+Most channels go through sparse attention that spans the map, the rest through a local depthwise branch; the paper's optimum
+is 3:1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_lgms.blocks.attention import SparseTransformer
+from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
+from nnunet_lgms.blocks.norm import BATCH_NORM
+from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
+
+
+class ConvBranch(nn.Module):
+    """Residual depthwise branch: u + BN(dw1(ReLU(BN(dw3(u))))), both depthwise convolutions without bias.
+
+    Its two norms are BatchNorm in 2D and in 3D alike, as in the published network.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
+        channels: channels of input and output.
+        kernel_size: kernel of the first depthwise convolution (paper: 3 on every axis).
+    """
+
+    def __init__(self, conv_op: type[_ConvNd], channels: int, kernel_size: Sequence[int]):
+        super().__init__()
+        norm_op = BATCH_NORM[len(kernel_size)]
+        self.depthwise = conv_op(
+            channels, channels, tuple(kernel_size), padding=same_padding(kernel_size), groups=channels, bias=False
+        )
+        self.norm1 = norm_op(channels)
+        self.act = nn.ReLU()
+        self.scale = conv_op(channels, channels, 1, groups=channels, bias=False)
+        self.norm2 = norm_op(channels)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, C, *spatial) -> (B, C, *spatial)."""
+        local = self.act(self.norm1(multi_kernel_depthwise(u, [self.depthwise.weight])))
+        # A depthwise 1-kernel is one factor per channel; a convolution would be a slow way to multiply.
+        local = local * self.scale.weight.to(local.dtype).view(1, -1, *(1,) * (u.ndim - 2))
+        return u + self.norm2(local)
+
+
+class GMSBlock(nn.Module):
+    """Attention on the first ``transformer_channels`` channels, depthwise convolution on the rest, then a fusing convolution.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
+        in_channels: channels of the input (D).
+        out_channels: channels of the output (C).
+        transformer_channels: channels that go through attention, 0 to C (paper: 3/4 of C).
+        mlp_channels: hidden channels of the feed-forward part (paper: 2 C).
+        kernel_size: kernel of the dense and depthwise convolutions (paper: 3 on every axis).
+        norm_op: norm type of the dense convolutions.
+        norm_op_kwargs: its keyword arguments.
+        patch: pixels of an attention patch per axis (paper: 2).
+        n_heads: attention heads (paper: 4).
+        head_dim: channels of a head (paper: 8).
+
+    Raises:
+        ValueError: ``transformer_channels`` is not between 0 and ``out_channels``.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[_ConvNd],
+        in_channels: int,
+        out_channels: int,
+        transformer_channels: int,
+        mlp_channels: int,
+        kernel_size: Sequence[int],
+        norm_op: type[nn.Module],
+        norm_op_kwargs: dict,
+        patch: Sequence[int],
+        n_heads: int = 4,
+        head_dim: int = 8,
+    ):
+        super().__init__()
+        conv_channels = out_channels - transformer_channels
+        if transformer_channels < 0 or conv_channels < 0:
+            raise ValueError(
+                f"A GMS block of {out_channels} channels cannot give {transformer_channels} of them to attention: choose "
+                f"between 0 and {out_channels}."
+            )
+        self.split = (transformer_channels, conv_channels)
+        norm = {"norm_op": norm_op, "norm_op_kwargs": norm_op_kwargs}
+        point = (1,) * len(kernel_size)
+
+        self.conv_in = ConvNormAct(conv_op, in_channels, out_channels, kernel_size, **norm)
+        self.mix_in = ConvNormAct(conv_op, out_channels, out_channels, point, **norm)
+        self.transformer = (
+            SparseTransformer(transformer_channels, mlp_channels, patch, n_heads, head_dim)
+            if transformer_channels
+            else nn.Identity()
+        )
+        self.conv_branch = ConvBranch(conv_op, conv_channels, kernel_size) if conv_channels else nn.Identity()
+        self.mix_out = ConvNormAct(conv_op, out_channels, out_channels, point, **norm)
+        self.fuse = ConvNormAct(conv_op, out_channels + in_channels, out_channels, kernel_size, **norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, *spatial) -> (B, C, *spatial)."""
+        mixed = self.mix_in(self.conv_in(x))
+        to_transformer, to_conv = mixed.split(self.split, dim=1)
+        mixed = torch.cat((self.transformer(to_transformer), self.conv_branch(to_conv)), dim=1)
+        return self.fuse(torch.cat((self.mix_out(mixed), x), dim=1))

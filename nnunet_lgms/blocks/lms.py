@@ -1,0 +1,97 @@
+"""LMS, Local MultiScale block (LGMSNet, arXiv 2508.15476, section 3.2).
+
+Four channel groups see four receptive fields: depthwise kernels 3, 5, 7 and 9. A cheap bottleneck then mixes the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
+from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
+
+NORM_GROUPS = 4
+BOTTLENECK = 4
+
+
+class MultiKernelDepthwise(nn.ModuleList):
+    """Depthwise "same" convolutions with one kernel per channel group, run as one operator.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
+        group_channels: channels of each group, in order.
+        kernel_sizes: odd kernel per axis of each group.
+    """
+
+    def __init__(self, conv_op: type[_ConvNd], group_channels: Sequence[int], kernel_sizes: Sequence[Sequence[int]]):
+        super().__init__(
+            conv_op(channels, channels, tuple(kernel), padding=same_padding(kernel), groups=channels)
+            for channels, kernel in zip(group_channels, kernel_sizes, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) -> (B, C, *spatial), C the sum of ``group_channels``."""
+        return multi_kernel_depthwise(x, [conv.weight for conv in self], [conv.bias for conv in self])
+
+
+class LMSBlock(nn.Module):
+    """Depthwise kernels per channel group, residual, GroupNorm, GELU, bottleneck of 1/4, residual.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
+        channels: channels of input and output; divisible by 4.
+        depthwise_kernel_sizes: odd kernel per axis of each channel group (paper: 3, 5, 7, 9).
+        kernel_size: kernel of the bottleneck's second convolution (paper: 3 on every axis).
+        norm_op: norm type of the two bottleneck convolutions.
+        norm_op_kwargs: its keyword arguments.
+        group_channels: channels of each group; equal groups if None.
+
+    Raises:
+        ValueError: ``channels`` does not divide by 4, or the groups do not fill ``channels``.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[_ConvNd],
+        channels: int,
+        depthwise_kernel_sizes: Sequence[Sequence[int]],
+        kernel_size: Sequence[int],
+        norm_op: type[nn.Module],
+        norm_op_kwargs: dict,
+        group_channels: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        if channels % BOTTLENECK:
+            raise ValueError(
+                f"An LMS block cannot have {channels} channels: its width must be divisible by 4 (bottleneck of 1/4 and "
+                f"GroupNorm of 4 groups); choose {channels + -channels % BOTTLENECK} instead."
+            )
+        n_groups = len(depthwise_kernel_sizes)
+        if group_channels is None:
+            if channels % n_groups:
+                raise ValueError(
+                    f"{channels} channels cannot be split into {n_groups} equal LMS groups: choose a width divisible by "
+                    f"{n_groups}, another number of kernels, or give the channels of each group."
+                )
+            group_channels = [channels // n_groups] * n_groups
+        if len(group_channels) != n_groups or sum(group_channels) != channels or min(group_channels) < 1:
+            raise ValueError(
+                f"LMS groups of {list(group_channels)} channels do not fit {n_groups} kernels and {channels} channels: give "
+                f"one positive number of channels per kernel that sum to {channels}."
+            )
+        self.depthwise = MultiKernelDepthwise(conv_op, group_channels, depthwise_kernel_sizes)
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        point = (1,) * len(kernel_size)
+        squeezed = channels // BOTTLENECK
+        self.squeeze = ConvNormAct(conv_op, channels, squeezed, point, norm_op, norm_op_kwargs)
+        self.expand = ConvNormAct(conv_op, squeezed, channels, kernel_size, norm_op, norm_op_kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) -> (B, C, *spatial)."""
+        multi_scale = self.depthwise(x) + x
+        multi_scale = F.gelu(self.norm(multi_scale))
+        return self.expand(self.squeeze(multi_scale)) + x

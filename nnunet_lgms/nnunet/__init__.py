@@ -1,0 +1,1 @@
+"""Between nnU-Net and the network: plan to network, trainers, losses, augmentation."""
