@@ -63,7 +63,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nnunet_lgms", "nnunet_lgms.*"]), "nnunet_lgms.trainers", "nnunet_lgms.plans"],
     package_dir={"nnunet_lgms.trainers": "trainers", "nnunet_lgms.plans": "plans"},
-    package_data={"nnunet_lgms.plans": ["*.json"]},
+    package_data={"": ["*.json", "*.html", "*.css", "*.js"]},
     cmdclass={"build_py": BuildPyWithTrainers},
     entry_points={"console_scripts": ["nnunet_lgms = nnunet_lgms.cli:main"]},
     # Lower bounds only: constraints.txt lists the versions that this commit was tested with.

@@ -1,0 +1,60 @@
+"""The command line: ``nnunet_lgms COMMAND …``.
+
+A command is one module of this package, listed in ``COMMANDS``, with two functions: ``add_parser(subparsers)`` adds its
+parser, ``run(args) -> int`` does the work and returns the exit code. Only the module of the command that was called is
+imported, so ``--help`` and ``--version`` answer at once.
+
+Exit codes: 0 done; 1 the command ran and the answer is no (``doctor`` found a problem); 2 bad input, said in one
+sentence on stderr; 130 interrupted.
+"""
+
+import argparse
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from nnunet_lgms import __version__
+from nnunet_lgms.requirements import RequirementError
+
+# name of the module and of the command -> its line in `nnunet_lgms --help`
+COMMANDS = {
+    "doctor": "is this machine ready to train?",
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser, complete for ``command``; the other commands are there by name and help line only."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet_lgms",
+        description="LGMSNet on stock nnU-Net. Training and prediction stay nnU-Net's own commands: "
+        "nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerLGMSNet",
+    )
+    parser.add_argument("--version", action="version", version=f"nnunet_lgms {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, line in COMMANDS.items():
+        if name == command:
+            import_module(f"{__name__}.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=line)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code; never a traceback for what the user can put right."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        if command is not None and command not in COMMANDS:
+            nearest = get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are: {', '.join(COMMANDS)}"
+            raise ValueError(f"unknown command {command!r}; {hint}")
+        args = build_parser(command).parse_args(argv)
+        return import_module(f"{__name__}.{args.command}").run(args)
+    except SystemExit as stop:  # argparse: --help, --version, a wrong option
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (ValueError, OSError, RequirementError) as error:
+        print(f"nnunet_lgms: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nnunet_lgms: interrupted", file=sys.stderr)
+        return 130
