@@ -21,8 +21,9 @@ class LGMSDecoder(nn.Module):
         num_classes: channels of the output.
         gms_kwargs: ``patch``, ``n_heads`` and ``head_dim`` of the GMS blocks.
         deep_supervision: whether ``forward`` returns the heads of all levels.
-        auxiliary_heads: whether heads below full resolution exist at all. nnU-Net needs them, also where they are not used:
-            a network trained with deep supervision is predicted with one built without it, and weights load strictly.
+        auxiliary_heads: whether heads below full resolution exist at all. nnU-Net needs them, also where they are not
+            used: a network trained with deep supervision is predicted with one built without it, and weights load
+                strictly.
     """
 
     def __init__(

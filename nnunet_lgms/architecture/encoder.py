@@ -16,8 +16,8 @@ MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 class LGMSEncoder(nn.Module):
     """Stem and one stage per level.
 
-    A stage pools by its stride, then runs its blocks. Pooling rounds sizes up, so any size of input can be taken; where a size
-    divides by the stride this is the paper's pooling.
+    A stage pools by its stride, then runs its blocks. Pooling rounds sizes up, so any size of input can be taken;
+    where a size divides by the stride this is the paper's pooling.
 
     Args:
         input_channels: channels of the image.

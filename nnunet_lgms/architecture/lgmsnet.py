@@ -22,33 +22,35 @@ from nnunet_lgms.architecture.topology import (
     PAPER_GMS_RATIO,
     PAPER_LMS_KERNELS,
     PAPER_WIDTHS,
+    _is_int,
+    _per_axis,
     dimension,
     resolve_levels,
 )
-from nnunet_lgms.architecture.topology import _is_int, _per_axis
 from nnunet_lgms.blocks.norm import paper_norm
 
 
 class LGMSNet(nn.Module):
     """Encoder-decoder with Local (LMS) and Global (GMS) MultiScale blocks.
 
-    The first arguments are nnU-Net's: a plan's ``architecture.arch_kwargs`` can name them. "Per level" options take one value
-    for all levels or a list with one entry per level, full resolution first.
+    The first arguments are nnU-Net's: a plan's ``architecture.arch_kwargs`` can name them. "Per level" options take
+    one value for all levels or a list with one entry per level, full resolution first.
 
     Args:
         input_channels: channels of the image.
         num_classes: channels of the output.
         n_stages: resolution levels, at least 2.
-        features_per_stage: width per level; divisible by 4 where a block is LMS, by the parts of ``gms_ratio`` where it is GMS.
+        features_per_stage: width per level; divisible by 4 where a block is LMS, by the parts of ``gms_ratio`` where
+            it is GMS.
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
-        kernel_sizes: planned kernel per level and axis. An axis with 1 (thick slices) gets kernel 1 in every convolution of
-            that level, LMS kernels included; any other value gives the paper's kernels.
+        kernel_sizes: planned kernel per level and axis. An axis with 1 (thick slices) gets kernel 1 in every
+            convolution of that level, LMS kernels included; any other value gives the paper's kernels.
         strides: downsampling per level and axis; 1 at the first level.
         encoder_blocks: "LMS", "GMS" or "Conv" per level. Default: LMS at levels 1 to 3, GMS below.
-        decoder_blocks: list of "Fusion", "GMS", "Conv" per level but the lowest. Default: Fusion at levels 1 and 2, Fusion and
-            GMS at level 3, GMS below.
-        lms_kernels: odd kernels, one per channel group; a flat list for all levels, or one list per level whose entries are
-            numbers or one number per axis.
+        decoder_blocks: list of "Fusion", "GMS", "Conv" per level but the lowest. Default: Fusion at levels 1 and 2,
+            Fusion and GMS at level 3, GMS below.
+        lms_kernels: odd kernels, one per channel group; a flat list for all levels, or one list per level whose
+            entries are numbers or one number per axis.
         lms_group_channels: channels of each LMS group, per level; equal groups if None.
         gms_ratio: Transformer:Conv, a pair or one per level.
         decoder_gms_ratio: the same for the decoder; ``gms_ratio`` if None.
@@ -174,7 +176,8 @@ class LGMSNet(nn.Module):
             raise ValueError(f"This LGMSNet is {self.dim}D and takes {axes}, not a tensor of shape {tuple(x.shape)}.")
         if x.shape[1] != self.input_channels:
             raise ValueError(
-                f"This LGMSNet was built for {self.input_channels} input channel(s), not for {x.shape[1]}: the data must have "
+                f"This LGMSNet was built for {self.input_channels} input channel(s), not for {x.shape[1]}: the data "
+                f"must have "
                 f"the channels of the training data."
             )
         return self.decoder(self.encoder(x))

@@ -1,8 +1,8 @@
 """Reads checkpoints of the LGMSNet authors' implementation.
 
-The names are facts about their files (listed in the specification that this package was written from); no code of theirs is
-used. Everything that can differ between checkpoints is inferred from the tensors' shapes: dimension, input channels, classes,
-widths, LMS kernels and repetitions, the split and the feed-forward width of every GMS block.
+The names are facts about their files (listed in the specification that this package was written from); no code of
+theirs is used. Everything that can differ between checkpoints is inferred from the tensors' shapes: dimension, input
+channels, classes, widths, LMS kernels and repetitions, the split and the feed-forward width of every GMS block.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def load_official(state_dict: Mapping[str, Tensor]) -> LGMSNet:
     """Builds the :class:`LGMSNet` that a checkpoint of the authors describes and loads the weights.
 
     Args:
-        state_dict: parameters and buffers by the authors' names, as ``torch.load(path, weights_only=True)`` gives them. A
-            prefix "module." (DataParallel) is accepted.
+        state_dict: parameters and buffers by the authors' names, as ``torch.load(path, weights_only=True)`` gives
+            them. A prefix "module." (DataParallel) is accepted.
 
     Returns:
         the network in training mode, float32 or the checkpoint's own precision, without auxiliary heads.
@@ -106,7 +106,8 @@ def load_official(state_dict: Mapping[str, Tensor]) -> LGMSNet:
 def _get(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in state_dict:
         raise ValueError(
-            f"This is not an LGMSNet checkpoint: it has no {key!r} (it begins with {list(state_dict)[:3]}); give the state dict "
+            f"This is not an LGMSNet checkpoint: it has no {key!r} (it begins with {list(state_dict)[:3]}); give the "
+            f"state dict "
             f"of the authors' LGMSNet, not a file around it."
         )
     return state_dict[key]

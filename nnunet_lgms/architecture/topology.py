@@ -126,7 +126,8 @@ def resolve_levels(
     strides = [_per_axis(s, dim, "strides") for s in _per_level(strides, n_stages, "strides")]
     if any(s != 1 for s in strides[0]):
         raise ValueError(
-            f"strides[0] is {list(strides[0])}: the first stage must keep the resolution; set it to {[1] * dim} and put the "
+            f"strides[0] is {list(strides[0])}: the first stage must keep the resolution; set it to {[1] * dim} and "
+            f"put the "
             f"stride into the second stage."
         )
     encoder_blocks = encoder_blocks or [paper_encoder_block(i + 1) for i in range(n_stages)]
@@ -244,12 +245,14 @@ def _gms_split(features: int, ratio: tuple[int, int], mlp_ratio: Real, level: in
     hidden = Fraction(mlp_ratio).limit_denominator(10**6) * features
     if used and transformer.denominator != 1:
         raise ValueError(
-            f"{features} channels at level {level} cannot be split {ratio[0]}:{ratio[1]} between Transformer and Conv: choose a "
+            f"{features} channels at level {level} cannot be split {ratio[0]}:{ratio[1]} between Transformer and Conv: "
+            f"choose a "
             f"width divisible by {sum(ratio)} or another gms_ratio."
         )
     if used and (hidden.denominator != 1 or hidden < 1):
         raise ValueError(
-            f"mlp_ratio {mlp_ratio!r} of {features} channels at level {level} is not a positive whole number of channels."
+            f"mlp_ratio {mlp_ratio!r} of {features} channels at level {level} is not a positive whole number of "
+            f"channels."
         )
     return GMSSplit(int(transformer), int(hidden))
 

@@ -1,8 +1,8 @@
 """Sparse self-attention over position groups (LGMSNet, arXiv 2508.15476, section 3.3; the unfolding of MobileViT).
 
 The map is cut into patches of ``p`` pixels per axis. All pixels that sit at the same place inside their patch form one
-sequence, so N pixels become p^d sequences of N / p^d tokens. Attention runs inside a sequence only: its cost falls by p^d
-against full attention, and every sequence still spans the whole map.
+sequence, so N pixels become p^d sequences of N / p^d tokens. Attention runs inside a sequence only: its cost falls by
+p^d against full attention, and every sequence still spans the whole map.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def fold_positions(tokens: Tensor, patch: Sequence[int], spatial: Sequence[int])
 def real_token_mask(spatial: Sequence[int], patch: Sequence[int], device: torch.device) -> Tensor:
     """(1, P, 1, 1, N) mask, True where a key may be attended, for a map of ``spatial`` pixels padded up to ``patch``.
 
-    A position group that lies in the padding altogether (an axis shorter than its patch) may attend everything: its output is
-    cropped away, and a row without any key would give NaN gradients.
+    A position group that lies in the padding altogether (an axis shorter than its patch) may attend everything: its
+    output is cropped away, and a row without any key would give NaN gradients.
     """
     padded = [size + -size % p for size, p in zip(spatial, patch, strict=True)]
     real = torch.ones((1, 1, *spatial), dtype=torch.bool, device=device)
@@ -88,8 +88,8 @@ class PositionGroupAttention(nn.Module):
 class SparseTransformer(nn.Module):
     """One pre-norm Transformer layer over position groups, for maps of any size.
 
-    A map that does not divide by ``patch`` is padded at the far end of its axes, attends under a mask so that padding never
-    reaches a real token, and is cropped again. No position embedding, no dropout.
+    A map that does not divide by ``patch`` is padded at the far end of its axes, attends under a mask so that padding
+    never reaches a real token, and is cropped again. No position embedding, no dropout.
 
     Args:
         channels: channels of the map.

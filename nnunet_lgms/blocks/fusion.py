@@ -16,8 +16,8 @@ EXPANSION = 4
 class FusionBlock(nn.Module):
     """Fuses a skip with the upsampled map below it.
 
-    The two halves of the input (skip, upsampled) are convolved apart, in two groups, then mixed by an inverted bottleneck.
-    Activation comes before the norm, three times.
+    The two halves of the input (skip, upsampled) are convolved apart, in two groups, then mixed by an inverted
+    bottleneck. Activation comes before the norm, three times.
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.

@@ -1,7 +1,7 @@
 """GMS, Global MultiScale block (LGMSNet, arXiv 2508.15476, section 3.3).
 
-Most channels go through sparse attention that spans the map, the rest through a local depthwise branch; the paper's optimum
-is 3:1.
+Most channels go through sparse attention that spans the map, the rest through a local depthwise branch; the paper's
+optimum is 3:1.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class ConvBranch(nn.Module):
 
 
 class GMSBlock(nn.Module):
-    """Attention on the first ``transformer_channels`` channels, depthwise convolution on the rest, then a fusing convolution.
+    """Attention on the first ``transformer_channels`` channels, depthwise convolution on the rest, then a fusing
+    convolution.
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
@@ -86,7 +87,8 @@ class GMSBlock(nn.Module):
         conv_channels = out_channels - transformer_channels
         if transformer_channels < 0 or conv_channels < 0:
             raise ValueError(
-                f"A GMS block of {out_channels} channels cannot give {transformer_channels} of them to attention: choose "
+                f"A GMS block of {out_channels} channels cannot give {transformer_channels} of them to attention: "
+                f"choose "
                 f"between 0 and {out_channels}."
             )
         self.split = (transformer_channels, conv_channels)

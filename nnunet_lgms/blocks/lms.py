@@ -1,6 +1,7 @@
 """LMS, Local MultiScale block (LGMSNet, arXiv 2508.15476, section 3.2).
 
-Four channel groups see four receptive fields: depthwise kernels 3, 5, 7 and 9. A cheap bottleneck then mixes the groups.
+Four channel groups see four receptive fields: depthwise kernels 3, 5, 7 and 9. A cheap bottleneck then mixes the
+groups.
 """
 
 from __future__ import annotations
@@ -67,20 +68,23 @@ class LMSBlock(nn.Module):
         super().__init__()
         if channels % BOTTLENECK:
             raise ValueError(
-                f"An LMS block cannot have {channels} channels: its width must be divisible by 4 (bottleneck of 1/4 and "
+                f"An LMS block cannot have {channels} channels: its width must be divisible by 4 (bottleneck of 1/4 "
+                f"and "
                 f"GroupNorm of 4 groups); choose {channels + -channels % BOTTLENECK} instead."
             )
         n_groups = len(depthwise_kernel_sizes)
         if group_channels is None:
             if channels % n_groups:
                 raise ValueError(
-                    f"{channels} channels cannot be split into {n_groups} equal LMS groups: choose a width divisible by "
+                    f"{channels} channels cannot be split into {n_groups} equal LMS groups: choose a width divisible "
+                    f"by "
                     f"{n_groups}, another number of kernels, or give the channels of each group."
                 )
             group_channels = [channels // n_groups] * n_groups
         if len(group_channels) != n_groups or sum(group_channels) != channels or min(group_channels) < 1:
             raise ValueError(
-                f"LMS groups of {list(group_channels)} channels do not fit {n_groups} kernels and {channels} channels: give "
+                f"LMS groups of {list(group_channels)} channels do not fit {n_groups} kernels and {channels} channels: "
+                f"give "
                 f"one positive number of channels per kernel that sum to {channels}."
             )
         self.depthwise = MultiKernelDepthwise(conv_op, group_channels, depthwise_kernel_sizes)

@@ -1,8 +1,9 @@
 """Normalisation layers of LGMSNet, usable on maps of any size.
 
-The paper uses BatchNorm in 2D and InstanceNorm without affine parameters in 3D. PyTorch's own layers refuse a single value
-per statistic in training ("Expected more than 1 value per channel"), which happens at the bottleneck of a small patch. The
-layers here differ from PyTorch's in that case alone: a single value is its own mean, so the normalised value is exactly 0.
+The paper uses BatchNorm in 2D and InstanceNorm without affine parameters in 3D. PyTorch's own layers refuse a single
+value per statistic in training ("Expected more than 1 value per channel"), which happens at the bottleneck of a small
+patch. The layers here differ from PyTorch's in that case alone: a single value is its own mean, so the normalised
+value is exactly 0.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ LINEAR = {2: "bilinear", 3: "trilinear"}
 class UpBlock(nn.Module):
     """Upsamples by ``stride`` and crops to the size of the skip that it will be joined with.
 
-    The crop drops at most ``stride - 1`` pixels at the far end of an axis, where pooling had rounded an odd size up; where the
-    size divides by the stride nothing is cropped and the result is the paper's.
+    The crop drops at most ``stride - 1`` pixels at the far end of an axis, where pooling had rounded an odd size up;
+    where the size divides by the stride nothing is cropped and the result is the paper's.
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.

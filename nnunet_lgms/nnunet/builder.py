@@ -1,7 +1,7 @@
 """Builds LGMSNet into the topology that nnU-Net planned.
 
-Stages, strides, kernels, patch and batch size are nnU-Net's and stay as planned; the kind of block and the width at each level
-are the paper's.
+Stages, strides, kernels, patch and batch size are nnU-Net's and stay as planned; the kind of block and the width at
+each level are the paper's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def build_network(
     missing = [key for key in PLANNED if key not in planned]
     if missing:
         raise ValueError(
-            f"The plan's network {configuration_manager.network_arch_class_name} has no {', '.join(missing)}: LGMSNet needs the "
+            f"The plan's network {configuration_manager.network_arch_class_name} has no {', '.join(missing)}: LGMSNet "
+            f"needs the "
             f"plan of a convolutional U-Net; plan with nnU-Net's default or ResEnc planners."
         )
     n_stages = planned["n_stages"]
