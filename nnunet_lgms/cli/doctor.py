@@ -1,0 +1,240 @@
+"""``nnunet_lgms doctor``: is this machine ready to train?
+
+One line a finding; a finding that needs something done is followed by the line to type. Exit code 1 when
+``nnUNetv2_train … -tr nnUNetTrainerLGMSNet`` would fail as things are, 0 otherwise.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_lgms import __version__
+from nnunet_lgms.requirements import RequirementError, require_nnunetv2
+
+OK, WARNING, PROBLEM = "ok", "warning", "PROBLEM"
+GIB = 2**30
+
+# A run of 3d_fullres writes three checkpoints of about 50 MB each; a preprocessed dataset is often several GiB.
+DISK_PROBLEM_GIB, DISK_WARNING_GIB = 0.5, 10
+# Batches travel from nnU-Net's augmentation workers to training in shared memory; a container's default is 64 MiB.
+SHARED_MEMORY_WARNING_GIB = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        state: ``OK``; ``WARNING``, training works but not as well as it could; ``PROBLEM``, training would fail.
+        topic: one word for the left column.
+        text: what was found.
+        fix: the line to type, where there is one.
+    """
+
+    state: str
+    topic: str
+    text: str
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.state:8} {self.topic:20} {self.text}"
+        return f"{line}\n{'':30}-> {self.fix}" if self.fix else line
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        "doctor",
+        help="is this machine ready to train?",
+        description="Checks versions, the trainers, GPU, compiling, nnU-Net's folders and disk space. "
+        "Exit code 1 when training would fail.",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    findings = []
+    for finding in examine():
+        print(finding, flush=True)
+        findings.append(finding)
+    problems = sum(finding.state == PROBLEM for finding in findings)
+    if problems:
+        print(f"\nnot ready: {problems} {'problem' if problems == 1 else 'problems'} to solve first")
+        return 1
+    device = "" if _has_cuda() else " -device cpu"
+    print(f"\nready: nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerLGMSNet{device}")
+    return 0
+
+
+def examine() -> Iterator[Finding]:
+    """All findings, each as soon as it is known. What depends on a package that is missing is left out."""
+    versions = check_versions()
+    yield versions
+    if versions.state == PROBLEM:
+        return
+    yield check_trainers()
+    yield check_gpu()
+    yield check_compile()
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        yield check_folder(variable, must_write=variable != "nnUNet_raw")
+    yield from check_disk()
+    yield from check_shared_memory()
+
+
+def check_versions() -> Finding:
+    ours = f"nnunet_lgms {__version__}"
+    python = f"Python {platform.python_version()}"
+    try:
+        nnunet = require_nnunetv2()
+    except RequirementError as error:
+        sentence, _, fix = str(error).partition(": ")
+        return Finding(PROBLEM, "versions", f"{ours}, {python}; {sentence}", fix)
+    try:
+        import torch
+    except ImportError as error:
+        return Finding(PROBLEM, "versions", f"{ours}, {python}; torch cannot be imported: {error}", "pip install torch")
+    return Finding(OK, "versions", f"{ours}, nnunetv2 {nnunet}, torch {torch.__version__}, {python}")
+
+
+def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
+    """Asks nnU-Net's own finder for the trainer, as nnUNetv2_train does."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+            recursive_find_trainer_class_by_name(name)
+    except Exception as error:  # the finder imports every trainer it passes, so anything may surface here
+        reason = " ".join(str(error).split())
+        if "torchvision::" in reason:
+            text = "nnU-Net's finder fails: torchvision was built for another torch than the one that is installed"
+            return Finding(PROBLEM, "trainers", text, _torch_and_torchvision())
+        if isinstance(error, RuntimeError) and "Could not find requested nnunet trainer" in reason:
+            folders = os.environ.get("nnUNet_extTrainer", "")
+            text = f"nnU-Net does not find {name} (nnUNet_extTrainer={folders!r})"
+            return Finding(PROBLEM, "trainers", text, f"export nnUNet_extTrainer={_trainers_folder() or 'TRAINERS'}")
+        text = f"nnU-Net's finder fails with {type(error).__name__}: {reason}"
+        return Finding(PROBLEM, "trainers", text, "pip install --force-reinstall nnunet-lgms")
+    where = said.getvalue().rsplit("from: ", 1)[-1].strip() if "from: " in said.getvalue() else "nnunetv2 itself"
+    return Finding(OK, "trainers", f"{name} found in {where}")
+
+
+def check_gpu() -> Finding:
+    import torch
+
+    if not _has_cuda():
+        if torch.version.cuda is None and shutil.which("nvidia-smi"):
+            text = f"torch {torch.__version__} is a build without CUDA, though an NVIDIA driver is installed"
+            return Finding(WARNING, "GPU", text, "pip install --force-reinstall torch torchvision  # a CUDA build")
+        text = "no CUDA device: training needs -device cpu, and suits small data only"
+        return Finding(WARNING, "GPU", text)
+    properties = torch.cuda.get_device_properties(0)
+    text = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+    if torch.cuda.device_count() > 1:
+        text += f", and {torch.cuda.device_count() - 1} more"
+    try:
+        import triton
+    except ImportError:
+        text += "; without Triton the depthwise convolutions take PyTorch's slower path"
+        return Finding(WARNING, "GPU", text, "pip install triton")
+    return Finding(OK, "GPU", f"{text}, Triton {triton.__version__}")
+
+
+def check_compile() -> Finding:
+    """Would nnU-Net compile the network, and does what torch.compile and Triton build with exist?"""
+    if not _has_cuda() or os.name == "nt":
+        return Finding(OK, "compile", "nnU-Net does not compile on this machine, nothing is needed")
+    if os.environ.get("nnUNet_compile", "true").lower() not in ("true", "1", "t"):
+        text = "switched off (nnUNet_compile), so training is slower"
+        return Finding(WARNING, "compile", text, "unset nnUNet_compile")
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "gcc", "gcc", "cc", "clang"])), None)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    missing = [what for what, there in (("a C compiler", compiler), (f"{header}", header.exists())) if not there]
+    if missing:
+        text = f"nnU-Net compiles the network, which needs {' and '.join(missing)}"
+        fix = "apt-get install build-essential python3-dev  # or, slower: export nnUNet_compile=f"
+        return Finding(PROBLEM, "compile", text, fix)
+    return Finding(OK, "compile", f"nnU-Net compiles the network, with {compiler}")
+
+
+def check_folder(variable: str, must_write: bool) -> Finding:
+    """One of nnU-Net's three folders: set, there, and writable. Raw data is read-only on many clusters."""
+    value = os.environ.get(variable)
+    if not value:
+        place = Path.home() / "nnunet" / variable
+        return Finding(PROBLEM, variable, "is not set", f"export {variable}={shlex.quote(str(place))}")
+    folder, quoted = Path(value), shlex.quote(value)
+    if not folder.exists():
+        return Finding(PROBLEM, variable, f"{value} does not exist", f"mkdir -p {quoted}")
+    if not folder.is_dir():
+        return Finding(PROBLEM, variable, f"{value} is not a folder", f"export {variable}=A_FOLDER")
+    if _can_write(folder):
+        return Finding(OK, variable, value)
+    if not must_write:
+        return Finding(OK, variable, f"{value} (read-only, which is enough to train)")
+    return Finding(
+        PROBLEM, variable, f"{value} cannot be written to", f"chmod u+w {quoted}  # or choose another folder"
+    )
+
+
+def check_disk() -> Iterator[Finding]:
+    """Free space where preprocessed data and results go; one finding for each file system."""
+    places: dict[int, list[str]] = {}
+    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+        value = os.environ.get(variable)
+        if value and Path(value).is_dir():
+            places.setdefault(os.stat(value).st_dev, []).append(variable)
+    for variables in places.values():
+        free = shutil.disk_usage(os.environ[variables[0]]).free / GIB
+        text = f"{free:.1f} GiB free for {' and '.join(variables)}"
+        fix = f"export {variables[-1]}=A_FOLDER_ON_A_LARGER_DISK"
+        if free < DISK_PROBLEM_GIB:
+            yield Finding(PROBLEM, "disk", text, fix)
+        elif free < DISK_WARNING_GIB:
+            yield Finding(WARNING, "disk", text, fix)
+        else:
+            yield Finding(OK, "disk", text)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """A small /dev/shm, as containers have, kills nnU-Net's augmentation workers."""
+    if not folder.is_dir() or os.environ.get("nnUNet_n_proc_DA") == "0":
+        return
+    size = shutil.disk_usage(folder).total / GIB
+    if size < SHARED_MEMORY_WARNING_GIB:
+        text = f"{folder} has {size:.2f} GiB, too little for nnU-Net's augmentation workers"
+        yield Finding(WARNING, "memory", text, "docker run --ipc=host …  # or: export nnUNet_n_proc_DA=0")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _can_write(folder: Path) -> bool:
+    # os.access says yes to root, and to what a network file system may still refuse
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _trainers_folder() -> Path | None:
+    """The trainers of this installation, or of the checkout that the package was imported from."""
+    package = Path(__file__).resolve().parents[1]
+    return next((folder for folder in (package / "trainers", package.parent / "trainers") if folder.is_dir()), None)
+
+
+def _torch_and_torchvision() -> str:
+    python = shlex.quote(sys.executable)
+    return f"{python} -m pip install --force-reinstall torch torchvision  # both from the same index"

@@ -1,0 +1,162 @@
+"""`nnunet_lgms doctor` and the command line around it."""
+
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nnunet_lgms import __version__, cli
+from nnunet_lgms.cli import doctor, main
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's folders exist and are set, and the trainers of the checkout are on its path."""
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_extTrainer", str(ROOT / "trainers"))
+    return tmp_path
+
+
+def test_ready_machine_is_exit_code_0(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"nnunet_lgms {__version__}" in out and "PROBLEM" not in out
+    assert f"nnUNetTrainerLGMSNet found in {ROOT / 'trainers'}" in out
+    assert out.splitlines()[-1].startswith("ready: nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerLGMSNet")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_that_is_not_set_or_missing_is_exit_code_1(
+    ready: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "check_trainers", lambda: doctor.Finding(doctor.OK, "trainers", "not asked here"))
+    monkeypatch.delenv(name)
+    assert main(["doctor"]) == 1
+    assert f"-> export {name}=" in capsys.readouterr().out
+    monkeypatch.setenv(name, str(ready / "a b"))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"-> mkdir -p '{ready / 'a b'}'" in out and "not ready: 1 problem to solve first" in out
+
+
+def test_folder_must_be_a_folder_and_results_writable_but_raw_data_need_not_be(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ready / "file").touch()
+    monkeypatch.setenv("nnUNet_results", str(ready / "file"))
+    assert doctor.check_folder("nnUNet_results", must_write=True).state == doctor.PROBLEM
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", _raise(PermissionError("read-only")))
+    monkeypatch.setenv("nnUNet_results", str(ready))
+    assert "chmod" in doctor.check_folder("nnUNet_results", must_write=True).fix
+    assert doctor.check_folder("nnUNet_raw", must_write=False).state == doctor.OK
+
+
+def test_missing_nnunet_is_named_with_the_line_to_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nnunet_lgms.requirements.version", lambda name: "2.5.1")
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "needs nnunetv2 2.8 or newer, found 2.5.1" in out and "-> pip install --upgrade 'nnunetv2>=2.8'" in out
+
+
+def test_trainer_that_is_not_found_names_the_folder_to_add(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", str(ready))
+    finding = doctor.check_trainers()
+    assert finding.state == doctor.PROBLEM
+    assert finding.fix.startswith("export nnUNet_extTrainer=") and finding.fix.endswith("trainers")
+
+
+def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("operator torchvision::nms does not exist")
+    monkeypatch.setattr("nnunetv2.utilities.find_objects.recursive_find_trainer_class_by_name", _raise(error))
+    finding = doctor.check_trainers()
+    assert finding.state == doctor.PROBLEM and "torchvision was built for another torch" in finding.text
+
+
+def test_compiling_needs_a_compiler_and_headers_only_where_nnunet_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: False)
+    assert doctor.check_compile().state == doctor.OK
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    finding = doctor.check_compile()
+    assert finding.state == doctor.PROBLEM and "a C compiler" in finding.text
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: "/nowhere")
+    assert "Python.h" in doctor.check_compile().text
+    monkeypatch.setenv("nnUNet_compile", "f")
+    assert doctor.check_compile().fix == "unset nnUNet_compile"
+
+
+@pytest.mark.parametrize(("free_gib", "state"), [(0.1, "PROBLEM"), (3, "warning"), (500, "ok")])
+def test_disk_space_is_one_finding_for_a_file_system(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, free_gib: float, state: str
+) -> None:
+    usage = namedtuple("usage", "total used free")(2**50, 0, free_gib * 2**30)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    (finding,) = doctor.check_disk()
+    assert finding.state == state and "nnUNet_preprocessed and nnUNet_results" in finding.text
+
+
+def test_small_shared_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(total=64 * 2**20))
+    (finding,) = doctor.check_shared_memory(tmp_path)
+    assert finding.state == doctor.WARNING
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert not list(doctor.check_shared_memory(tmp_path))
+
+
+def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["docter"]) == 2
+    assert capsys.readouterr().err == "nnunet_lgms: unknown command 'docter'; did you mean 'doctor'?\n"
+    assert main(["zzz"]) == 2
+    assert "there are: " in capsys.readouterr().err
+
+
+def test_version_help_and_a_missing_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nnunet_lgms {__version__}\n"
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_and_is_imported_alone(command: str, clean_env: dict[str, str]) -> None:
+    code = (
+        "import sys; from nnunet_lgms import cli; code = cli.main([sys.argv[1], '--help']); "
+        "others = [c for c in cli.COMMANDS if c != sys.argv[1] and f'nnunet_lgms.cli.{c}' in sys.modules]; "
+        "sys.exit(code or repr(others) * bool(others) or 0)"
+    )
+    env = {**clean_env, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code, command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: nnunet_lgms {command}")
+
+
+@pytest.mark.parametrize("error", [ValueError("3 is\nnot 4"), FileNotFoundError("3 is not 4")])
+def test_what_the_user_can_put_right_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "run", _raise(error))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "nnunet_lgms: 3 is not 4\n"
+
+
+def _raise(error: Exception):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
