@@ -1,0 +1,68 @@
+"""The paper's losses (arXiv 2508.15476, section 4.1) through nnU-Net's own loss classes."""
+
+from __future__ import annotations
+
+import numpy as np
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import nn
+
+CROSS_ENTROPY_WEIGHT = 0.5
+DICE_WEIGHT = 1.0
+DICE_SMOOTHING = 1e-5
+#: weight of a head that takes no part in the loss but must receive a gradient (nnU-Net's own value)
+NEGLIGIBLE_WEIGHT = 1e-6
+
+
+def cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: bool) -> nn.Module:
+    """0.5 * BCE + Dice for regions (sigmoid), 0.5 * CE + Dice for labels (softmax).
+
+    The Dice part is minus the soft Dice, as everywhere in nnU-Net, so a perfect prediction costs -1. Under a softmax
+    the background takes no part in it, as is nnU-Net's default.
+
+    Args:
+        label_manager: says whether labels are regions, and which label, if any, is ignored.
+        batch_dice: the plan's choice: one Dice over the whole batch (nnU-Net plans this in 2D and at low resolution),
+            or one per sample, then the mean, as in the paper.
+        ddp: whether the batch is spread over processes.
+
+    Returns:
+        a module that takes logits (B, C, *spatial) and targets (B, 1, *spatial) for labels, (B, regions, *spatial) for
+        regions, followed by one channel for the ignore label if there is one.
+    """
+    dice_kwargs = {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp}
+    if label_manager.has_regions:
+        return DC_and_BCE_loss(
+            {},
+            {**dice_kwargs, "do_bg": True},
+            weight_ce=CROSS_ENTROPY_WEIGHT,
+            weight_dice=DICE_WEIGHT,
+            use_ignore_label=label_manager.ignore_label is not None,
+            dice_class=MemoryEfficientSoftDiceLoss,
+        )
+    return DC_and_CE_loss(
+        {**dice_kwargs, "do_bg": False},
+        {},
+        weight_ce=CROSS_ENTROPY_WEIGHT,
+        weight_dice=DICE_WEIGHT,
+        ignore_label=label_manager.ignore_label,
+        dice_class=MemoryEfficientSoftDiceLoss,
+    )
+
+
+def deep_supervision_weights(n_outputs: int, every_head_needs_gradient: bool = False) -> np.ndarray:
+    """nnU-Net's weights: halved from level to level, none for the lowest, sum 1.
+
+    A network of two stages has one output only, which is also the lowest: it keeps all the weight, where nnU-Net's own
+    formula would divide 0 by 0.
+
+    Args:
+        n_outputs: outputs of the network, full resolution first.
+        every_head_needs_gradient: give the lowest output a negligible weight instead of none. DDP without compilation
+            needs that: it waits for the gradient of every parameter.
+    """
+    weights = 0.5 ** np.arange(n_outputs)
+    if n_outputs > 1:
+        weights[-1] = NEGLIGIBLE_WEIGHT if every_head_needs_gradient else 0
+    return weights / weights.sum()
