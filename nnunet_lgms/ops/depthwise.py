@@ -54,7 +54,7 @@ def multi_kernel_depthwise(x: Tensor, weights: Sequence[Tensor], biases: Sequenc
     biases = None if biases is None else list(biases)
     _check(x, weights, biases)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     channels = [w.shape[0] for w in weights]
     kernels = [k for w in weights for k in w.shape[2:]]

@@ -1,0 +1,340 @@
+"""Triton kernels of the multi-kernel depthwise convolution, for CUDA tensors in half precision and float32.
+
+A depthwise convolution has no sum over channels, so nothing that looks like a matrix product. It becomes one when
+neighbouring outputs are taken together: a patch of 8 x 8 outputs in (y, x) of one plane reads, from each input plane, a
+window of at most 16 x 16 inputs (kernels up to 9), and
+
+    patch (64) = sum over dz of  window of plane z + dz (256)  x  band matrix of dz (256 x 64)
+
+where the band matrix holds the taps of that dz, shifted by one from row to row. With the patches of all planes stacked,
+that is an ordinary matrix product for the tensor cores: (patches, windows) x (windows, 64). 2D is the case of one plane.
+The tensor cores multiply many zeros (256 * 9 products an output for k = 9 in place of 729), and are still far faster
+than 729 multiplications one by one.
+
+* forward: `_band_kernel` writes the band matrices (288 KiB a channel for 9x9x9, read from L2 by everybody), and
+  `_convolve_kernel` is a matrix product whose left side is gathered from x. How many products a channel needs is read
+  from a table, so that one launch of one compiled kernel serves all groups, whatever their kernels.
+* input gradient: the same with mirrored taps.
+* weight gradient: (64, patches) x (patches, windows), output gradient times input, for each dz. The entries of one
+  diagonal belong to one tap. Every program writes its part of those entries to a workspace, which
+  `_reduce_kernel` adds up in a fixed order: no atomics, so the result is the same in every run.
+
+Sums are float32. float32 input goes through tf32 where PyTorch allows that for convolutions, else through three tf32
+products that together keep float32's precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PATCH = tl.constexpr(8)  # outputs per axis of a patch
+BK = tl.constexpr(64)  # window entries of one matrix product: 64 / XW rows of the window
+BN = tl.constexpr(64)  # outputs of a patch
+WINDOW = tl.constexpr(256)  # window entries in one program of the weight gradient
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Columns of the tables: which channel, its kernel, where its taps start in the flat parameters, where its band
+# matrices start (counted in tiles of BK x BN).
+COLUMNS = 6
+
+
+def supports(x: Tensor, kernels: Sequence[int]) -> bool:
+    """Whether the kernels below can serve x, (B, C, [D,] H, W), and these kernel sizes."""
+    return (
+        x.dtype in DTYPES
+        and 0 < x.numel() < 2**31
+        and max(kernels[x.dim() - 3 :: x.dim() - 2]) <= 25  # along x; the other axes may have any size
+        and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+    )
+
+
+@triton.jit
+def _band_kernel(parameters_ptr, band_ptr, table_ptr, FLIP: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr):
+    """One BK x BN tile of a band matrix: rows (r, w) of the window, columns (by, bx) of the patch, stored by column."""
+    entry = table_ptr + tl.program_id(0) * 6
+    kz = tl.load(entry + 1)
+    ky = tl.load(entry + 2)
+    kx = tl.load(entry + 3)
+    weight = parameters_ptr + tl.load(entry + 4)
+    tiles_per_plane = tl.cdiv((PATCH + ky - 1) * XW, BK)
+    tile = tl.program_id(1)
+    if tile < kz * tiles_per_plane:
+        dz = tile // tiles_per_plane
+        n = tl.arange(0, BN)[:, None]
+        k = tl.arange(0, BK)[None, :]
+        dy = (tile % tiles_per_plane) * (BK // XW) + k // XW - n // PATCH
+        dx = k % XW - n % PATCH - XL + kx // 2
+        inside = (dy >= 0) & (dy < ky) & (dx >= 0) & (dx < kx)
+        tap = (dz * ky + dy) * kx + dx
+        if FLIP:
+            tap = kz * ky * kx - 1 - tap
+        taps = tl.load(weight + tap, mask=inside, other=0.0)
+        out = band_ptr + (tl.load(entry + 5) + tile) * (BK * BN) + n * BK + k
+        tl.store(out, taps.to(band_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _convolve_kernel(
+    x_ptr, band_ptr, bias_ptr, out_ptr, table_ptr,
+    channels, depth, height, width_units, patches,
+    HAS_BIAS: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM patches of one channel."""
+    entry = table_ptr + tl.program_id(1) * 6
+    channel = tl.load(entry)
+    kz = tl.load(entry + 1)
+    ky = tl.load(entry + 2)
+    width = width_units * UNIT  # tells the compiler which loads are aligned
+    plane = height * width
+    rows: tl.constexpr = BK // XW
+
+    patch = tl.program_id(0) * BM + tl.arange(0, BM)
+    tiles_x = tl.cdiv(width, PATCH)
+    tiles_y = tl.cdiv(height, PATCH)
+    x0 = (patch % tiles_x) * PATCH
+    y0 = (patch // tiles_x % tiles_y) * PATCH
+    z = patch // (tiles_x * tiles_y)
+    b = z // depth
+    z = tl.where(patch < patches, z % depth, -(1 << 20))  # no plane is near that one
+    start = (b * channels + channel) * (depth * plane) + z * plane + y0 * width + x0
+
+    k = tl.arange(0, BK)
+    r = k // XW
+    w = k % XW - XL
+    n = tl.arange(0, BN)
+    column = (start[:, None] - XL) + (r * width + k % XW)[None, :]
+    in_row = (x0[:, None] + w[None, :] >= 0) & (x0[:, None] + w[None, :] < width)
+    y = y0[:, None] + r[None, :]
+    band = band_ptr + tl.load(entry + 5) * (BK * BN) + n[None, :] * BK + k[:, None]
+
+    tiles_per_plane = tl.cdiv((PATCH + ky - 1) * XW, BK)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for i in range(kz * tiles_per_plane):
+        dz = i // tiles_per_plane - kz // 2
+        dy = (i % tiles_per_plane) * rows - ky // 2
+        in_plane = (z + dz >= 0) & (z + dz < depth)
+        inside = in_row & in_plane[:, None] & (y + dy >= 0) & (y + dy < height)
+        window = tl.load(x_ptr + column + (dz * plane + dy * width), mask=inside, other=0.0)
+        acc = tl.dot(window, tl.load(band + i * (BK * BN)), acc, input_precision=PRECISION)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + channel).to(tl.float32)
+    by = n // PATCH
+    bx = n % PATCH
+    inside = (z[:, None] >= 0) & (y0[:, None] + by[None, :] < height) & (x0[:, None] + bx[None, :] < width)
+    tl.store(out_ptr + start[:, None] + (by * width + bx)[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _correlate_kernel(
+    x_ptr, grad_ptr, workspace_ptr, table_ptr, task_ptr,
+    channels, depth, height, width_units, planes, blocks_y, blocks_x, blocks, splits,
+    XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, DZ: tl.constexpr,
+    ZB: tl.constexpr, YB: tl.constexpr, XB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DZ taps along z, and 256 / XW rows of the window, of one channel, over a part of the patches."""
+    task = task_ptr + tl.program_id(1) * 3
+    entry = table_ptr + tl.load(task) * 6
+    first_dz = tl.load(task + 1)
+    first_row = tl.load(task + 2)
+    channel = tl.load(entry)
+    kz = tl.load(entry + 1)
+    ky = tl.load(entry + 2)
+    kx = tl.load(entry + 3)
+    split = tl.program_id(0)
+    width = width_units * UNIT
+    plane = height * width
+    BP: tl.constexpr = ZB * YB * XB
+
+    p = tl.arange(0, BP)
+    zp = p // (YB * XB)
+    yp = p // XB % YB * PATCH
+    xp = p % XB * PATCH
+    m = tl.arange(0, DZ * BN)
+    by = m // PATCH % PATCH
+    bx = m % PATCH
+    shift = kz // 2 - first_dz - m // BN  # gradient plane minus input plane
+    tap_in_range = first_dz + m // BN < kz
+    n = tl.arange(0, WINDOW)
+    wy = first_row + n // XW - ky // 2
+    wx = n % XW - XL
+    grad_column = shift * plane + by * width + bx
+    window_column = wy * width + wx
+
+    acc = tl.zeros((DZ * BN, WINDOW), dtype=tl.float32)
+    per_split = tl.cdiv(blocks, splits)
+    for i in range(split * per_split, tl.minimum((split + 1) * per_split, blocks)):
+        x0 = i % blocks_x * (XB * PATCH) + xp
+        y0 = i // blocks_x % blocks_y * (YB * PATCH) + yp
+        zs = i // (blocks_x * blocks_y) * ZB
+        if ZB == 1:
+            b = zs // depth
+            z = zs % depth + zp
+        else:
+            b = (zs + zp) // depth
+            z = tl.where(zs + zp < planes, (zs + zp) % depth, -(1 << 20))
+        start = (b * channels + channel) * (depth * plane) + z * plane + y0 * width + x0
+        x = x0[:, None] + wx[None, :]
+        y = y0[:, None] + wy[None, :]
+        inside = (z[:, None] >= 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        window = tl.load(x_ptr + start[:, None] + window_column[None, :], mask=inside, other=0.0)
+        x = x0[:, None] + bx[None, :]
+        y = y0[:, None] + by[None, :]
+        z = z[:, None] + shift[None, :]
+        inside = tap_in_range[None, :] & (x < width) & (y < height) & (z >= 0) & (z < depth)
+        grad = tl.load(grad_ptr + start[:, None] + grad_column[None, :], mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(grad), window, acc, input_precision=PRECISION)
+
+    # The workspace of a channel is (splits, 64, kz * ky * kx): one row for each place in the patch.
+    taps = kz * ky * kx
+    out = workspace_ptr + tl.load(entry + 4).to(tl.int64) * splits * BN + split * BN * taps
+    dz = first_dz + m // BN
+    dy = (first_row + n // XW)[None, :] - by[:, None]
+    dx = (n % XW - XL + kx // 2)[None, :] - bx[:, None]
+    inside = (dz[:, None] < kz) & (dy >= 0) & (dy < ky) & (dx >= 0) & (dx < kx)
+    tl.store(out + (m % BN * taps)[:, None] + (dz[:, None] * ky + dy) * kx + dx, acc, mask=inside)
+
+
+@triton.jit
+def _reduce_kernel(workspace_ptr, out_ptr, table_ptr, splits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Sum of the rows that `_correlate_kernel` wrote, COLS taps of one channel."""
+    entry = table_ptr + tl.program_id(0) * 6
+    taps = tl.load(entry + 1) * tl.load(entry + 2) * tl.load(entry + 3)
+    weight = tl.load(entry + 4)
+    first = tl.program_id(1) * COLS
+    if first < taps:
+        col = first + tl.arange(0, COLS)
+        source = workspace_ptr + weight.to(tl.int64) * splits * BN
+        acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        for start in range(0, splits * BN, ROWS):
+            row = start + tl.arange(0, ROWS)
+            inside = (row[:, None] < splits * BN) & (col[None, :] < taps)
+            acc += tl.load(source + row[:, None] * taps + col[None, :], mask=inside, other=0.0)
+        tl.store(out_ptr + weight + col, tl.sum(acc, 0), mask=col < taps)
+
+
+# --- the host's part -------------------------------------------------------------------------------------------------
+
+# (BM, warps, stages) for large and for small maps; (DZ, patches per step, warps, stages).
+CONVOLVE = {"large": (256, 8, 3), "small": (64, 4, 3)}
+CORRELATE = (2, 32, 8, 3)
+
+
+@lru_cache(maxsize=64)
+def _tables(
+    channels: tuple[int, ...], kernels: tuple[int, ...], taps_per_task: int, device: torch.device
+) -> tuple[Tensor, Tensor, int, int, int]:
+    """The table of channels, that of the weight gradient's tasks, the width of a window, and the number of band tiles
+    of all channels and of the largest. Channels with large kernels come first, so that none of them starts last."""
+    axes = len(kernels) // len(channels)
+    wide = max(kernels[axes - 1 :: axes]) > 9
+    xw = 32 if wide else 16
+    rows, tasks, weight, tiles = [], [], 0, 0
+    channel = 0
+    for group, count in enumerate(channels):
+        kz, ky, kx = (1, 1, *kernels[group * axes : (group + 1) * axes])[-3:]
+        own_tiles = kz * -(-(8 + ky - 1) * xw // 64)
+        for _ in range(count):
+            rows.append((own_tiles, channel, kz, ky, kx, weight, tiles))
+            channel, weight, tiles = channel + 1, weight + kz * ky * kx, tiles + own_tiles
+    rows.sort(key=lambda row: -row[0])
+    most = rows[0][0]
+    for i, (_, _, kz, ky, _, _, _) in enumerate(rows):
+        for dz in range(0, kz, taps_per_task):
+            tasks += [(i, dz, first) for first in range(0, 8 + ky - 1, 256 // xw)]
+    table = torch.tensor([row[1:] for row in rows], dtype=torch.int32).to(device)
+    return table, torch.tensor(tasks, dtype=torch.int32).to(device), xw, tiles, most
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "tf32"  # has no meaning there
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+
+
+def _unit(width: int) -> int:
+    return math.gcd(width, 16)
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _on(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _volume(x: Tensor) -> tuple[int, int, int, int, int]:
+    """B, C, D, H, W; a 2D map is one plane."""
+    b, c, *spatial = x.shape
+    return (b, c, *(1, 1, *spatial)[-3:])
+
+
+def convolve(
+    x: Tensor, parameters: Tensor, channels: Sequence[int], kernels: Sequence[int], has_bias: bool, flip: bool
+) -> Tensor:
+    """The convolution, (B, C, [D,] H, W) -> the same; arguments as in `depthwise.py`, x contiguous."""
+    b, c, d, h, w = _volume(x)
+    table, _, xw, tiles, most = _tables(tuple(channels), tuple(kernels), CORRELATE[0], x.device)
+    xl = (xw - 8) // 2
+    out = torch.empty_like(x)
+    band = torch.empty(tiles * 64 * 64, dtype=x.dtype, device=x.device)
+    bias = parameters[parameters.numel() - c :] if has_bias else parameters
+    patches = b * d * -(-h // 8) * -(-w // 8)
+    large, warps, stages = CONVOLVE["large"]
+    if -(-patches // large) * c < 2 * _processors(x.device):
+        large, warps, stages = CONVOLVE["small"]
+    unit = _unit(w)
+    with _on(x):
+        _band_kernel[(c, most)](parameters, band, table, flip, xw, xl, num_warps=4)
+        _convolve_kernel[(-(-patches // large), c)](
+            x, band, bias, out, table, c, d, h, w // unit, patches,
+            has_bias, xw, xl, unit, large, _precision(x.dtype), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=256)
+def _block(planes: int, tiles_y: int, tiles_x: int, size: int) -> tuple[int, int, int]:
+    """The block of `size` patches, (planes, along y, along x), that wastes least at the borders, wide before high."""
+    shapes = [(size // (y * x), y, x) for y in _powers(size) for x in _powers(size // y)]
+    covered = lambda shape: math.prod(-(-n // s) * s for n, s in zip((planes, tiles_y, tiles_x), shape))  # noqa: E731
+    return min(shapes, key=lambda shape: (covered(shape), -shape[2], -shape[1]))
+
+
+def _powers(limit: int) -> list[int]:
+    return [2**i for i in range(limit.bit_length()) if 2**i <= limit]
+
+
+def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
+    """Gradient of the flat weights in float32; x and the output gradient (B, C, [D,] H, W), contiguous, one dtype."""
+    b, c, d, h, w = _volume(x)
+    dz, step, warps, stages = CORRELATE
+    table, tasks, xw, _, _ = _tables(tuple(channels), tuple(kernels), dz, x.device)
+    axes = len(kernels) // len(channels)
+    sizes = [math.prod(kernels[i * axes : (i + 1) * axes]) for i in range(len(channels))]
+    total = sum(n * size for n, size in zip(channels, sizes))
+    zb, yb, xb = _block(b * d, -(-h // 8), -(-w // 8), step)
+    blocks_y, blocks_x = -(-h // (8 * yb)), -(-w // (8 * xb))
+    blocks = -(-b * d // zb) * blocks_y * blocks_x
+    splits = max(1, min(blocks // 4, 2 * _processors(x.device) // len(tasks)))
+    workspace = torch.empty(splits * 64 * total, dtype=torch.float32, device=x.device)
+    out = torch.empty(total, dtype=torch.float32, device=x.device)
+    unit = _unit(w)
+    with _on(x):
+        _correlate_kernel[(splits, len(tasks))](
+            x, grad, workspace, table, tasks, c, d, h, w // unit, b * d, blocks_y, blocks_x, blocks, splits,
+            xw, (xw - 8) // 2, unit, dz, zb, yb, xb, _precision(x.dtype), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        _reduce_kernel[(c, -(-max(sizes) // 16))](workspace, out, table, splits, 256, 16, num_warps=8)
+    return out

@@ -1,0 +1,87 @@
+"""Linear upsampling by whole factors, cropped to the size of a skip (paper's Up block).
+
+PyTorch's own gradient of trilinear upsampling adds into memory with atomics and walks channels-last maps badly: on an H100 it
+takes longer than the convolution behind it. Here both directions gather: an output reads its 2^d neighbours, an input's
+gradient reads the (2 * scale)^d outputs that it has reached. On CUDA they are two operators registered with `torch.library`;
+everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is `F.interpolate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunet_lgms.ops.backend import triton_module
+
+MODE = {2: "bilinear", 3: "trilinear"}
+
+
+def linear_upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
+    """`F.interpolate(scale_factor=scale, align_corners=False)`, then the first `size` voxels of every axis.
+
+    Args:
+        x: (B, C, H, W) or (B, C, D, H, W).
+        scale: whole factor per axis.
+        size: size of the result, at most `scale` times that of x per axis.
+
+    Returns:
+        (B, C, *size) in the dtype and memory format of x.
+    """
+    kernels = triton_module("upsample_triton", x)
+    if kernels is not None and kernels.supports(x, size):
+        return _upsample(x, list(scale), list(size))
+    x = F.interpolate(x, scale_factor=[float(s) for s in scale], mode=MODE[len(scale)], align_corners=False)
+    for axis, length in enumerate(size, start=2):
+        x = x.narrow(axis, 0, length)
+    return x
+
+
+@torch.library.custom_op("nnunet_lgms::linear_upsample", mutates_args=())
+def _upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
+    return triton_module("upsample_triton", x).upsample(x, scale, size)
+
+
+@_upsample.register_fake
+def _(x, scale, size):
+    return _empty(x, size)
+
+
+@torch.library.custom_op("nnunet_lgms::linear_upsample_transposed", mutates_args=())
+def _transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Gradient of the input, (B, C, *size), from that of the output."""
+    return triton_module("upsample_triton", grad).transposed(grad, scale, size)
+
+
+@_transposed.register_fake
+def _(grad, scale, size):
+    return _empty(grad, size)
+
+
+def _setup(ctx, inputs, output):
+    x, ctx.scale, _ = inputs
+    ctx.size = list(x.shape[2:])
+
+
+# Each operator is the other's transpose, so second derivatives work too.
+_upsample.register_autograd(
+    lambda ctx, grad: (_transposed(grad, ctx.scale, ctx.size), None, None), setup_context=_setup
+)
+_transposed.register_autograd(
+    lambda ctx, grad: (_upsample(grad, ctx.scale, ctx.size), None, None), setup_context=_setup
+)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether x is stored with its channels innermost, and only so."""
+    memory_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=memory_format) and not x.is_contiguous()
+
+
+def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
+    memory_format = torch.contiguous_format
+    if channels_last(x):
+        memory_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)

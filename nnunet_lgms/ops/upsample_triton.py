@@ -1,0 +1,130 @@
+"""Triton kernels of linear upsampling: a gather in either direction, no atomics, so gradients repeat bit for bit.
+
+A map is seen as (outer, D, H, W, inner) in memory order: channels-last is (B, D, H, W, C), contiguous is (B * C, D, H, W, 1),
+and 2D has D = 1. A program computes BLOCK voxels with all their inner channels; sums are in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nnunet_lgms.ops.upsample import _empty, channels_last
+
+BLOCK = 1024  # elements of a program
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def supports(x: Tensor, size: Sequence[int]) -> bool:
+    """Whether the kernels take this input: a float16, bfloat16 or float32 map whose offsets fit 32 bits."""
+    elements = x.shape[0] * x.shape[1]
+    for length in size:
+        elements *= length
+    return x.dtype in DTYPES and elements < 2**31
+
+
+def upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
+    """(B, C, *spatial) -> (B, C, *size)."""
+    return _launch(_gather, x, _empty(x, size), scale)
+
+
+def transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Gradient of the output -> gradient of the input, (B, C, *size)."""
+    return _launch(_gather_transposed, grad, _empty(grad, size), scale)
+
+
+def _launch(kernel, source: Tensor, target: Tensor, scale: Sequence[int]) -> Tensor:
+    if channels_last(target):
+        outer, inner = target.shape[0], target.shape[1]
+    else:
+        source, outer, inner = source.contiguous(), target.shape[0] * target.shape[1], 1
+    planar = target.ndim == 4
+    source_size = (1, *source.shape[2:]) if planar else source.shape[2:]
+    target_size = (1, *target.shape[2:]) if planar else target.shape[2:]
+    scale = (1, *scale) if planar else tuple(scale)
+    inner_block = triton.next_power_of_2(inner)
+    voxels_block = max(1, BLOCK // inner_block)
+    voxels = target_size[0] * target_size[1] * target_size[2]
+    grid = (triton.cdiv(voxels, voxels_block), outer)
+    kernel[grid](source, target, *source_size, *target_size, inner, *scale, voxels_block, inner_block)
+    return target
+
+
+@triton.jit
+def _source(target, scale: tl.constexpr, source_size):
+    """PyTorch's align_corners=False: lower source index, upper source index and the upper one's weight."""
+    position = tl.maximum((target.to(tl.float32) + 0.5) / scale - 0.5, 0.0)
+    lower = tl.minimum(position.to(tl.int32), source_size - 1)
+    upper = tl.minimum(lower + 1, source_size - 1)
+    return lower, upper, position - lower.to(tl.float32)
+
+
+@triton.jit
+def _gather(
+    x, out, D, H, W, OD, OH, OW, inner,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, VOXELS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    voxel = tl.program_id(0) * VOXELS + tl.arange(0, VOXELS)
+    channel = tl.arange(0, INNER)[None, :]
+    outer = tl.program_id(1)
+    ow, oh, od = voxel % OW, (voxel // OW) % OH, voxel // (OW * OH)
+    z0, z1, fz = _source(od, SD, D)
+    y0, y1, fy = _source(oh, SH, H)
+    x0, x1, fx = _source(ow, SW, W)
+    inside = (od < OD)[:, None] & (channel < inner)
+
+    total = tl.zeros((VOXELS, INNER), tl.float32)
+    for i in tl.static_range(2 if SD > 1 else 1):
+        for j in tl.static_range(2 if SH > 1 else 1):
+            for k in tl.static_range(2 if SW > 1 else 1):
+                z, wz = (z1, fz) if i else (z0, 1.0 - fz)
+                y, wy = (y1, fy) if j else (y0, 1.0 - fy)
+                w, ww = (x1, fx) if k else (x0, 1.0 - fx)
+                offset = ((outer * D + z) * H + y) * W + w
+                value = tl.load(x + offset[:, None] * inner + channel, mask=inside, other=0.0)
+                total += value.to(tl.float32) * (wz * wy * ww)[:, None]
+    offset = outer * OD * OH * OW + voxel
+    tl.store(out + offset[:, None] * inner + channel, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight(target, source, scale: tl.constexpr, source_size, target_size):
+    """How much of `source` went into `target`."""
+    lower, upper, fraction = _source(target, scale, source_size)
+    weight = tl.where(lower == source, 1.0 - fraction, 0.0) + tl.where(upper == source, fraction, 0.0)
+    return tl.where((target >= 0) & (target < target_size), weight, 0.0)
+
+
+@triton.jit
+def _gather_transposed(
+    grad, out, OD, OH, OW, D, H, W, inner,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, VOXELS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    voxel = tl.program_id(0) * VOXELS + tl.arange(0, VOXELS)
+    channel = tl.arange(0, INNER)[None, :]
+    outer = tl.program_id(1)
+    w, h, d = voxel % W, (voxel // W) % H, voxel // (W * H)
+    inside = (d < D)[:, None] & (channel < inner)
+
+    # Outputs that an input reaches along an axis: 2 * scale of them, the first at scale * (i - 1) + (scale + 1) // 2.
+    total = tl.zeros((VOXELS, INNER), tl.float32)
+    for i in tl.static_range(2 * SD if SD > 1 else 1):
+        z = SD * d + i - (SD - (SD + 1) // 2 if SD > 1 else 0)
+        wz = _weight(z, d, SD, D, OD)
+        for j in tl.static_range(2 * SH if SH > 1 else 1):
+            y = SH * h + j - (SH - (SH + 1) // 2 if SH > 1 else 0)
+            wzy = wz * _weight(y, h, SH, H, OH)
+            for k in tl.static_range(2 * SW if SW > 1 else 1):
+                x = SW * w + k - (SW - (SW + 1) // 2 if SW > 1 else 0)
+                weight = wzy * _weight(x, w, SW, W, OW)
+                offset = ((outer * OD + z) * OH + y) * OW + x
+                value = tl.load(
+                    grad + offset[:, None] * inner + channel, mask=inside & (weight > 0)[:, None], other=0.0
+                )
+                total += value.to(tl.float32) * weight[:, None]
+    offset = outer * D * H * W + voxel
+    tl.store(out + offset[:, None] * inner + channel, total.to(out.dtype.element_ty), mask=inside)
