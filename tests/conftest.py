@@ -27,3 +27,27 @@ def clean_env() -> dict[str, str]:
 def hippocampus() -> Path:
     """The hippocampus set that ships with the demo, in nnU-Net's raw layout: 24 training and 6 test cases."""
     return ROOT / "demo" / "data" / "hippocampus"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data that may not be shipped; NNUNET_LGMS_DATA names its folder, by default the checkout's neighbour."""
+    folder = Path(os.environ.get("NNUNET_LGMS_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("the real data is not on this machine (NNUNET_LGMS_DATA)")
+    return folder
+
+
+@pytest.fixture
+def verify_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's integrity check as it is, but in threads: its worker processes need seconds to start."""
+    from multiprocessing.pool import ThreadPool
+    from types import SimpleNamespace
+
+    from nnunetv2.experiment_planning import verify_dataset_integrity
+    from nnunetv2.utilities import utils
+
+    context = SimpleNamespace(Pool=ThreadPool)
+    fake = SimpleNamespace(get_context=lambda method: context)
+    monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", fake)
+    monkeypatch.setattr(utils, "Pool", ThreadPool)

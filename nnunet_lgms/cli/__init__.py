@@ -19,6 +19,7 @@ from nnunet_lgms.requirements import RequirementError
 # name of the module and of the command -> its line in `nnunet_lgms --help`
 COMMANDS = {
     "doctor": "is this machine ready to train?",
+    "convert": "a downloaded dataset of the paper becomes an nnU-Net dataset",
 }
 
 

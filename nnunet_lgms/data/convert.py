@@ -1,0 +1,298 @@
+"""Turn a downloaded dataset into an nnU-Net raw dataset: find, check everything, then write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from nnunet_lgms.data import natural_images, volumes
+from nnunet_lgms.data.description import DatasetDescription
+from nnunet_lgms.data.find import Case, Problem, find_cases
+from nnunet_lgms.data.inspection import Inspection
+from nnunet_lgms.data.splits import check_splits
+from nnunet_lgms.files import written_whole
+from nnunet_lgms.parallel import default_workers, parallel_map
+
+_FORMATS = {"image": natural_images, "volume": volumes}
+_RECORD = "conversion.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of a converted dataset. An interrupted conversion goes on if these are the same.
+
+    Args:
+        name: the dataset's name, `busi`.
+        source: the folder that was converted.
+        groups: groups of cases that are usually left out and are wanted here.
+        size: height and width in pixels that flat images are resized to; None keeps their own.
+        skip_bad: leave out what cannot be converted.
+    """
+
+    name: str
+    source: str
+    groups: tuple[str, ...] = ()
+    size: int | None = None
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion.
+
+    Args:
+        folder: the nnU-Net raw dataset.
+        identifiers: its cases, sorted.
+        skipped: what was left out, and why.
+        remarks: sentences that the user should read.
+    """
+
+    folder: Path
+    identifiers: tuple[str, ...]
+    skipped: tuple[Problem, ...]
+    remarks: tuple[str, ...]
+
+
+def convert(
+    description: DatasetDescription,
+    source: Path,
+    dataset_id: int,
+    *,
+    raw: Path,
+    groups: Iterable[str] = (),
+    size: int | None = None,
+    skip_bad: bool = False,
+    workers: int | None = None,
+) -> Conversion:
+    """Convert one dataset to `raw/DatasetXXX_Title`.
+
+    All pairs are read and checked before the first byte is written. The dataset grows in a hidden folder beside its
+    final place, is verified there by nnU-Net's own integrity check, and is then renamed. An interrupted conversion goes
+    on where it stopped; one that fails leaves nothing behind.
+
+    Args:
+        description: which dataset.
+        source: folder of the download, or one above it.
+        dataset_id: nnU-Net's number of the dataset, 1 to 999.
+        raw: nnU-Net's `nnUNet_raw` folder.
+        groups: keys of `description.left_out` to convert as well.
+        size: resize flat images to this height and width, in pixels.
+        skip_bad: convert the rest if something is wrong with some pairs.
+        workers: number of processes; default: one per core, at most 8.
+
+    Raises:
+        ValueError: the source is not this dataset, pairs are faulty (they are listed on stderr), the number is taken,
+            or nnU-Net's check fails.
+        OSError: the disk is full or not writable.
+    """
+    workers = workers or default_workers()
+    if size is not None and description.kind != "image":
+        raise ValueError(
+            f"--size {size} is for flat images; {description.title} holds volumes, which nnU-Net resamples."
+        )
+    if unknown := set(groups) - set(description.left_out):
+        raise ValueError(f"{description.title} has no group {sorted(unknown)[0]!r} that could be included.")
+    settings = Settings(description.name, str(source.resolve()), tuple(sorted(groups)), size, skip_bad)
+    folder = _target(raw, dataset_id, description)
+    if folder.exists():
+        return _already_there(folder, settings)
+
+    cases, problems, remarks = _checked_cases(description, source, settings, workers)
+    if problems and not skip_bad:
+        print(_listing(problems), file=sys.stderr)
+        raise ValueError(
+            f"{len({p.identifier for p in problems})} case(s) of {description.title} cannot be converted (listed "
+            f"above), so nothing was written: repair the download, or leave them out with --skip-bad."
+        )
+    bad = {problem.identifier for problem in problems}
+    good = [case for case in cases if case.identifier not in bad]
+    if not good:
+        raise ValueError(f"No case of {description.title} in {source} can be converted.")
+
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    _prepare(partial_folder, settings)
+    try:
+        task = partial(_write_case, description=description, folder=partial_folder, size=size)
+        parallel_map(task, good, workers, f"writing {folder.name}")
+        _remove_strays(partial_folder, {case.identifier for case in good}, description.file_ending)
+        _write_dataset_json(partial_folder, description, len(good))
+        _verify(partial_folder, workers)
+        result = Conversion(folder, tuple(case.identifier for case in good), tuple(problems), tuple(remarks))
+        _write_record(partial_folder, settings, result)
+        os.rename(partial_folder, folder)
+    except (OSError, ValueError):
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
+    return result
+
+
+def write_splits(description: DatasetDescription, conversion: Conversion, preprocessed: Path) -> Path:
+    """Write the paper's folds to `preprocessed/DatasetXXX_Title/splits_final.json`, where nnU-Net looks for them.
+
+    Raises:
+        ValueError: a fold would be empty, or other splits are already there.
+    """
+    splits = description.paper_splits(conversion.identifiers)
+    check_splits(splits, conversion.identifiers)
+    path = preprocessed / conversion.folder.name / "splits_final.json"
+    if path.exists():
+        if json.loads(path.read_text()) == splits:
+            return path
+        raise ValueError(f"{path} holds other splits, which trained models may depend on: move it away first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(splits, indent=2))
+    return path
+
+
+def _target(raw: Path, dataset_id: int, description: DatasetDescription) -> Path:
+    """The dataset's folder; nnU-Net wants every number to belong to one name."""
+    if not 1 <= dataset_id <= 999:
+        raise ValueError(f"--id {dataset_id} is not possible: nnU-Net's dataset numbers are 1 to 999.")
+    folder = raw / f"Dataset{dataset_id:03d}_{description.title}"
+    taken = [other.name for other in raw.glob(f"Dataset{dataset_id:03d}_*") if other != folder]
+    if taken:
+        raise ValueError(f"--id {dataset_id} belongs to {taken[0]} already: choose another number.")
+    return folder
+
+
+def _already_there(folder: Path, settings: Settings) -> Conversion:
+    if _settings_in(folder / _RECORD) != _as_json(settings):
+        raise ValueError(f"{folder} exists and was made otherwise: choose another --id, or remove that folder first.")
+    record = json.loads((folder / _RECORD).read_text())
+    skipped = tuple(Problem(**problem) for problem in record["skipped"])
+    remarks = (f"{folder.name} was converted before with the same settings; it was left as it is.",)
+    return Conversion(folder, tuple(record["identifiers"]), skipped, remarks)
+
+
+def _checked_cases(
+    description: DatasetDescription, source: Path, settings: Settings, workers: int
+) -> tuple[tuple[Case, ...], list[Problem], list[str]]:
+    found = find_cases(description, source, settings.groups)
+    complete = [case for case in found.cases if case.masks]
+    task = partial(_inspect, description=description)
+    inspections = parallel_map(task, complete, workers, f"checking {description.title}")
+    problems = list(found.problems)
+    for case, inspection in zip(complete, inspections):
+        problems += [Problem(case.identifier, text) for text in inspection.problems]
+    problems += _duplicates(complete, inspections, description)
+
+    remarks = []
+    if len(found.cases) not in description.published_cases:
+        published = " or ".join(str(n) for n in description.published_cases)
+        remarks.append(f"{len(found.cases)} cases were found; {description.title} is published with {published}.")
+    empty = [case.identifier for case, inspection in zip(complete, inspections) if inspection.empty]
+    if empty:
+        remarks.append(f"{len(empty)} case(s) have an empty mask, such as {empty[0]}.")
+    if description.note:
+        remarks.append(description.note)
+    return found.cases, sorted(problems), remarks
+
+
+def _inspect(case: Case, description: DatasetDescription) -> Inspection:
+    return _FORMATS[description.kind].inspect(case, description)
+
+
+def _duplicates(
+    cases: Sequence[Case], inspections: Sequence[Inspection], description: DatasetDescription
+) -> list[Problem]:
+    """The same image under two names would stand in training and in validation."""
+    first: dict[str, Case] = {}
+    problems = []
+    for case, inspection in zip(cases, inspections):
+        if inspection.digest is None:
+            continue
+        other = first.setdefault(inspection.digest, case)
+        if other is not case and {case.identifier, other.identifier} not in description.known_duplicates:
+            problems.append(Problem(case.identifier, f"{case.image} shows the same image as {other.image}"))
+    return problems
+
+
+def _listing(problems: Sequence[Problem]) -> str:
+    return "\n".join(f"  {problem}" for problem in problems)
+
+
+def _prepare(folder: Path, settings: Settings) -> None:
+    """Keep what an interrupted conversion with the same settings has written; start anew otherwise."""
+    record = folder / _RECORD
+    if folder.exists() and not (record.exists() and _settings_in(record) == _as_json(settings)):
+        shutil.rmtree(folder)
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with written_whole(record) as temporary:
+        temporary.write_text(json.dumps({"settings": _as_json(settings)}))
+
+
+def _settings_in(record: Path) -> dict | None:
+    """The settings that a record holds, None if it cannot be read."""
+    try:
+        return json.loads(record.read_text()).get("settings")
+    except (OSError, ValueError):
+        return None
+
+
+def _as_json(settings: Settings) -> dict:
+    """Settings as they come back from a JSON file, where tuples are lists."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _write_case(case: Case, description: DatasetDescription, folder: Path, size: int | None) -> None:
+    image_file = folder / "imagesTr" / f"{case.identifier}_0000{description.file_ending}"
+    label_file = folder / "labelsTr" / f"{case.identifier}{description.file_ending}"
+    # Files appear under their names only when they are complete, so these two are from an interrupted conversion.
+    if not (image_file.exists() and label_file.exists()):
+        _FORMATS[description.kind].write(case, description, image_file, label_file, size)
+
+
+def _remove_strays(folder: Path, identifiers: set[str], file_ending: str) -> None:
+    """Remove files of cases that an interrupted conversion took and this one does not."""
+    for name, tail in (("imagesTr", f"_0000{file_ending}"), ("labelsTr", file_ending)):
+        for path in (folder / name).iterdir():
+            if path.name.removesuffix(tail) not in identifiers:
+                path.unlink()
+
+
+def _write_dataset_json(folder: Path, description: DatasetDescription, n_cases: int) -> None:
+    from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+
+    generate_dataset_json(
+        str(folder),
+        channel_names=dict(enumerate(description.channel_names)),
+        labels=dict(description.labels),
+        num_training_cases=n_cases,
+        file_ending=description.file_ending,
+        regions_class_order=description.regions_class_order,
+        dataset_name=description.title,
+        reference=description.reference,
+        license=description.licence,
+        converted_by="nnunet_lgms convert",
+        overwrite_image_reader_writer=description.reader,
+    )
+
+
+def _verify(folder: Path, workers: int) -> None:
+    """nnU-Net's `--verify_dataset_integrity`."""
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    try:
+        verify_dataset_integrity(str(folder), workers)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"nnU-Net's integrity check refuses the converted dataset, which was removed: {error}"
+        ) from error
+
+
+def _write_record(folder: Path, settings: Settings, conversion: Conversion) -> None:
+    record = {
+        "settings": _as_json(settings),
+        "identifiers": list(conversion.identifiers),
+        "skipped": [asdict(problem) for problem in conversion.skipped],
+    }
+    with written_whole(folder / _RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=2))

@@ -1,0 +1,108 @@
+"""Flat images (PNG, JPEG, BMP, TIFF): read, check, and write as nnU-Net's `NaturalImage2DIO` wants them.
+
+nnU-Net accepts no JPEG, and wants labels as consecutive integers. A colour image stays one file with three channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from nnunet_lgms.data.description import DatasetDescription
+from nnunet_lgms.data.find import Case
+from nnunet_lgms.data.inspection import Inspection
+from nnunet_lgms.files import written_whole
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_ASPECT_TOLERANCE = 0.01  # a relative difference that rounding to whole pixels explains
+
+
+def inspect(case: Case, description: DatasetDescription) -> Inspection:
+    """Read image and masks of one case and say what is wrong with them."""
+    problems = []
+    try:
+        image = _read_image(case.image, len(description.channel_names))
+    except ValueError as error:
+        return Inspection((str(error),))
+    digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).hexdigest()
+    sizes, empty = set(), True
+    for path in case.masks:
+        try:
+            mask = read_mask(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        sizes.add(mask.shape)
+        empty &= not mask.any()
+        if not _sizes_agree(image.shape[:2], mask.shape, description.image_follows_mask):
+            problems.append(f"the image has {_size(image.shape)} pixels, the mask {path} has {_size(mask.shape)}")
+    if len(sizes) > 1:
+        problems.append(f"its masks differ in size: {', '.join(_size(size) for size in sorted(sizes))} pixels")
+    return Inspection(tuple(problems), digest, empty)
+
+
+def write(case: Case, description: DatasetDescription, image_file: Path, label_file: Path, size: int | None) -> None:
+    """Write one checked case.
+
+    Args:
+        case: the source files.
+        description: number of channels, and whether the image follows the size of the mask.
+        image_file: PNG to write, (H, W) or (H, W, 3), 8 bits.
+        label_file: PNG to write, (H, W), values 0 and 1.
+        size: height and width to resize to, in pixels, as the paper does it; None keeps the original size.
+    """
+    image = Image.fromarray(_read_image(case.image, len(description.channel_names)))
+    mask = Image.fromarray(np.logical_or.reduce([read_mask(path) for path in case.masks]).astype(np.uint8))
+    target = mask.size if size is None else (size, size)
+    if image.size != target:
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    if mask.size != target:
+        mask = mask.resize(target, Image.Resampling.NEAREST)
+    for picture, path in ((image, image_file), (mask, label_file)):
+        with written_whole(path) as temporary:
+            picture.save(temporary, format="PNG")
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """The foreground of a mask file, (H, W) of bool.
+
+    1-bit, grey, palette, RGB and RGBA masks are read alike (transparency is ignored). Grey edges, from anti-aliasing or
+    from JPEG, are cut at half of the full scale, which is 255, or 1 in a file that holds nothing but 0 and 1.
+
+    Raises:
+        ValueError: the file is not a readable image.
+    """
+    grey = np.asarray(_open(path).convert("L"))
+    full_scale = 1 if grey.max(initial=0) <= 1 else 255
+    return grey >= full_scale / 2
+
+
+def _read_image(path: Path, channels: int) -> np.ndarray:
+    return np.asarray(_open(path).convert("L" if channels == 1 else "RGB"))
+
+
+def _open(path: Path) -> Image.Image:
+    """Decode a file completely, so that a truncated one is noticed."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in _EIGHT_BIT_MODES:
+                return image.copy()
+            mode = image.mode
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    raise ValueError(f"{path} has pixels of type {mode}, expected 8 bits a channel")
+
+
+def _sizes_agree(image: tuple[int, ...], mask: tuple[int, ...], image_follows_mask: bool) -> bool:
+    if image == mask:
+        return True
+    ratio = (image[0] * mask[1]) / (image[1] * mask[0])
+    return image_follows_mask and abs(ratio - 1) <= _ASPECT_TOLERANCE
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"

@@ -1,0 +1,77 @@
+"""Volumes (NIfTI): read, check, and copy unchanged, so that intensities and geometry stay the publisher's."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from nnunet_lgms.data.description import DatasetDescription
+from nnunet_lgms.data.find import Case
+from nnunet_lgms.data.inspection import Inspection
+from nnunet_lgms.files import written_whole
+
+
+def inspect(case: Case, description: DatasetDescription) -> Inspection:
+    """Read image and label of one case and say what is wrong with them."""
+    try:
+        image, samples = _read(case.image)
+    except ValueError as error:
+        return Inspection((str(error),))
+    digest = hashlib.blake2b(str(samples.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(samples))
+    if len(case.masks) != 1:
+        return Inspection((f"expected one label file, found {len(case.masks)}",), digest.hexdigest())
+    try:
+        label, values = _read(case.masks[0])
+    except ValueError as error:
+        return Inspection((str(error),), digest.hexdigest())
+    problems = []
+    if samples.shape != values.shape:
+        problems.append(f"the image has {_sizes(samples.shape)} voxels, its label has {_sizes(values.shape)}")
+    elif not np.allclose(image.header.get_zooms()[:3], label.header.get_zooms()[:3], rtol=1e-3):
+        spacings = (", ".join(f"{z:.4g}" for z in volume.header.get_zooms()[:3]) for volume in (image, label))
+        problems.append("the image has a spacing of ({}) mm, its label of ({}) mm".format(*spacings))
+    present = np.unique(values)
+    unknown = sorted(float(v) for v in present if v not in description.label_values)
+    if unknown:
+        problems.append(
+            f"the label file has the value(s) {', '.join(f'{v:g}' for v in unknown)}, "
+            f"allowed are {', '.join(str(v) for v in sorted(description.label_values))}"
+        )
+    return Inspection(tuple(problems), digest.hexdigest(), empty=not present.any())
+
+
+def write(case: Case, description: DatasetDescription, image_file: Path, label_file: Path, size: int | None) -> None:
+    """Copy one checked case. `size` is for flat images only.
+
+    Raises:
+        ValueError: a size is given.
+    """
+    if size is not None:
+        raise ValueError(
+            f"--size {size} is for flat images; {description.title} holds volumes, which nnU-Net resamples."
+        )
+    for source, path in ((case.image, image_file), (case.masks[0], label_file)):
+        with written_whole(path) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _read(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """A NIfTI file and all of its samples as they are stored."""
+    try:
+        volume = nib.load(path)
+        samples = np.asanyarray(volume.dataobj.get_unscaled())
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if samples.ndim != 3:
+        raise ValueError(f"{path} has {samples.ndim} axes, expected a volume of 3")
+    return volume, samples
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)

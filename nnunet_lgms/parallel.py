@@ -1,0 +1,50 @@
+"""Run one function over many inputs, in several processes, with a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+def default_workers() -> int:
+    """Number of processes that this one may use: its CPU cores, at most 8 (more wait for the disk)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+def parallel_map(
+    function: Callable[[Input], Output], inputs: Sequence[Input], workers: int, description: str
+) -> list[Output]:
+    """`[function(i) for i in inputs]`, in the order of the inputs.
+
+    Args:
+        function: anything that can be pickled.
+        inputs: its arguments.
+        workers: number of processes; with 1, or a single input, nothing is started and all happens here.
+        description: text in front of the progress bar.
+
+    Raises:
+        Whatever `function` raises first; inputs that have not begun by then are dropped.
+    """
+    if workers <= 1 or len(inputs) <= 1:
+        return [function(i) for i in tqdm(inputs, desc=description)]
+    # As in nnU-Net: forking a process that has begun to use threads (PyTorch does) can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(inputs)), mp_context=context) as pool:
+        futures = {pool.submit(function, value): position for position, value in enumerate(inputs)}
+        outputs: list[Output | None] = [None] * len(inputs)
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=description):
+                outputs[futures[future]] = future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return outputs
