@@ -1,4 +1,4 @@
-"""Multi-kernel depthwise convolution as one operator, the first step of the LMS block (paper section 3.2, SPEC "LMS block").
+"""Multi-kernel depthwise convolution as one operator: the first step of the LMS block (paper section 3.2).
 
 The channels are split into groups in order; every group has its own odd kernel, e.g. 3, 5, 7 and 9. PyTorch has no such
 operator, and its depthwise gradients are slow. Here there are two operators, both registered with `torch.library`:
@@ -17,14 +17,14 @@ variable NNUNET_LGMS_KERNELS is `off`, takes the PyTorch path below. Both give t
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nnunet_lgms.ops.backend import triton_module
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Outputs along x that share one matrix product in the weight gradient on the CPU, and the most numbers that its copies
@@ -280,22 +280,7 @@ def _weight_grad_chunk(x: Tensor, grad: Tensor, kernel: tuple[int, int, int]) ->
     return taps.flip(1)  # the last of the kz gradient planes belongs to the first tap
 
 
-# --- which path ------------------------------------------------------------------------------------------------------
-
-
-def _triton_kernels(x: Tensor, kernels: Sequence[int]):
+def _triton_kernels(x: Tensor, kernels: Sequence[int]) -> ModuleType | None:
     """The module with the CUDA kernels if it can serve this call, else None."""
-    if x.device.type != "cuda" or os.environ.get("NNUNET_LGMS_KERNELS", "on").lower() == "off":
-        return None
-    module = _import_triton_kernels()
+    module = triton_module("depthwise_triton", x)
     return module if module is not None and module.supports(x, kernels) else None
-
-
-@lru_cache(maxsize=1)
-def _import_triton_kernels():
-    try:
-        from nnunet_lgms.ops import depthwise_triton
-    except ImportError as error:
-        warnings.warn(f"Triton is not usable ({error}); depthwise convolutions take PyTorch's slower path.")
-        return None
-    return depthwise_triton

@@ -36,7 +36,6 @@ import triton.language as tl
 from torch import Tensor
 
 PATCH = tl.constexpr(8)  # outputs per axis of a patch
-BK = tl.constexpr(64)  # window entries of one matrix product: 64 / XW rows of the window
 BN = tl.constexpr(64)  # outputs of a patch
 WINDOW = tl.constexpr(256)  # window entries in one program of the weight gradient
 
@@ -57,7 +56,9 @@ def supports(x: Tensor, kernels: Sequence[int]) -> bool:
 
 
 @triton.jit
-def _band_kernel(parameters_ptr, band_ptr, table_ptr, FLIP: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr):
+def _band_kernel(
+    parameters_ptr, band_ptr, table_ptr, FLIP: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr
+):
     """One BK x BN tile of a band matrix: rows (r, w) of the window, columns (by, bx) of the patch, stored by column."""
     entry = table_ptr + tl.program_id(0) * 6
     kz = tl.load(entry + 1)
@@ -86,7 +87,7 @@ def _convolve_kernel(
     x_ptr, band_ptr, bias_ptr, out_ptr, table_ptr,
     channels, depth, height, width_units, patches,
     HAS_BIAS: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM patches of one channel."""
     entry = table_ptr + tl.program_id(1) * 6
@@ -224,14 +225,15 @@ def _reduce_kernel(workspace_ptr, out_ptr, table_ptr, splits, ROWS: tl.constexpr
 
 # --- the host's part -------------------------------------------------------------------------------------------------
 
-# (BM, warps, stages) for large and for small maps; (DZ, patches per step, warps, stages).
-CONVOLVE = {"large": (256, 8, 3), "small": (64, 4, 3)}
+# (BM, BK, warps, stages) for large and for small maps; (DZ, patches per step, warps, stages).
+CONVOLVE = {"large": (256, 64, 8, 3), "small": (64, 64, 4, 3)}
 CORRELATE = (2, 32, 8, 3)
+PROGRAMS = 2
 
 
 @lru_cache(maxsize=64)
 def _tables(
-    channels: tuple[int, ...], kernels: tuple[int, ...], taps_per_task: int, device: torch.device
+    channels: tuple[int, ...], kernels: tuple[int, ...], bk: int, taps_per_task: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int, int, int]:
     """The table of channels, that of the weight gradient's tasks, the width of a window, and the number of band tiles
     of all channels and of the largest. Channels with large kernels come first, so that none of them starts last."""
@@ -242,7 +244,7 @@ def _tables(
     channel = 0
     for group, count in enumerate(channels):
         kz, ky, kx = (1, 1, *kernels[group * axes : (group + 1) * axes])[-3:]
-        own_tiles = kz * -(-(8 + ky - 1) * xw // 64)
+        own_tiles = kz * -(-(8 + ky - 1) * xw // bk)
         for _ in range(count):
             rows.append((own_tiles, channel, kz, ky, kx, weight, tiles))
             channel, weight, tiles = channel + 1, weight + kz * ky * kx, tiles + own_tiles
@@ -285,21 +287,21 @@ def convolve(
 ) -> Tensor:
     """The convolution, (B, C, [D,] H, W) -> the same; arguments as in `depthwise.py`, x contiguous."""
     b, c, d, h, w = _volume(x)
-    table, _, xw, tiles, most = _tables(tuple(channels), tuple(kernels), CORRELATE[0], x.device)
-    xl = (xw - 8) // 2
-    out = torch.empty_like(x)
-    band = torch.empty(tiles * 64 * 64, dtype=x.dtype, device=x.device)
     bias = parameters[parameters.numel() - c :] if has_bias else parameters
     patches = b * d * -(-h // 8) * -(-w // 8)
-    large, warps, stages = CONVOLVE["large"]
-    if -(-patches // large) * c < 2 * _processors(x.device):
-        large, warps, stages = CONVOLVE["small"]
+    bm, bk, warps, stages = CONVOLVE["large"]
+    if -(-patches // bm) * c < 2 * _processors(x.device):
+        bm, bk, warps, stages = CONVOLVE["small"]
+    table, _, xw, tiles, most = _tables(tuple(channels), tuple(kernels), bk, CORRELATE[0], x.device)
+    xl = (xw - 8) // 2
+    out = torch.empty_like(x)
+    band = torch.empty(tiles * bk * 64, dtype=x.dtype, device=x.device)
     unit = _unit(w)
     with _on(x):
-        _band_kernel[(c, most)](parameters, band, table, flip, xw, xl, num_warps=4)
-        _convolve_kernel[(-(-patches // large), c)](
+        _band_kernel[(c, most)](parameters, band, table, flip, xw, xl, bk, num_warps=4)
+        _convolve_kernel[(-(-patches // bm), c)](
             x, band, bias, out, table, c, d, h, w // unit, patches,
-            has_bias, xw, xl, unit, large, _precision(x.dtype), num_warps=warps, num_stages=stages,
+            has_bias, xw, xl, unit, bm, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -320,14 +322,14 @@ def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequenc
     """Gradient of the flat weights in float32; x and the output gradient (B, C, [D,] H, W), contiguous, one dtype."""
     b, c, d, h, w = _volume(x)
     dz, step, warps, stages = CORRELATE
-    table, tasks, xw, _, _ = _tables(tuple(channels), tuple(kernels), dz, x.device)
+    table, tasks, xw, _, _ = _tables(tuple(channels), tuple(kernels), 64, dz, x.device)
     axes = len(kernels) // len(channels)
     sizes = [math.prod(kernels[i * axes : (i + 1) * axes]) for i in range(len(channels))]
     total = sum(n * size for n, size in zip(channels, sizes))
     zb, yb, xb = _block(b * d, -(-h // 8), -(-w // 8), step)
     blocks_y, blocks_x = -(-h // (8 * yb)), -(-w // (8 * xb))
     blocks = -(-b * d // zb) * blocks_y * blocks_x
-    splits = max(1, min(blocks // 4, 2 * _processors(x.device) // len(tasks)))
+    splits = max(1, min(blocks // 4, PROGRAMS * _processors(x.device) // len(tasks)))
     workspace = torch.empty(splits * 64 * total, dtype=torch.float32, device=x.device)
     out = torch.empty(total, dtype=torch.float32, device=x.device)
     unit = _unit(w)
