@@ -1,7 +1,7 @@
 """Builds LGMSNet into the topology that nnU-Net planned.
 
-Stages, strides, kernels, patch and batch size are nnU-Net's and stay as planned; the kind of block and the width at
-each level are the paper's.
+Stages, strides, kernels, patch and batch size are nnU-Net's and stay as planned; the kind of block, the widths and
+everything else are the paper's, or what the configuration's ``"lgmsnet"`` key says (``docs/plans.md``).
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
-from nnunet_lgms.architecture.topology import paper_features
-
-PLANNED = ("n_stages", "strides", "kernel_sizes")
+from nnunet_lgms.config import settings_of
+from nnunet_lgms.config.resolve import Topology, network_kwargs
 
 
 def build_network(
@@ -30,24 +29,14 @@ def build_network(
         enable_deep_supervision: whether the network returns one output per level but the lowest.
 
     Raises:
-        ValueError: the plan describes no convolutional encoder, or one that LGMSNet cannot follow.
+        ValueError: the plan describes no convolutional encoder, or its settings are invalid, do not fit it, or need a
+            newer plugin.
     """
-    planned = configuration_manager.network_arch_init_kwargs
-    missing = [key for key in PLANNED if key not in planned]
-    if missing:
-        raise ValueError(
-            f"The plan's network {configuration_manager.network_arch_class_name} has no {', '.join(missing)}: LGMSNet "
-            f"needs the "
-            f"plan of a convolutional U-Net; plan with nnU-Net's default or ResEnc planners."
-        )
-    n_stages = planned["n_stages"]
+    topology = Topology.of(configuration_manager.configuration)
     return LGMSNet(
         num_input_channels,
         num_output_channels,
-        n_stages,
-        paper_features(n_stages),
-        nn.Conv2d if len(configuration_manager.patch_size) == 2 else nn.Conv3d,
-        planned["kernel_sizes"],
-        planned["strides"],
+        conv_op=nn.Conv2d if topology.dim == 2 else nn.Conv3d,
         deep_supervision=enable_deep_supervision,
+        **network_kwargs(settings_of(configuration_manager), topology),
     )

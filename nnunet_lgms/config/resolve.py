@@ -1,0 +1,290 @@
+"""Settings and a planned topology -> arguments of :class:`nnunet_lgms.LGMSNet`.
+
+What can be told from the values alone is the schema's (``settings.py``); what depends on the plan is decided here: how
+many levels there are, which widths meet which ratio, how large the maps are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from numbers import Number
+from typing import Any
+
+import numpy as np
+
+from nnunet_lgms.architecture.topology import (
+    PAPER_LMS_KERNELS,
+    paper_decoder_blocks,
+    paper_encoder_block,
+    paper_features,
+)
+from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM, GroupNorm, paper_norm
+from nnunet_lgms.config.levels import spread
+from nnunet_lgms.config.settings import AUTO, LGMSSettings
+
+PLANNED = ("n_stages", "strides", "kernel_sizes")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What nnU-Net planned and a setting cannot change.
+
+    Attributes:
+        patch_size: voxels per axis.
+        strides: downsampling per level and axis; 1 at the first level.
+        kernel_sizes: kernel per level and axis; 1 on an axis stands for thick slices.
+        spacing: mm per axis; None where unknown.
+    """
+
+    patch_size: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernel_sizes: tuple[tuple[int, ...], ...]
+    spacing: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, configuration: Mapping[str, Any]) -> Topology:
+        """Reads a resolved configuration of an nnU-Net plan.
+
+        Raises:
+            ValueError: the plan's network is no convolutional encoder with stages.
+        """
+        planned = configuration["architecture"]["arch_kwargs"]
+        missing = [key for key in PLANNED if key not in planned]
+        if missing:
+            name = configuration["architecture"]["network_class_name"]
+            raise ValueError(
+                f"The plan's network {name} has no {', '.join(missing)}: LGMSNet needs the plan of a convolutional "
+                f"U-Net; plan with nnU-Net's default or ResEnc planners."
+            )
+        dim = len(configuration["patch_size"])
+        spacing = configuration.get("spacing")
+        return cls(
+            tuple(int(n) for n in configuration["patch_size"]),
+            tuple(_per_axis(s, dim) for s in planned["strides"]),
+            tuple(_per_axis(k, dim) for k in planned["kernel_sizes"]),
+            None if spacing is None else tuple(float(s) for s in spacing),
+        )
+
+    @property
+    def dim(self) -> int:
+        """2 or 3."""
+        return len(self.patch_size)
+
+    @property
+    def n_levels(self) -> int:
+        """Resolution levels."""
+        return len(self.strides)
+
+    def downsampling(self, level: int) -> tuple[int, ...]:
+        """Cumulative stride per axis at ``level`` (1 at full resolution)."""
+        return tuple(int(n) for n in np.prod(self.strides[:level], axis=0))
+
+    def map_size(self, level: int) -> tuple[int, ...]:
+        """Voxels per axis of a patch's map at ``level``; pooling rounds up."""
+        return tuple(ceil(size / step) for size, step in zip(self.patch_size, self.downsampling(level), strict=True))
+
+    def largest_kernel(self, level: int) -> tuple[int, ...]:
+        """Largest kernel per axis at ``level``: one that reaches as far to either side as the map is long.
+
+        What lies farther out is padding for every voxel of the map. On axes where the plan's kernel is 1, LMS kernels
+        are 1 as well, whatever the setting.
+        """
+        return tuple(2 * size + 1 for size in self.map_size(level))
+
+
+def network_kwargs(settings: LGMSSettings, topology: Topology) -> dict[str, Any]:
+    """The keyword arguments of ``LGMSNet`` that a plan and its settings decide.
+
+    Channels of image and classes, ``conv_op`` and ``deep_supervision`` are the caller's.
+
+    Raises:
+        ValueError: the settings do not fit the plan; the message names setting, value and range.
+    """
+    n = topology.n_levels
+    widths = spread(settings.widths, n, lambda level: paper_features(n)[level - 1], "widths", _is_number)
+    encoder_blocks = spread(
+        settings.block_by_level.encoder, n, paper_encoder_block, "block_by_level.encoder", lambda v: isinstance(v, str)
+    )
+    decoder_blocks = spread(
+        settings.block_by_level.decoder,
+        n - 1,
+        lambda level: "+".join(paper_decoder_blocks(level)),
+        "block_by_level.decoder",
+        lambda v: isinstance(v, str),
+    )
+    kernels = lms_kernels_by_level(settings, topology)
+    groups = spread(settings.lms_group_channels, n, lambda level: None, "lms_group_channels", _is_flat)
+    ratios = spread(settings.gms_ratio, n, lambda level: [3, 1], "gms_ratio", _is_flat)
+    mlp_ratios = spread(settings.mlp_ratio, n, lambda level: 2, "mlp_ratio", _is_number)
+
+    entering = [widths[0], *widths[:-1]]  # an LMS block works on the channels that the level above hands down
+    for i in range(n):
+        level, uses_gms = i + 1, encoder_blocks[i] == "GMS" or (i < n - 1 and "GMS" in decoder_blocks[i])
+        if encoder_blocks[i] == "LMS":
+            _check_lms_width(entering[i], level)
+            groups[i] = _group_channels(groups[i], kernels[i], entering[i], level)
+        if uses_gms:
+            _check_gms(widths[i], ratios[i], mlp_ratios[i], level)
+    _check_patch(settings, topology, encoder_blocks, decoder_blocks)
+
+    norm_op, norm_op_kwargs = _norm(settings.norm, topology.dim)
+    return {
+        "n_stages": n,
+        "features_per_stage": widths,
+        "kernel_sizes": [list(k) for k in topology.kernel_sizes],
+        "strides": [list(s) for s in topology.strides],
+        "encoder_blocks": encoder_blocks,
+        "decoder_blocks": [tuple(names.split("+")) for names in decoder_blocks],
+        "lms_kernels": kernels,
+        "lms_group_channels": groups,
+        "gms_ratio": ratios,
+        "gms_patch": settings.gms_patch,
+        "n_heads": settings.heads,
+        "head_dim": settings.head_dim,
+        "mlp_ratio": mlp_ratios,
+        "n_blocks_per_stage": spread(settings.depths, n, lambda level: 1, "depths", _is_number),
+        "norm_op": norm_op,
+        "norm_op_kwargs": norm_op_kwargs,
+    }
+
+
+def lms_levels(settings: LGMSSettings, topology: Topology) -> list[int]:
+    """Numbers of the levels whose encoder block is LMS."""
+    blocks = spread(
+        settings.block_by_level.encoder,
+        topology.n_levels,
+        paper_encoder_block,
+        "block_by_level.encoder",
+        lambda v: isinstance(v, str),
+    )
+    return [level for level, block in enumerate(blocks, start=1) if block == "LMS"]
+
+
+def lms_kernels_by_level(settings: LGMSSettings, topology: Topology) -> list[list[tuple[int, ...]]]:
+    """Kernel per axis of each LMS group, per level.
+
+    Raises:
+        ValueError: they are still "auto", do not have the plan's axes, or are larger than the padded map.
+    """
+    if settings.lms_kernels == AUTO:
+        raise ValueError(
+            'lgmsnet.lms_kernels is still "auto": kernels are taken from the dataset when plans are written; write '
+            "them with `nnunet_lgms override`, not by hand."
+        )
+    per_level = spread(
+        settings.lms_kernels, topology.n_levels, lambda level: list(PAPER_LMS_KERNELS), "lms_kernels", _is_flat
+    )
+    resolved = []
+    for kernels in per_level:
+        for kernel in kernels:
+            if not _is_number(kernel) and len(kernel) != topology.dim:
+                raise ValueError(
+                    f"lgmsnet.lms_kernels holds {list(kernel)}, {len(kernel)} numbers for a {topology.dim}D plan: give "
+                    f"one number, or {topology.dim}, one per axis."
+                )
+        resolved.append([_per_axis(kernel, topology.dim) for kernel in kernels])
+    if "lms_kernels" in settings.model_fields_set:
+        for level in lms_levels(settings, topology):
+            _check_kernels(resolved[level - 1], topology, level)
+    return resolved
+
+
+def _check_kernels(kernels: Sequence[tuple[int, ...]], topology: Topology, level: int) -> None:
+    largest = topology.largest_kernel(level)
+    planned = topology.kernel_sizes[level - 1]
+    for kernel in kernels:
+        for k, limit, axis_kernel in zip(kernel, largest, planned, strict=True):
+            if axis_kernel != 1 and k > limit:
+                raise ValueError(
+                    f"lgmsnet.lms_kernels holds {_one_or_axes(kernel)} at level {level}, where a patch's map is "
+                    f"{'x'.join(map(str, topology.map_size(level)))} voxels: allowed are odd kernels from 1 to "
+                    f"{_one_or_axes(largest)}; choose smaller kernels there or plan a larger patch."
+                )
+
+
+def _check_lms_width(width: int, level: int) -> None:
+    if width % 4:
+        raise ValueError(
+            f"lgmsnet.widths gives the LMS block at level {level} {width} channels: allowed are multiples of 4, for "
+            f"example {width + -width % 4}."
+        )
+
+
+def _group_channels(given: Sequence[int] | None, kernels: Sequence, channels: int, level: int) -> list[int]:
+    """Channels of each LMS group; without a setting as equal as they can be."""
+    n = len(kernels)
+    if given is None:
+        if n > channels:
+            raise ValueError(
+                f"lgmsnet.lms_kernels holds {n} kernels at level {level}, which has {channels} channels: allowed are 1 "
+                f"to {channels} kernels there."
+            )
+        return [channels // n + (i < channels % n) for i in range(n)]
+    if len(given) != n or sum(given) != channels:
+        raise ValueError(
+            f"lgmsnet.lms_group_channels is {list(given)} at level {level}: it must have {n} entries, one per kernel, "
+            f"that sum to the {channels} channels entering that level."
+        )
+    return list(given)
+
+
+def _check_gms(width: int, ratio: Sequence[int], mlp_ratio: float, level: int) -> None:
+    transformer, conv = ratio
+    if width * transformer % (transformer + conv):
+        raise ValueError(
+            f"lgmsnet.gms_ratio is {transformer}:{conv} at level {level}, which has {width} channels and cannot be "
+            f"split so: the parts must sum to a divisor of {width}, or the width be divisible by {transformer + conv}."
+        )
+    hidden = width * mlp_ratio
+    if abs(hidden - round(hidden)) > 1e-6 or round(hidden) < 1:
+        raise ValueError(
+            f"lgmsnet.mlp_ratio is {mlp_ratio:g} at level {level}, which makes {hidden:g} hidden channels of {width}: "
+            f"allowed are ratios that make a whole number of at least 1."
+        )
+
+
+def _check_patch(settings: LGMSSettings, topology: Topology, encoder: Sequence[str], decoder: Sequence[str]) -> None:
+    patch = settings.gms_patch
+    if not _is_number(patch) and len(patch) != topology.dim:
+        raise ValueError(
+            f"lgmsnet.gms_patch is {list(patch)}, {len(patch)} numbers for a {topology.dim}D plan: give one number, or "
+            f"{topology.dim}, one per axis."
+        )
+    if "gms_patch" not in settings.model_fields_set:
+        return
+    for i, block in enumerate(encoder):
+        size = tuple(max(2, s) for s in topology.map_size(i + 1))  # the paper's patch of 2 is fine on a single slice
+        uses_gms = block == "GMS" or (i < len(decoder) and "GMS" in decoder[i])
+        if uses_gms and any(p > s for p, s in zip(_per_axis(patch, topology.dim), size, strict=True)):
+            raise ValueError(
+                f"lgmsnet.gms_patch is {patch}, larger than the map at level {i + 1}, which is "
+                f"{'x'.join(map(str, size))} voxels: allowed are 1 to {_one_or_axes(size)}."
+            )
+
+
+def _norm(name: str, dim: int) -> tuple[type, dict]:
+    if name == "paper":
+        return paper_norm(dim)
+    if name == "batch":
+        return BATCH_NORM[dim], {}
+    if name == "instance":
+        return INSTANCE_NORM[dim], {"affine": False}
+    return GroupNorm, {}
+
+
+def _per_axis(value: int | Sequence[int], dim: int) -> tuple[int, ...]:
+    return (int(value),) * dim if _is_number(value) else tuple(int(v) for v in value)
+
+
+def _one_or_axes(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number)
+
+
+def _is_flat(value: Any) -> bool:
+    return all(_is_number(v) for v in value)

@@ -1,0 +1,215 @@
+"""The schema of the configuration key ``"lgmsnet"``: names, types, defaults and what each setting does.
+
+This is the one place of truth. The builder, the command line and the table in ``docs/plans.md`` are made from it.
+Defaults are the paper's network (arXiv 2508.15476) on whatever topology nnU-Net planned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from packaging.version import InvalidVersion, Version
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    ValidationError,
+)
+
+from nnunet_lgms import __version__
+from nnunet_lgms.config.levels import ByLevel, PerLevel
+
+KEY = "lgmsnet"
+
+# The first release that reads every setting below; raise it with each new setting. Plans that override something carry
+# it, so that an older plugin can say what it lacks instead of stumbling over an unknown name.
+READABLE_SINCE = "0.1.0"
+
+AUTO = "auto"
+MAX_LMS_GROUPS = 8
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
+
+
+def _ratio_from_text(value: Any) -> Any:
+    """ "3:1" -> [3, 1]; everything else is left to the types."""
+    if isinstance(value, str) and value.count(":") == 1 and value.replace(":", "").isdigit():
+        return [int(part) for part in value.split(":")]
+    return value
+
+
+def _not_both_zero(value: list[int]) -> list[int]:
+    if not any(value):
+        raise ValueError("must leave channels to a branch")
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+OddKernel = Annotated[int, Field(strict=True, ge=1), AfterValidator(_odd)]
+AxisKernels = Annotated[list[OddKernel], Field(min_length=2, max_length=3)]
+FlatGroups = Annotated[list[OddKernel], Field(min_length=1, max_length=MAX_LMS_GROUPS)]
+Groups = Annotated[list[OddKernel | AxisKernels], Field(min_length=1, max_length=MAX_LMS_GROUPS)]
+GroupChannels = Annotated[list[Count], Field(min_length=1, max_length=MAX_LMS_GROUPS)]
+Ratio = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0)]],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(_ratio_from_text),
+    AfterValidator(_not_both_zero),
+]
+AxisPatch = Annotated[list[Count], Field(min_length=2, max_length=3)]
+Factor = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+EncoderBlock = Literal["LMS", "GMS", "Conv"]
+DecoderBlocks = Annotated[str, StringConstraints(pattern=r"^(Fusion|GMS|Conv)(\+(Fusion|GMS|Conv))*$")]
+
+
+def _setting(default: Any, allowed: str, description: str) -> Any:
+    return Field(default, description=description, json_schema_extra={"allowed": allowed})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BlocksByLevel(_Strict):
+    """Which block stands at which level."""
+
+    encoder: PerLevel[EncoderBlock] | None = _setting(
+        None, '"LMS", "GMS", "Conv", per level', "block of an encoder level; null: LMS at levels 1 to 3, GMS below"
+    )
+    decoder: PerLevel[DecoderBlocks] | None = _setting(
+        None,
+        '"Fusion", "GMS", "Conv" or several joined by "+", per level but the lowest',
+        "blocks of a decoder level; null: Fusion at levels 1 and 2, Fusion+GMS at level 3, GMS below",
+    )
+
+
+class LGMSSettings(_Strict):
+    """What a configuration's ``"lgmsnet"`` key may hold."""
+
+    requires: str | None = _setting(
+        None, f'a version such as "{READABLE_SINCE}"', "lowest version of this plugin that can read these settings"
+    )
+    widths: PerLevel[Count] | None = _setting(
+        None, "whole numbers, per level", "channels of a level; null: 16, 32, 64, then 128"
+    )
+    depths: PerLevel[Count] = _setting(1, "whole numbers from 1, per level", "repetitions of the encoder's block")
+    block_by_level: BlocksByLevel = _setting(
+        BlocksByLevel(),
+        'a table with "encoder" and "decoder": each "LMS", "GMS", "Conv" (encoder) or "Fusion", "GMS", "Conv", joined '
+        'by "+" (decoder), per level',
+        "which block stands where",
+    )
+    lms_kernels: Literal["auto"] | FlatGroups | ByLevel[Groups] = _setting(
+        [3, 5, 7, 9],
+        f"a list of 1 to {MAX_LMS_GROUPS} odd whole numbers, or per level a list of such numbers or of one number per "
+        'axis, or "auto"',
+        'depthwise kernel of each channel group of an LMS block; "auto": from the sizes of the objects in the dataset',
+    )
+    lms_group_channels: GroupChannels | ByLevel[GroupChannels | None] | None = _setting(
+        None,
+        "a list with one whole number per kernel, which sum to the channels entering the block, per level",
+        "channels of each LMS group; null: as equal as they can be, the first groups one larger",
+    )
+    gms_ratio: PerLevel[Ratio] = _setting(
+        [3, 1],
+        '"a:b" or [a, b] with whole numbers, not both 0, per level',
+        "Transformer:Conv, how a GMS block splits its channels",
+    )
+    gms_patch: Count | AxisPatch = _setting(
+        2, "a whole number, or one per axis", "pixels of an attention patch; p per axis make p^d sequences"
+    )
+    heads: Count = _setting(4, "a whole number from 1", "attention heads")
+    head_dim: Count = _setting(8, "a whole number from 1", "channels of an attention head")
+    mlp_ratio: PerLevel[Factor] = _setting(
+        2, "positive numbers, per level", "hidden channels of the feed-forward part over the level's width"
+    )
+    norm: Literal["paper", "batch", "instance", "group"] = _setting(
+        "paper",
+        '"paper", "batch", "instance", "group"',
+        "norm of the dense convolutions; paper: batch in 2D, instance without affine in 3D",
+    )
+    deep_supervision: StrictBool = _setting(
+        False, "true or false", "whether the loss also sees the levels below full resolution"
+    )
+
+    @classmethod
+    def from_plan(cls, value: Any) -> LGMSSettings:
+        """Validates the content of a ``"lgmsnet"`` key.
+
+        Raises:
+            ValueError: it needs a newer plugin, holds an unknown name, or a value that is not allowed. One sentence
+                names the value, what is allowed, and the way out.
+        """
+        if not isinstance(value, Mapping):
+            raise ValueError(f'"{KEY}" is {value!r}: it must be a table of settings; docs/plans.md lists them.')
+        check_required_version(value.get("requires"))
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            raise ValueError(_sentence(error, value)) from None
+
+    def explicit(self) -> dict[str, Any]:
+        """The settings that were given, as they stand in a plans file; defaults are left out."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def check_required_version(required: Any) -> None:
+    """Refuses settings that a newer plugin wrote.
+
+    Raises:
+        ValueError: ``required`` is no version, or a newer one than is installed.
+    """
+    if required is None:
+        return
+    try:
+        newer = Version(required) > Version(__version__)
+    except (InvalidVersion, TypeError):
+        raise ValueError(f'lgmsnet.requires is {required!r}: give a version such as "{READABLE_SINCE}".') from None
+    if newer:
+        raise ValueError(
+            f"These plans need nnunet_lgms {required} or newer, but {__version__} is installed: "
+            f"pip install --upgrade 'nnunet-lgms>={required}'"
+        )
+
+
+def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
+    """pydantic's first complaint as one sentence."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        model = BlocksByLevel if path[0] == "block_by_level" and len(path) > 1 else LGMSSettings
+        known = list(model.model_fields)
+        near = get_close_matches(path[-1], known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+        return f"lgmsnet has no setting {'.'.join(path)!r}; {hint}"
+    key = path[0]
+    field = LGMSSettings.model_fields[key]
+    return f"lgmsnet.{key} is {given[key]!r}: allowed is {field.json_schema_extra['allowed']}; see docs/plans.md."
+
+
+def settings_table() -> str:
+    """The table of ``docs/plans.md``, in Markdown."""
+    lines = ["| setting | default | allowed | what it does |", "|---|---|---|---|"]
+    for name, field in LGMSSettings.model_fields.items():
+        if name == "block_by_level":
+            for part, sub in BlocksByLevel.model_fields.items():
+                lines.append(_row(f"{name}.{part}", sub))
+        else:
+            lines.append(_row(name, field))
+    return "\n".join(lines)
+
+
+def _row(name: str, field: Any) -> str:
+    cells = [f"`{name}`", f"`{json.dumps(field.default)}`", field.json_schema_extra["allowed"], field.description]
+    return "| " + " | ".join(cells) + " |"
