@@ -64,7 +64,7 @@ def holds_distributions(path: str) -> bool:
 
 
 class Environment:
-    """A virtual environment that sees the packages of the running one, but none of its ``.pth`` files."""
+    """A virtual environment that sees the packages of the running one, but not this one, and no ``.pth`` file."""
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         run(sys.executable, "-m", "venv", "--without-pip", folder, env=env)
@@ -72,7 +72,14 @@ class Environment:
         self.folder = folder
         self.python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
         self.site = Path(run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", env=env)[:-1])
-        (self.site / "parent.pth").write_text("".join(f"{path}\n" for path in sys.path if holds_distributions(path)))
+        (self.site / "packages.pth").write_text(f"{folder / 'packages'}\n")
+        (folder / "packages").mkdir()
+        for path in filter(holds_distributions, reversed(sys.path)):
+            for package in Path(path).iterdir():
+                link = folder / "packages" / package.name
+                if not package.name.startswith("nnunet_lgms") and package.suffix != ".pth":
+                    link.unlink(missing_ok=True)  # the first on sys.path counts, as in an import
+                    link.symlink_to(package)
         self.files_before = self.files()
 
     def files(self) -> set[str]:
