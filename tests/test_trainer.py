@@ -1,0 +1,403 @@
+"""The trainers without any training command: what nnU-Net finds, calls and expects back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tiny_plans import LABELS, REGIONS, configuration, dataset_json, plans
+
+from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.nnunet import trainer as trainers
+from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
+from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+
+NAMES = [
+    "nnUNetTrainerLGMSNet",
+    "nnUNetTrainerLGMSNet_nnUNetDA",
+    "nnUNetTrainerLGMSNet_5epochs",
+    "nnUNetTrainerLGMSNet_demo",
+]
+PATCH = {2: [16, 16], 3: [8, 12, 8]}
+
+
+@pytest.fixture(autouse=True)
+def nnunet_folders(tmp_path, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def make_trainer(name="nnUNetTrainerLGMSNet", labels=None, *, patch_size=(8, 12, 8), **more) -> nnUNetTrainer:
+    """A trainer with network, optimiser and loss, as after ``initialize`` but without a preprocessed dataset."""
+    trainer = getattr(trainers, name)(
+        plans(only=configuration(list(patch_size), **more)), "only", 0, dataset_json(labels), torch.device("cpu")
+    )
+    trainer._set_batch_size_and_oversample()
+    trainer.network = trainer.build_network_architecture(
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        1,
+        trainer.label_manager.num_segmentation_heads,
+        trainer.enable_deep_supervision,
+    )
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    trainer.loss = trainer._build_loss()
+    return trainer
+
+
+def make_batch(trainer: nnUNetTrainer) -> dict:
+    """One random batch that went through the trainer's own transforms."""
+    patch = trainer.configuration_manager.patch_size
+    generator = torch.Generator().manual_seed(0)
+    rotation, dummy_2d, _, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    labels = trainer.label_manager
+    transform = trainer.get_training_transforms(
+        patch,
+        rotation,
+        trainer._get_deep_supervision_scales(),
+        mirror,
+        dummy_2d,
+        use_mask_for_norm=[False],
+        foreground_labels=labels.foreground_labels,
+        regions=labels.foreground_regions if labels.has_regions else None,
+        ignore_label=labels.ignore_label,
+    )
+    samples = [
+        transform(
+            image=torch.randn(1, *patch, generator=generator),
+            segmentation=torch.randint(-1, max(labels.all_labels) + 1, (1, *patch), generator=generator).short(),
+        )
+        for _ in range(trainer.batch_size)
+    ]
+    targets = [sample["segmentation"] for sample in samples]
+    if isinstance(targets[0], list):
+        target = [torch.stack(level) for level in zip(*targets, strict=True)]
+    else:
+        target = torch.stack(targets)
+    return {"data": torch.stack([sample["image"] for sample in samples]), "target": target}
+
+
+# --- found and called by nnU-Net ---------------------------------------------------------------------------------
+
+
+def test_stock_finder_finds_every_trainer(clean_env):
+    code = f"""
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+import sys
+for name in {NAMES}:
+    found = find(name)
+    assert found.__name__ == name, found
+    assert found.__module__ == "nnunet_lgms.nnunet.trainer", found.__module__
+    assert sys.modules[found.__module__].__dict__[name] is found  # pickling looks it up there
+"""
+    env = {**clean_env, "nnUNet_extTrainer": str(ROOT / "trainers"), "PYTHONPATH": _search_path()}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def _search_path() -> str:
+    import os
+
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["__init__", "build_network_architecture"])
+def test_signatures_are_nnunets(name, method):
+    assert inspect.signature(getattr(getattr(trainers, name), method)) == inspect.signature(
+        getattr(nnUNetTrainer, method)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_override_takes_the_same_arguments(name):
+    trainer = getattr(trainers, name)
+    for attribute, stock in vars(nnUNetTrainer).items():
+        if inspect.isroutine(stock) and not attribute.startswith("__"):
+            ours = inspect.getattr_static(trainer, attribute)
+            assert isinstance(ours, staticmethod) == isinstance(stock, staticmethod), attribute
+            ours, stock = (inspect.signature(getattr(owner, attribute)) for owner in (trainer, nnUNetTrainer))
+            assert list(ours.parameters) == list(stock.parameters), attribute
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_init_arguments_go_into_the_checkpoint(name):
+    trainer = make_trainer(name)
+    assert set(trainer.my_init_kwargs) == {"plans", "configuration", "fold", "dataset_json", "device"}
+    assert trainer.my_init_kwargs["configuration"] == "only"
+
+
+# --- recipe --------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_is_the_papers():
+    trainer = make_trainer()
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (500, 250)
+    (group,) = trainer.optimizer.param_groups
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.02, 0.9, 1e-4, False)
+    assert trainer.batch_size == 2  # the plan's
+    assert make_trainer("nnUNetTrainerLGMSNet_5epochs").num_epochs == 5
+    assert make_trainer("nnUNetTrainerLGMSNet_nnUNetDA").num_epochs == 500
+
+
+def test_rate_decays_every_iteration():
+    trainer = make_trainer()
+    trainer.num_epochs, trainer.num_iterations_per_epoch = 3, 4
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    batch = make_batch(trainer)
+    rates = []
+    for trainer.current_epoch in range(3):
+        trainer.on_train_epoch_start()
+        for _ in range(4):
+            trainer.train_step(batch)
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.on_train_epoch_end([{"loss": np.zeros(1)}])
+    np.testing.assert_allclose(rates, [0.02 * (1 - i / 12) ** 0.9 for i in range(12)], rtol=1e-12)
+
+
+def test_rate_of_a_continued_training_goes_on():
+    """A new process knows the epoch alone; its first rate is that of an uninterrupted training."""
+    trainer = make_trainer()
+    trainer.num_epochs, trainer.num_iterations_per_epoch = 4, 5
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    trainer.current_epoch = 2
+    trainer.on_train_epoch_start()
+    trainer.train_step(make_batch(trainer))
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**0.9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_steps_on_one_batch_lower_its_loss(name, labels, dim):
+    torch.manual_seed(0)
+    trainer = make_trainer(name, labels, patch_size=PATCH[dim])
+    batch = make_batch(trainer)
+    trainer.on_train_epoch_start()
+    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(8)]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        outputs = trainer.validation_step(copy.deepcopy(batch))
+    assert len(outputs["tp_hard"]) == 2  # foreground labels or regions
+
+
+# --- loss ----------------------------------------------------------------------------------------------------------
+
+
+def soft_dice(probabilities, onehot, mask, axes):
+    overlap = (probabilities * onehot * mask).sum(axes)
+    size = ((probabilities + onehot) * mask).sum(axes)
+    return ((2 * overlap + 1e-5) / (size + 1e-5)).mean()
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_loss_of_labels(batch_dice, ignore):
+    labels = {**LABELS, "ignore": 3} if ignore else LABELS
+    logits = torch.randn(2, 3, 4, 5, 6)
+    target = torch.randint(0, 4 if ignore else 3, (2, 1, 4, 5, 6))
+    loss = make_trainer(labels=labels, batch_dice=batch_dice).loss(logits, target)
+
+    mask = target != 3
+    probabilities = logits.softmax(1)
+    onehot = torch.stack([(target[:, 0] == c).float() for c in range(3)], dim=1)
+    cross_entropy = -(probabilities.log() * onehot).sum(1, keepdim=True)[mask].mean()
+    axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
+    dice = soft_dice(probabilities[:, 1:], onehot[:, 1:], mask, axes)  # the background takes no part
+    torch.testing.assert_close(loss, 0.5 * cross_entropy - dice)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_loss_of_regions(batch_dice, ignore):
+    labels = {**REGIONS, "ignore": 3} if ignore else REGIONS
+    logits = torch.randn(2, 2, 4, 5, 6)
+    target = torch.randint(0, 2, (2, 3 if ignore else 2, 4, 5, 6)).bool()
+    loss = make_trainer(labels=labels, batch_dice=batch_dice).loss(logits, target if ignore else target.float())
+
+    mask = ~target[:, 2:] if ignore else torch.ones(2, 1, 4, 5, 6, dtype=torch.bool)
+    probabilities, onehot = logits.sigmoid(), target[:, :2].float()
+    cross_entropy = -(onehot * probabilities.log() + (1 - onehot) * (1 - probabilities).log())
+    # nnU-Net's class divides the masked sum over all regions by the number of voxels that are not ignored
+    cross_entropy = (cross_entropy * mask).sum() / mask.sum() if ignore else cross_entropy.mean()
+    axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
+    dice = soft_dice(probabilities, onehot, mask, axes)
+    torch.testing.assert_close(loss, 0.5 * cross_entropy - dice)
+
+
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+def test_perfect_prediction_costs_minus_one(labels):
+    manager = PlansManager(plans()).get_label_manager(dataset_json(labels))
+    loss = cross_entropy_and_dice(manager, batch_dice=False, ddp=False)
+    segmentation = torch.zeros(1, 1, 4, 4, 4)
+    segmentation[..., 1:3] = 1
+    segmentation[..., 3] = 2
+    if labels is LABELS:
+        target, truth = segmentation, torch.cat([segmentation == c for c in range(3)], dim=1)
+    else:
+        target = truth = torch.cat((segmentation > 0, segmentation == 2), dim=1).float()
+    torch.testing.assert_close(loss(200 * truth.float() - 100, target), torch.tensor(-1.0))
+
+
+# --- deep supervision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_stages", [2, 3, 5, 7])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_outputs_match_targets_and_weights(n_stages, dim):
+    patch = [16] * dim
+    strides = [[1] * dim] + [[2] * dim] * 2 + [[1] * (dim - 1) + [2]] * 2 + [[2] + [1] * (dim - 1)] * 2
+    more = {"strides": strides[:n_stages], "lgmsnet": {"deep_supervision": True}}
+    trainer = make_trainer(patch_size=patch, **more)
+    assert trainer.enable_deep_supervision
+    batch = make_batch(trainer)
+    outputs = trainer.network(batch["data"])
+    assert isinstance(trainer.loss, DeepSupervisionWrapper)
+    assert len(outputs) == len(batch["target"]) == len(trainer.loss.weight_factors) == n_stages - 1
+    assert [o.shape[2:] for o in outputs] == [t.shape[2:] for t in batch["target"]]
+    assert np.isfinite(float(trainer.train_step(batch)["loss"]))
+
+
+def test_no_deep_supervision_unless_the_plan_asks():
+    trainer = make_trainer()
+    assert not trainer.enable_deep_supervision and trainer._get_deep_supervision_scales() is None
+    batch = make_batch(trainer)
+    assert trainer.network(batch["data"]).shape == (2, 3, 8, 12, 8)
+    # perform_actual_validation ends with set_deep_supervision_enabled(True)
+    trainer.set_deep_supervision_enabled(True)
+    assert not trainer.network.decoder.deep_supervision
+
+
+def test_deep_supervision_is_switched_where_it_is_on():
+    trainer = make_trainer(lgmsnet={"deep_supervision": True})
+    trainer.set_deep_supervision_enabled(False)
+    assert isinstance(trainer.network(torch.zeros(1, 1, 8, 12, 8)), torch.Tensor)
+    trainer.set_deep_supervision_enabled(True)
+    assert len(trainer.network(torch.zeros(1, 1, 8, 12, 8))) == 2
+
+
+def test_deep_supervision_weights():
+    np.testing.assert_allclose(deep_supervision_weights(4), np.array([4, 2, 1, 0]) / 7)
+    np.testing.assert_allclose(deep_supervision_weights(1), [1])
+    weights = deep_supervision_weights(3, every_head_needs_gradient=True)
+    assert 0 < weights[-1] < 1e-5 and weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(deep_supervision_weights(1, every_head_needs_gradient=True), [1])
+
+
+@pytest.mark.parametrize("trained_with", [False, True])
+def test_weights_load_strictly_at_prediction(trained_with):
+    trainer = make_trainer(lgmsnet={"deep_supervision": trained_with})
+    predicting = trainer.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
+    )
+    assert isinstance(predicting, LGMSNet)
+    predicting.load_state_dict(trainer.network.state_dict(), strict=True)
+    x = torch.randn(1, 1, 8, 12, 8)
+    trainer.set_deep_supervision_enabled(False)
+    torch.testing.assert_close(predicting.eval()(x), trainer.network.eval()(x), rtol=0, atol=0)
+
+
+# --- augmentation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "spacing", "expected"),
+    [
+        ([256, 256], [1, 1], (0, 1)),
+        ([512, 448], [0.5, 0.5], ()),
+        ([128, 128, 128], [1, 1, 1], (0, 1, 2)),
+        ([40, 56, 40], [1, 1, 1], (0, 2)),
+        ([20, 320, 320], [3.0, 0.7, 0.7], (1, 2)),
+        ([20, 320, 256], [3.0, 0.7, 0.7], ()),
+        ([96, 96, 96], [2.0, 1.5, 1.5], (1, 2)),  # equal lengths, but the anatomy would be stretched
+        ([64, 64], [3.0, 0.7], ()),
+        ([256, 256], [999, 1, 1], (0, 1)),  # 2D data with the spacing of three axes
+    ],
+)
+def test_axes_that_may_rotate(patch_size, spacing, expected):
+    assert rotation_axes(patch_size, spacing) == expected
+
+
+@pytest.mark.parametrize("patch_size", [(5, 5), (4, 5), (5, 5, 5), (5, 6, 5), (4, 5, 6)])
+def test_image_and_labels_turn_together(patch_size):
+    """Every voxel has its own number; what comes out is a rotation or flip of it, in the allowed planes only."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    dim = len(patch_size)
+    axes = rotation_axes(patch_size, [1] * dim)
+    transform = rotations_and_flips(axes, range(dim), None)
+    numbered = torch.arange(np.prod(patch_size)).reshape(1, *patch_size)
+    allowed = {
+        tuple(turned.flatten().tolist())
+        for turned in rotations(numbered, axes)
+        for turned in flips(turned, range(1, dim + 1))
+    }
+    seen = set()
+    for _ in range(300):
+        sample = transform(image=numbered.float(), segmentation=numbered.short())
+        assert sample["image"].shape == sample["segmentation"].shape == (1, *patch_size)
+        assert torch.equal(sample["image"].short(), sample["segmentation"])
+        seen.add(tuple(sample["image"].long().flatten().tolist()))
+    assert seen <= allowed
+    assert len(seen) > 0.8 * len(allowed)
+
+
+def rotations(x, axes):
+    yield x
+    for i, a in enumerate(axes):
+        for b in axes[i + 1 :]:
+            yield from (torch.rot90(x, k, (a + 1, b + 1)) for k in (1, 2, 3))
+
+
+def flips(x, axes):
+    axes = list(axes)
+    for chosen in range(2 ** len(axes)):
+        yield torch.flip(x, [a for i, a in enumerate(axes) if chosen >> i & 1])
+
+
+def test_recipe_changes_no_intensity():
+    trainer = make_trainer(patch_size=(8, 8, 8))
+    rotation, dummy_2d, initial_patch, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert not dummy_2d and list(initial_patch) == [8, 8, 8]  # nothing needs voxels from outside the patch
+    assert mirror == trainer.inference_allowed_mirroring_axes == (0, 1, 2)
+    transform = trainer.get_training_transforms([8, 8, 8], rotation, None, mirror, dummy_2d)
+    image = torch.randn(1, 8, 8, 8)
+    for _ in range(20):
+        out = transform(image=image, segmentation=torch.zeros(1, 8, 8, 8))["image"]
+        assert torch.equal(out.flatten().sort().values, image.flatten().sort().values)
+
+
+def test_nnunet_da_is_nnunets():
+    trainer = make_trainer("nnUNetTrainerLGMSNet_nnUNetDA", patch_size=(8, 8, 8))
+    stock = nnUNetTrainer(plans(only=configuration([8, 8, 8])), "only", 0, dataset_json(), torch.device("cpu"))
+    ours, theirs = (t.configure_rotation_dummyDA_mirroring_and_inital_patch_size() for t in (trainer, stock))
+    assert str(ours) == str(theirs)
+    assert trainer.get_training_transforms is nnUNetTrainer.get_training_transforms
+
+
+def test_cascade_gets_the_previous_stage_as_one_hot_channels():
+    torch.manual_seed(0)
+    transform = rotations_and_flips((0, 2), (0, 1, 2), None, is_cascaded=True, foreground_labels=[1, 2])
+    segmentation = torch.randint(0, 3, (2, 8, 12, 8)).short()
+    sample = transform(image=torch.randn(1, 8, 12, 8), segmentation=segmentation)
+    assert sample["image"].shape == (3, 8, 12, 8) and sample["segmentation"].shape == (1, 8, 12, 8)
+    assert set(sample["image"][1:].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_regions_with_ignore_label_end_in_the_ignore_channel():
+    transform = rotations_and_flips((), None, None, regions=[(1, 2), 2], ignore_label=3)
+    segmentation = torch.tensor([[0, 1, 2, 3, -1]]).short()[None]
+    out = transform(image=torch.zeros(1, 1, 5), segmentation=segmentation)["segmentation"]
+    expected = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]])[:, None]
+    assert torch.equal(out.long(), expected)
