@@ -1,8 +1,10 @@
-"""Plans as nnU-Net writes them, small enough to build networks from by the dozen."""
+"""A whole plans file and its dataset.json, as ``nnUNetv2_train`` hands them to a trainer."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import planned
 
 DATASET_NAME = "Dataset999_Tiny"
 LABELS = {"background": 0, "organ": 1, "lesion": 2}
@@ -22,42 +24,16 @@ def dataset_json(labels: dict | None = None, n_channels: int = 1) -> dict:
     return description
 
 
-def configuration(
-    patch_size: list[int],
-    strides: list[list[int]] | None = None,
-    kernel_sizes: list[list[int]] | None = None,
-    spacing: list[float] | None = None,
-    **more: Any,
-) -> dict:
-    """One configuration; ``patch_size`` gives the dimension, strides default to 3 stages of 2 per axis."""
+def configuration(patch_size: list[int], strides: list[list[int]] | None = None, **more: Any) -> dict:
+    """One configuration with all that a trainer reads; strides default to 3 stages of 2 per axis."""
     dim = len(patch_size)
     strides = strides or [[1] * dim, [2] * dim, [2] * dim]
-    kernel_sizes = kernel_sizes or [[3] * dim] * len(strides)
-    n_stages = len(strides)
-    convolution = f"torch.nn.modules.conv.Conv{dim}d"
     return {
-        "data_identifier": f"nnUNetPlans_{dim}d",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "patch_size": patch_size,
+        **planned.configuration(tuple(patch_size), len(strides), strides=strides),
         "median_image_size_in_voxels": patch_size,
-        "spacing": spacing or [1.0] * dim,
         "normalization_schemes": ["NoNormalization"],
         "use_mask_for_norm": [False],
         "batch_dice": False,
-        "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-            "arch_kwargs": {
-                "n_stages": n_stages,
-                "features_per_stage": [min(32 * 2**i, 320) for i in range(n_stages)],
-                "conv_op": convolution,
-                "kernel_sizes": kernel_sizes,
-                "strides": strides,
-                "n_conv_per_stage": [2] * n_stages,
-                "n_conv_per_stage_decoder": [2] * (n_stages - 1),
-            },
-            "_kw_requires_import": ["conv_op"],
-        },
         **more,
     }
 

@@ -14,11 +14,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunet_lgms.config import settings_of
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
-
-OPTIONS_KEY = "lgmsnet"
 
 
 class nnUNetTrainerLGMSNet(nnUNetTrainer):
@@ -51,8 +50,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.initial_lr = 0.02
         self.momentum = 0.9
         self.weight_decay = 1e-4
-        options = self.configuration_manager.configuration.get(OPTIONS_KEY, {})
-        self.enable_deep_supervision = bool(options.get("deep_supervision", False))
+        self.enable_deep_supervision = settings_of(self.configuration_manager).deep_supervision
         self.iteration = 0  # within the epoch
 
     @staticmethod
