@@ -41,7 +41,7 @@ class BuildPyWithTrainers(build_py):
         return outputs if self.editable_mode else [*outputs, str(Path(self.build_lib, PTH_NAME))]
 
 
-EVALUATION = ["monai>=1.4", "jinja2>=3", "scipy>=1.11"]
+EVALUATION = ["monai>=1.4", "jinja2>=3", "scipy>=1.15"]
 
 setup(
     name="nnunet-lgms",

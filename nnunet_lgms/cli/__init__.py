@@ -20,6 +20,8 @@ from nnunet_lgms.requirements import RequirementError
 COMMANDS = {
     "doctor": "is this machine ready to train?",
     "convert": "a downloaded dataset of the paper becomes an nnU-Net dataset",
+    "evaluate": "Dice, IoU, HD95, NSD, precision and recall, with a report",
+    "override": "new plans with other kernels, ratios, widths or blocks",
 }
 
 

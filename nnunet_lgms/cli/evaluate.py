@@ -1,0 +1,113 @@
+"""`nnunet_lgms evaluate PREDICTIONS REFERENCES`: metrics, intervals, tests and a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="Dice, IoU, HD95, NSD, precision and recall, with a report",
+        description="Compare predicted label files with references of the same names. Writes cases.csv, summary.json "
+        "and report.html. Labels are taken from --labels, from --dataset, or else from the dataset.json that nnU-Net "
+        "puts beside its predictions.",
+    )
+    parser.add_argument("predictions", metavar="PREDICTIONS", type=Path, help="folder with predicted label files")
+    parser.add_argument("references", metavar="REFERENCES", type=Path, help="folder with reference label files")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labels", nargs="+", metavar="LABEL", help="1, kidney=1, or the region masses=2,3")
+    labels.add_argument("--dataset", metavar="DATASET", help="number or name in nnUNet_raw, or path of a dataset.json")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: PREDICTIONS/evaluation")
+    parser.add_argument("--name", default="model", help="name of the model of PREDICTIONS (default: model)")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="another model on the same cases; repeatable",
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images for the pictures (default: of --dataset)")
+    parser.add_argument("--nsd-tolerance", type=float, default=1.0, metavar="MM", help="default: 1")
+    parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="bootstrap samples (default: 2000)")
+    parser.add_argument("--worst", type=int, default=6, metavar="N", help="worst cases shown a model (default: 6)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core, at most 8)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nnunet_lgms.evaluation.evaluate import evaluate
+    from nnunet_lgms.evaluation.output import terminal_table, write_all
+
+    labels, reader, images = _what_to_evaluate(args)
+    evaluation = evaluate(
+        _models(args),
+        args.references,
+        labels,
+        reader,
+        tolerance=args.nsd_tolerance,
+        n_resamples=args.bootstrap,
+        workers=args.workers,
+    )
+    files = write_all(
+        evaluation, args.output or args.predictions / "evaluation", images=args.images or images, n_worst=args.worst
+    )
+    for remark in evaluation.remarks:
+        print(f"Note: {remark}")
+    print(terminal_table(evaluation))
+    print("Written:", *files)
+    return 0
+
+
+def _models(args: argparse.Namespace) -> dict[str, Path]:
+    models = {args.name: args.predictions}
+    for word in args.compare:
+        name, separator, folder = word.partition("=")
+        if not (name and separator and folder) or name in models:
+            raise ValueError(f"--compare {word} is not understood: write NAME=FOLDER, with a new NAME for each model.")
+        models[name] = Path(folder)
+    return models
+
+
+def _what_to_evaluate(args: argparse.Namespace):
+    """Labels, reader, and the folder of the images if it is known."""
+    from nnunet_lgms.evaluation.labels import LabelSet, read_dataset_json
+    from nnunet_lgms.evaluation.segmentation import Reader, find_file_ending
+
+    if not args.predictions.is_dir():
+        raise ValueError(f"The folder {args.predictions} does not exist.")
+    images = None
+    if args.dataset:
+        folder = raw_dataset(args.dataset)
+        content, images = read_dataset_json(folder), folder / "imagesTr"
+    else:
+        # nnU-Net puts dataset.json beside predictions, and in the model's folder, two above fold_0/validation
+        above = (args.predictions, args.predictions.parent, args.predictions.resolve().parent.parent)
+        beside = [folder for folder in above if (folder / "dataset.json").is_file()]
+        content = read_dataset_json(beside[0]) if beside else None
+    if content is None and not args.labels:
+        raise ValueError(f"There is no dataset.json beside {args.predictions}: give --labels or --dataset.")
+    labels = LabelSet.parse(args.labels) if args.labels else LabelSet.from_dataset_json(content)
+    reader = Reader.of_dataset(content) if content else Reader(find_file_ending(args.predictions))
+    return labels, reader, images
+
+
+def raw_dataset(dataset: str) -> Path:
+    """Folder of a raw dataset, by number (`101`), name (`Dataset101_BUSI`) or path (its own, or of its dataset.json).
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(dataset)
+    if path.is_file() or (path / "dataset.json").is_file():
+        return path if path.is_dir() else path.parent
+    raw = os.environ.get("nnUNet_raw")
+    if not raw:
+        raise ValueError(f"To find dataset {dataset}, the environment variable nnUNet_raw must name nnU-Net's folder.")
+    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
+    found = sorted(folder for folder in Path(raw).glob(pattern) if (folder / "dataset.json").is_file())
+    if len(found) != 1:
+        there = ", ".join(sorted(folder.name for folder in Path(raw).glob("Dataset*"))) or "none"
+        raise ValueError(f"{raw} has {len(found)} datasets {dataset}, expected one; there are: {there}.")
+    return found[0]

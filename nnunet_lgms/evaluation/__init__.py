@@ -1,0 +1,1 @@
+"""Predictions against references: metrics in mm, intervals, tests, tables and one HTML report."""

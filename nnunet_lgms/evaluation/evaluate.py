@@ -1,0 +1,231 @@
+"""Evaluate the predictions of one or several models against the same references."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_lgms.evaluation.labels import LabelSet
+from nnunet_lgms.evaluation.metrics import METRICS, compute_metrics
+from nnunet_lgms.evaluation.requirement import require_evaluation_extra
+from nnunet_lgms.evaluation.segmentation import Reader, differences
+from nnunet_lgms.evaluation.statistics import Mean, PairedTest, bootstrap_mean, compare
+from nnunet_lgms.parallel import default_workers, parallel_map
+
+FOREGROUND = "foreground mean"
+"""Name of the mean over all labels."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All numbers of an evaluation.
+
+    Args:
+        models: name → folder of its predictions.
+        references: folder of the reference labels.
+        labels: what was evaluated.
+        reader: how files were read.
+        tolerance: of NSD, in mm (pixels for flat images).
+        cases: names, sorted; the same for all models.
+        values: model → (cases, labels, metrics), in the orders of `cases`, `labels.regions` and `METRICS`.
+        summary: model → label or `FOREGROUND` → metric → mean over cases.
+        tests: label or `FOREGROUND` → metric → tests between all pairs of models.
+        remarks: sentences that the user should read.
+    """
+
+    models: Mapping[str, Path]
+    references: Path
+    labels: LabelSet
+    reader: Reader
+    tolerance: float
+    cases: tuple[str, ...]
+    values: Mapping[str, np.ndarray]
+    summary: Mapping[str, Mapping[str, Mapping[str, Mean]]]
+    tests: Mapping[str, Mapping[str, list[PairedTest]]]
+    remarks: tuple[str, ...]
+
+    def foreground_per_case(self, model: str, metric: str) -> np.ndarray:
+        """Mean over labels in every case, (cases,)."""
+        return _mean_over_labels(self.values[model][:, :, METRICS.index(metric)])
+
+
+@dataclass(frozen=True)
+class _Task:
+    case: str
+    prediction: Path
+    reference: Path
+    reader: Reader
+    labels: LabelSet
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class _Result:
+    case: str
+    problem: str = ""
+    values: np.ndarray | None = None  # (labels, metrics)
+    predicted: frozenset[int] = frozenset()
+    annotated: frozenset[int] = frozenset()
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    references: Path,
+    labels: LabelSet,
+    reader: Reader,
+    *,
+    tolerance: float = 1.0,
+    n_resamples: int = 2000,
+    workers: int | None = None,
+) -> Evaluation:
+    """Compute all metrics of all cases, their means and, for several models, the tests between them.
+
+    Args:
+        models: name → folder with predicted label files, named like the references.
+        references: folder with reference label files; those without a prediction are not evaluated.
+        labels: what to evaluate.
+        reader: nnU-Net's reader of these files.
+        tolerance: surface distance that NSD forgives, in mm (pixels for flat images).
+        n_resamples: bootstrap samples of each interval.
+        workers: number of threads; default: one per core, at most 8.
+
+    Raises:
+        ValueError: a folder has no files, cases are missing, a prediction lies on another grid than its reference, or
+            holds labels that neither `labels` nor any reference knows (all are listed on stderr).
+        RequirementError: the extra `[evaluation]` is not installed.
+    """
+    require_evaluation_extra()
+    if tolerance < 0:
+        raise ValueError(f"The NSD tolerance is {tolerance}, it must not be negative.")
+    if not labels.regions:
+        raise ValueError("There is no label to evaluate.")
+    cases, remarks = _find_cases(models, references, reader.file_ending)
+    tasks = {
+        (model, case): _Task(case, folder / name, references / name, reader, labels, tolerance)
+        for model, folder in models.items()
+        for case in cases
+        for name in (f"{case}{reader.file_ending}",)
+    }
+    workers = workers or default_workers()
+    outcomes = parallel_map(_evaluate_case, list(tasks.values()), workers, "evaluating", threads=True)
+    results = dict(zip(tasks, outcomes))
+    _raise_problems(results, labels)
+    values = {model: np.stack([results[model, case].values for case in cases]) for model in models}
+    return Evaluation(
+        models=dict(models),
+        references=references,
+        labels=labels,
+        reader=reader,
+        tolerance=tolerance,
+        cases=cases,
+        values=values,
+        summary={model: _summarise(values[model], labels, n_resamples) for model in models},
+        tests=_test(values, labels) if len(models) > 1 else {},
+        remarks=remarks,
+    )
+
+
+def _find_cases(models: Mapping[str, Path], references: Path, ending: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    known = _cases_in(references, ending)
+    predicted = {model: _cases_in(folder, ending) for model, folder in models.items()}
+    for model, cases in predicted.items():
+        if orphans := sorted(cases - known):
+            raise ValueError(
+                f"{len(orphans)} prediction(s) in {models[model]} have no reference in {references}, such as "
+                f"{orphans[0]}{ending}: give the folder of their references."
+            )
+    union = frozenset().union(*predicted.values())
+    for model, cases in predicted.items():
+        if missing := sorted(union - cases):
+            raise ValueError(
+                f"Model {model} lacks {len(missing)} case(s) that another model has, such as {missing[0]}: models can "
+                f"only be compared on the same cases."
+            )
+    remarks = []
+    if unpredicted := len(known - union):
+        remarks.append(f"{unpredicted} of {len(known)} references have no prediction and were not evaluated.")
+    return tuple(sorted(union)), tuple(remarks)
+
+
+def _cases_in(folder: Path, ending: str) -> frozenset[str]:
+    if not folder.is_dir():
+        raise ValueError(f"The folder {folder} does not exist.")
+    cases = frozenset(path.name[: -len(ending)] for path in folder.iterdir() if path.name.endswith(ending))
+    if not cases:
+        raise ValueError(f"{folder} has no {ending} files.")
+    return cases
+
+
+def _evaluate_case(task: _Task) -> _Result:
+    try:
+        prediction, reference = (task.reader.read_labels(path) for path in (task.prediction, task.reference))
+    except ValueError as error:
+        return _Result(task.case, str(error))
+    if difference := differences(prediction, reference):
+        return _Result(task.case, f"{task.prediction} and {task.reference} have different {difference}")
+    annotated = reference.labels != task.labels.ignore if task.labels.ignore is not None else True
+    values = [
+        compute_metrics(
+            np.isin(prediction.labels, region) & annotated,
+            np.isin(reference.labels, region) & annotated,
+            prediction.spacing,
+            task.tolerance,
+        )
+        for region in task.labels.regions.values()
+    ]
+    return _Result(
+        task.case,
+        values=np.array([[metrics[name] for name in METRICS] for metrics in values]),
+        predicted=frozenset(np.unique(prediction.labels).tolist()),
+        annotated=frozenset(np.unique(reference.labels).tolist()),
+    )
+
+
+def _raise_problems(results: Mapping[tuple[str, str], _Result], labels: LabelSet) -> None:
+    """All faulty cases at once, before anything is written."""
+    known = labels.values.union(*(result.annotated for result in results.values()))
+    problems = []
+    for (model, case), result in results.items():
+        if result.problem:
+            problems.append(f"  {model}, {case}: {result.problem}")
+        elif unknown := sorted(result.predicted - known):
+            values = ", ".join(str(value) for value in unknown)
+            problems.append(f"  {model}, {case}: the prediction has label(s) {values}, which no reference knows")
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        raise ValueError(
+            f"{len(problems)} prediction(s) cannot be evaluated (listed above), so nothing was written: predict on the "
+            f"references' own grid, and map labels that differ before evaluating."
+        )
+
+
+def _mean_over_labels(values: np.ndarray) -> np.ndarray:
+    """(cases, labels) → (cases,), NaN where no label has a value."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis=1)
+    return np.divide(np.nansum(values, axis=1), count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _summarise(values: np.ndarray, labels: LabelSet, n_resamples: int) -> dict[str, dict[str, Mean]]:
+    summary = {
+        name: {metric: bootstrap_mean(values[:, i, m], n_resamples) for m, metric in enumerate(METRICS)}
+        for i, name in enumerate(labels.regions)
+    }
+    summary[FOREGROUND] = {metric: bootstrap_mean(values[:, :, m], n_resamples) for m, metric in enumerate(METRICS)}
+    return summary
+
+
+def _test(values: Mapping[str, np.ndarray], labels: LabelSet) -> dict[str, dict[str, list[PairedTest]]]:
+    tests = {
+        name: {metric: compare({k: v[:, i, m] for k, v in values.items()}, metric) for m, metric in enumerate(METRICS)}
+        for i, name in enumerate(labels.regions)
+    }
+    tests[FOREGROUND] = {
+        metric: compare({model: _mean_over_labels(v[:, :, m]) for model, v in values.items()}, metric)
+        for m, metric in enumerate(METRICS)
+    }
+    return tests

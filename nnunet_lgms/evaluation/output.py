@@ -1,0 +1,226 @@
+"""What an evaluation leaves behind: cases.csv, summary.json, report.html, and a table for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation
+from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
+from nnunet_lgms.evaluation.statistics import Mean
+from nnunet_lgms.files import written_whole
+
+
+def write_all(evaluation: Evaluation, output: Path, *, images: Path | None = None, n_worst: int = 6) -> list[Path]:
+    """Write the three files of an evaluation.
+
+    Args:
+        evaluation: the numbers.
+        output: folder, made if need be.
+        images: folder with the images (nnU-Net's `imagesTr`), for the pictures of the worst cases.
+        n_worst: number of those pictures a model.
+
+    Returns:
+        The files.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / name for name in ("cases.csv", "summary.json", "report.html")]
+    with written_whole(files[0]) as temporary:
+        _write_csv(evaluation, temporary)
+    with written_whole(files[1]) as temporary:
+        temporary.write_text(json.dumps(summary_json(evaluation), indent=2))
+    with written_whole(files[2]) as temporary:
+        temporary.write_text(report_html(evaluation, images, n_worst), encoding="utf-8")
+    return files
+
+
+def _write_csv(evaluation: Evaluation, path: Path) -> None:
+    """One row a model, case and label; empty where a metric is undefined."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "case", "label", *METRICS])
+        for model, values in evaluation.values.items():
+            for c, case in enumerate(evaluation.cases):
+                for i, label in enumerate(evaluation.labels.regions):
+                    row = values[c, i]
+                    writer.writerow([model, case, label, *("" if math.isnan(v) else repr(float(v)) for v in row)])
+
+
+def summary_json(evaluation: Evaluation) -> dict:
+    """Everything but the pictures, with null for what is undefined."""
+    content = {
+        "references": str(evaluation.references),
+        "unit": evaluation.reader.unit,
+        "nsd_tolerance": evaluation.tolerance,
+        "convention": CONVENTION,
+        "labels": {name: list(values) for name, values in evaluation.labels.regions.items()},
+        "remarks": list(evaluation.remarks),
+        "models": {
+            model: {
+                "predictions": str(folder),
+                "mean": {
+                    label: {metric: asdict(mean) for metric, mean in means.items()}
+                    for label, means in evaluation.summary[model].items()
+                },
+                "cases": {
+                    case: {
+                        label: dict(zip(METRICS, evaluation.values[model][c, i].tolist()))
+                        for i, label in enumerate(evaluation.labels.regions)
+                    }
+                    for c, case in enumerate(evaluation.cases)
+                },
+            }
+            for model, folder in evaluation.models.items()
+        },
+        "tests": {
+            label: {metric: [asdict(test) for test in tests] for metric, tests in metrics.items()}
+            for label, metrics in evaluation.tests.items()
+        },
+    }
+    return _without_nan(content)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def terminal_table(evaluation: Evaluation) -> str:
+    """Means with intervals, a line a model and label."""
+    rows = [["model", "label", *METRICS]]
+    for model, means in evaluation.summary.items():
+        for label in _shown_labels(evaluation):
+            cells = [f"{_number(mean.mean)} {_interval(mean)}".strip() for mean in means[label].values()]
+            rows.append([model, label, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def report_html(evaluation: Evaluation, images: Path | None, n_worst: int) -> str:
+    """The report as one HTML text that needs no other file."""
+    from jinja2 import Environment, StrictUndefined
+
+    from nnunet_lgms.evaluation import pictures
+
+    template = resources.files("nnunet_lgms.evaluation").joinpath("report.html").read_text("utf-8")
+    labels, unit = list(evaluation.labels.regions), evaluation.reader.unit
+    return (
+        Environment(autoescape=True, undefined=StrictUndefined)
+        .from_string(template)
+        .render(
+            title=f"Evaluation of {', '.join(evaluation.models)}",
+            n_cases=len(evaluation.cases),
+            references=evaluation.references,
+            unit=unit,
+            tolerance=f"{evaluation.tolerance:g}",
+            remarks=evaluation.remarks,
+            convention=CONVENTION,
+            metrics=METRICS,
+            reference_colour=pictures.REFERENCE_COLOUR,
+            prediction_colour=pictures.PREDICTION_COLOUR,
+            models=[
+                {"name": model, "rows": _rows(evaluation, model), "worst": _worst(evaluation, model, images, n_worst)}
+                for model in evaluation.models
+            ],
+            tests=_test_rows(evaluation),
+            distributions=[
+                {
+                    "metric": metric,
+                    "uri": pictures.distribution(
+                        metric,
+                        unit if metric == "HD95" else "",
+                        {model: values[:, :, m] for model, values in evaluation.values.items()},
+                        labels,
+                    ),
+                }
+                for m, metric in enumerate(METRICS)
+            ],
+        )
+    )
+
+
+def _shown_labels(evaluation: Evaluation) -> list[str]:
+    """With a single label its mean is the foreground mean."""
+    labels = list(evaluation.labels.regions)
+    return labels if len(labels) == 1 else [*labels, FOREGROUND]
+
+
+def _rows(evaluation: Evaluation, model: str) -> list[dict]:
+    return [
+        {
+            "label": label,
+            "is_mean": label == FOREGROUND,
+            "cells": [
+                {"mean": _number(mean.mean), "interval": _interval(mean)}
+                for mean in evaluation.summary[model][label].values()
+            ],
+            "n": evaluation.summary[model][label]["Dice"].n,
+        }
+        for label in _shown_labels(evaluation)
+    ]
+
+
+def _test_rows(evaluation: Evaluation) -> list[dict]:
+    return [
+        {
+            "label": label,
+            "metric": metric,
+            "models": f"{test.first} - {test.second}",
+            "difference": f"{test.difference:+.4f}",
+            "better": test.better,
+            "p": _p(test.p),
+            "p_holm": _p(test.p_holm),
+            "n": test.n,
+        }
+        for label in (_shown_labels(evaluation) if evaluation.tests else ())
+        for metric, tests in evaluation.tests[label].items()
+        for test in tests
+    ]
+
+
+def _worst(evaluation: Evaluation, model: str, images: Path | None, n_worst: int) -> list[dict]:
+    from nnunet_lgms.evaluation.pictures import case_picture
+
+    dice = evaluation.foreground_per_case(model, "Dice")
+    order = [int(c) for c in np.argsort(dice) if not np.isnan(dice[c])][:n_worst]
+    foreground = sorted(evaluation.labels.values - {0})
+    shown = []
+    for c in order:
+        case, reader = evaluation.cases[c], evaluation.reader
+        name = f"{case}{reader.file_ending}"
+        prediction = reader.read_labels(evaluation.models[model] / name)
+        reference = reader.read_labels(evaluation.references / name)
+        file = images / f"{case}_0000{reader.file_ending}" if images else None
+        uri = case_picture(
+            np.isin(prediction.labels, foreground),
+            np.isin(reference.labels, foreground),
+            reference.spacing,
+            reader.read_image(file) if file and file.exists() else None,
+        )
+        shown.append({"name": case, "dice": _number(dice[c]), "uri": uri})
+    return shown
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
+
+
+def _interval(mean: Mean) -> str:
+    return "" if math.isnan(mean.low) else f"[{_number(mean.low)}, {_number(mean.high)}]"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
