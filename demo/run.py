@@ -78,8 +78,8 @@ def find_device() -> str:
 def set_environment(device: str) -> dict[str, str]:
     """nnU-Net's variables for the demo, set for all of its commands; numbers of processes that are set stay."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # On the CPU training itself takes all cores, and one process prepares its batches many times over.
-    augmentation = 1 if device == "cpu" else min(cpus, 12)
+    # On the CPU training takes all cores; its small batches are then best prepared in the same process.
+    augmentation = 0 if device == "cpu" else min(cpus, 12)
     environment = {name: str(WORK / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     environment["nnUNet_def_n_proc"] = os.environ.get("nnUNet_def_n_proc", str(min(cpus, 8)))
     environment["nnUNet_n_proc_DA"] = os.environ.get("nnUNet_n_proc_DA", str(augmentation))
@@ -133,7 +133,7 @@ def draw() -> None:
     labels, summary = read_results()
     colours = ListedColormap(["#00000000", "#e8a33d", "#3d8fe8"])  # background is transparent
     cases = summary["metric_per_case"]
-    figure, axes = plt.subplots(len(cases) // 2, 6, figsize=(12, 2.4 * (len(cases) // 2)), layout="constrained")
+    figure, axes = plt.subplots(len(cases) // 2, 6, figsize=(12, 1.9 * (len(cases) // 2) + 0.4), layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
     for case, (image_axis, *label_axes) in zip(cases, axes.reshape(-1, 3)):
@@ -148,7 +148,9 @@ def draw() -> None:
         for axis, segmentation in zip(label_axes, (reference, prediction)):
             axis.imshow(segmentation[:, :, x], cmap=colours, vmin=0, vmax=2, origin="lower", interpolation="nearest")
         dice = ", ".join(f"{case['metrics'][label]['Dice']:.2f}" for label in labels)
-        for axis, title in zip((image_axis, *label_axes), (reference_file.name[:-7], "reference", f"Dice {dice}")):
+        for axis, title in zip(
+            (image_axis, *label_axes), (reference_file.name[:-7], "reference", f"prediction, Dice {dice}")
+        ):
             axis.set_title(title, fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours(int(label))) for label in labels]
     figure.legend(handles, labels.values(), loc="outside lower center", ncols=len(labels), frameon=False)
