@@ -1,0 +1,90 @@
+"""`nnunet_lgms override DATASET --apply FILE --as NAME`: a new plans file with another LGMSNet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+TRAINER = "nnUNetTrainerLGMSNet"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "override",
+        help="new plans with other kernels, ratios, widths or blocks (docs/plans.md)",
+        description="Write a new plans file beside an old one: same data, patch and batch, another LGMSNet. The "
+        "preprocessed data is shared. Prints nnU-Net's commands that train and predict with it.",
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="nnU-Net's number or name of the dataset")
+    parser.add_argument("--plans", default="nnUNetPlans", metavar="NAME", help="plans to start from (nnUNetPlans)")
+    parser.add_argument(
+        "--apply", required=True, metavar="FILE", help='a JSON file {"lgmsnet": {...}}, or a name in plans/'
+    )
+    parser.add_argument("--as", dest="name", metavar="NAME", help="name of the new plans (default: PLANS_FILE)")
+    parser.add_argument(
+        "-c", nargs="+", metavar="CONFIGURATION", help="change these configurations only (default: all)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace plans of that name")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nnunet_lgms.planning.auto_kernels import measure_components, segmentation_files
+    from nnunet_lgms.planning.override import override_plans
+    from nnunet_lgms.planning.plans_files import (
+        dataset_name,
+        environment_folder,
+        plans_file,
+        read_override,
+        read_plans,
+        write_plans,
+    )
+
+    override = read_override(args.apply)
+    dataset = dataset_name(args.dataset)
+    plans = read_plans(dataset, args.plans)
+    name = (args.name or f"{args.plans}_{Path(args.apply).stem}").removesuffix(".json")
+    target = plans_file(dataset, name)
+    if name == args.plans:
+        raise ValueError(f"--as {name} would replace the plans that it starts from: choose another name.")
+    if target.exists() and not args.force:
+        raise ValueError(f"{target.name} exists in {dataset}: choose another name with --as, or add --force.")
+
+    preprocessed = environment_folder("nnUNet_preprocessed") / dataset
+
+    def measure():
+        description = json.loads((preprocessed / "dataset.json").read_text("utf-8"))
+        files = segmentation_files(preprocessed, environment_folder("nnUNet_raw") / dataset, description)
+        return measure_components(plans, description, files)
+
+    new = override_plans(plans, override, name, args.c, measure)
+    write_plans(target, new, args.force)
+    print(f"{target.name} written beside {args.plans}.json of {dataset}. Train and predict with:\n")
+    print("\n".join(nnunet_commands(dataset, new, args.c, preprocessed)))
+    return 0
+
+
+def nnunet_commands(
+    dataset: str, plans: dict[str, Any], configurations: list[str] | None, preprocessed: Path
+) -> list[str]:
+    """nnU-Net's commands to train and predict with the configurations that use LGMSNet's settings."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_lgms.config import KEY
+    from nnunet_lgms.planning.plans_files import dataset_id
+
+    number, name = dataset_id(dataset), plans["plans_name"]
+    manager = PlansManager(plans)
+    lines = []
+    for configuration in configurations or plans["configurations"]:
+        resolved = manager.get_configuration(configuration).configuration
+        if KEY not in resolved:
+            continue
+        if not (preprocessed / resolved["data_identifier"]).is_dir():
+            lines.append(f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {configuration}")
+        lines.append(f"nnUNetv2_train {number} {configuration} 0 -p {name} -tr {TRAINER}")
+        lines.append(
+            f"nnUNetv2_predict -i INPUT -o OUTPUT -d {number} -c {configuration} -f 0 -p {name} -tr {TRAINER}\n"
+        )
+    return lines

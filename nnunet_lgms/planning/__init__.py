@@ -1,0 +1,1 @@
+"""Plans: overriding them, kernels from a dataset, planning for a graphics card, what a plan costs."""

@@ -1,0 +1,107 @@
+"""New plans from old: the same data, patch and batch, another LGMSNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.config import KEY, LGMSSettings
+from nnunet_lgms.config.resolve import Topology, lms_levels, network_kwargs
+from nnunet_lgms.config.settings import AUTO, READABLE_SINCE
+from nnunet_lgms.planning.auto_kernels import Components, choose_kernels
+
+
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the settings of ``override``; the two parts of ``block_by_level`` are merged one by one."""
+    merged = {**base, **override}
+    if isinstance(base.get("block_by_level"), Mapping) and isinstance(override.get("block_by_level"), Mapping):
+        merged["block_by_level"] = {**base["block_by_level"], **override["block_by_level"]}
+    return merged
+
+
+def override_plans(
+    plans: dict[str, Any],
+    override: Mapping[str, Any],
+    plans_name: str,
+    configurations: Sequence[str] | None,
+    measure: Callable[[], Components],
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """A copy of ``plans``, named ``plans_name``, with ``override`` in its configurations.
+
+    ``data_identifier`` stays, so the preprocessed data is shared.
+
+    Args:
+        plans: nnU-Net's plans.
+        override: settings, as under the key ``"lgmsnet"``.
+        plans_name: name of the new plans.
+        configurations: those to change; None for all that do not inherit from another one (those inherit the change).
+        measure: gives the components of the dataset; called at most once, if kernels are "auto".
+        say: takes a line of text for the user.
+
+    Raises:
+        ValueError: the override is invalid or does not fit one of the configurations, which the message names.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    LGMSSettings.from_plan(override)
+    manager = PlansManager(deepcopy(plans))
+    new = deepcopy(plans)
+    new["plans_name"] = plans_name
+    components = None
+    for name in _targets(plans, configurations):
+        configuration = manager.get_configuration(name).configuration
+        try:
+            topology = Topology.of(configuration)
+            settings = LGMSSettings.from_plan(merge(configuration.get(KEY, {}), override))
+            if settings.lms_kernels == AUTO:
+                components = components or measure()
+                say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
+                settings = with_auto_kernels(settings, topology, components, say)
+            build_on_meta(settings, topology)
+        except ValueError as error:
+            others = [c for c in _targets(plans, None) if c != name]
+            hint = f" To leave {name} as it is, add -c {' '.join(others)}." if others and not configurations else ""
+            raise ValueError(f"{name}: {error}{hint}") from None
+        new["configurations"][name][KEY] = stored(settings)
+    return new
+
+
+def with_auto_kernels(
+    settings: LGMSSettings, topology: Topology, components: Components, say: Callable[[str], None]
+) -> LGMSSettings:
+    """``settings`` with "auto" replaced by what the dataset's objects suggest, told line by line."""
+    chosen = choose_kernels(components, topology, lms_levels(settings, topology))
+    for level in chosen:
+        say(f"  {level}")
+    kernels = {str(level.level): [list(k) for k in level.kernels] for level in chosen}
+    # without an LMS level there is nothing to choose
+    return LGMSSettings.from_plan({**settings.explicit(), "lms_kernels": kernels or [3, 5, 7, 9]})
+
+
+def build_on_meta(settings: LGMSSettings, topology: Topology) -> LGMSNet:
+    """The network without its weights, to see whether it can be built at all."""
+    with torch.device("meta"):
+        return LGMSNet(
+            1, 2, conv_op=nn.Conv2d if topology.dim == 2 else nn.Conv3d, **network_kwargs(settings, topology)
+        )
+
+
+def stored(settings: LGMSSettings) -> dict[str, Any]:
+    """The settings as they go into a plans file, with the version that can read them."""
+    return {**settings.explicit(), "requires": READABLE_SINCE}
+
+
+def _targets(plans: dict[str, Any], configurations: Sequence[str] | None) -> list[str]:
+    there = plans["configurations"]
+    if configurations:
+        unknown = [name for name in configurations if name not in there]
+        if unknown:
+            raise ValueError(f"The plans have no configuration {unknown[0]!r}: there are {', '.join(there)}.")
+        return list(configurations)
+    return [name for name, content in there.items() if "inherits_from" not in content or KEY in content]
