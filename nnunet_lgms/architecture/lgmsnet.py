@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -28,6 +29,8 @@ from nnunet_lgms.architecture.topology import (
     resolve_levels,
 )
 from nnunet_lgms.blocks.norm import paper_norm
+
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class LGMSNet(nn.Module):
@@ -180,4 +183,7 @@ class LGMSNet(nn.Module):
                 f"must have "
                 f"the channels of the training data."
             )
+        if x.is_cuda:
+            # Tensor cores want channels innermost; any other layout costs two transposes around every convolution.
+            x = x.contiguous(memory_format=CHANNELS_LAST[self.dim])
         return self.decoder(self.encoder(x))

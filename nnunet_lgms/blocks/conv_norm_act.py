@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from nnunet_lgms.ops.conv import same_conv
 
 
 def same_padding(kernel_size: Sequence[int]) -> tuple[int, ...]:
@@ -13,7 +15,7 @@ def same_padding(kernel_size: Sequence[int]) -> tuple[int, ...]:
     return tuple(k // 2 for k in kernel_size)
 
 
-class ConvNormAct(nn.Sequential):
+class ConvNormAct(nn.Module):
     """Stride-1 convolution with "same" padding, norm and activation; (B, in, *spatial) -> (B, out, *spatial).
 
     Args:
@@ -42,3 +44,7 @@ class ConvNormAct(nn.Sequential):
         self.conv = conv_op(in_channels, out_channels, tuple(kernel_size), padding=same_padding(kernel_size), bias=bias)
         self.norm = norm_op(out_channels, **norm_op_kwargs)
         self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, *spatial) -> (B, out, *spatial)."""
+        return self.act(self.norm(same_conv(x, self.conv.weight, self.conv.bias)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
+from nnunet_lgms.ops.conv import same_conv
 
 EXPANSION = 4
 
@@ -57,6 +58,6 @@ class FusionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, *spatial) -> (B, C, *spatial)."""
-        x = self.norm1(F.gelu(self.grouped(x)))
-        x = self.norm2(F.gelu(self.expand(x)))
-        return self.norm3(F.gelu(self.squeeze(x)))
+        x = self.norm1(F.gelu(same_conv(x, self.grouped.weight, self.grouped.bias, groups=2)))
+        x = self.norm2(F.gelu(same_conv(x, self.expand.weight, self.expand.bias)))
+        return self.norm3(F.gelu(same_conv(x, self.squeeze.weight, self.squeeze.bias)))

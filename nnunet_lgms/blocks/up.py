@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct
-
-LINEAR = {2: "bilinear", 3: "trilinear"}
+from nnunet_lgms.ops.upsample import linear_upsample
 
 
 class UpBlock(nn.Module):
@@ -40,15 +38,11 @@ class UpBlock(nn.Module):
         norm_op_kwargs: dict,
     ):
         super().__init__()
-        self.scale_factor = tuple(float(s) for s in stride)
-        self.mode = LINEAR[len(stride)]
+        self.stride = tuple(stride)
         self.conv = ConvNormAct(
             conv_op, in_channels, out_channels, kernel_size, norm_op, norm_op_kwargs, act=nn.ReLU, bias=True
         )
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """(B, in, *spatial) -> (B, out, *size), ``size`` at most ``spatial * stride``."""
-        x = F.interpolate(x, scale_factor=self.scale_factor, mode=self.mode, align_corners=False)
-        for axis, length in enumerate(size, start=2):
-            x = x.narrow(axis, 0, length)
-        return self.conv(x)
+        return self.conv(linear_upsample(x, self.stride, size))

@@ -1,30 +1,40 @@
-"""Which path an operator takes: the Triton kernels of this package, or plain PyTorch."""
+"""Which path an operator takes: the Triton kernels of this package, or plain PyTorch.
+
+Decided once, when the package is imported, so that `torch.compile` sees constants.
+"""
 
 from __future__ import annotations
 
 import os
-import warnings
-from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
+
+#: NNUNET_LGMS_KERNELS=off forces PyTorch's own operators everywhere.
+KERNELS_WANTED = os.environ.get("NNUNET_LGMS_KERNELS", "on").lower() != "off"
+HAS_TRITON = find_spec("triton") is not None
+HALF = (torch.float16, torch.bfloat16)
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether this tensor goes to the Triton kernels; each operator adds the limits of its own."""
+    return KERNELS_WANTED and HAS_TRITON and x.is_cuda
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether x (B, C, *spatial) is stored with its channels innermost."""
+    return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and (x.shape[1] == 1 or not x.is_contiguous())
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of x works in: autocast's where that is on."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def triton_module(name: str, x: Tensor) -> ModuleType | None:
-    """The module `nnunet_lgms.ops.<name>` for a CUDA tensor, None where plain PyTorch must do.
-
-    The environment variable NNUNET_LGMS_KERNELS=off turns all kernels of this package off.
-    """
-    if x.device.type != "cuda" or os.environ.get("NNUNET_LGMS_KERNELS", "on").lower() == "off":
-        return None
-    return _import(name)
-
-
-@lru_cache(maxsize=None)
-def _import(name: str) -> ModuleType | None:
-    try:
-        return import_module(f"nnunet_lgms.ops.{name}")
-    except ImportError as error:
-        warnings.warn(f"Triton cannot be used ({error}): LGMSNet takes PyTorch's slower operators.", stacklevel=2)
-        return None
+    """The module `nnunet_lgms.ops.<name>` for a tensor that goes to the kernels, else None; not for traced code."""
+    return import_module(f"nnunet_lgms.ops.{name}") if use_kernels(x) else None

@@ -1,20 +1,22 @@
 """Linear upsampling by whole factors, cropped to the size of a skip (paper's Up block).
 
-PyTorch's own gradient of trilinear upsampling adds into memory with atomics and walks channels-last maps badly: on an H100 it
-takes longer than the convolution behind it. Here both directions gather: an output reads its 2^d neighbours, an input's
-gradient reads the (2 * scale)^d outputs that it has reached. On CUDA they are two operators registered with `torch.library`;
-everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is `F.interpolate`.
+PyTorch's own gradient of trilinear upsampling adds into memory with atomics and walks channels-last maps badly: on an
+H100 it takes longer than the convolution behind it. Here both directions gather: an output reads its 2^d neighbours,
+an input's gradient reads the (2 * scale)^d outputs that it has reached. On CUDA they are two operators registered with
+`torch.library`; everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is
+`F.interpolate`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops.backend import triton_module
+from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, use_kernels
 
 MODE = {2: "bilinear", 3: "trilinear"}
 
@@ -30,8 +32,7 @@ def linear_upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Ten
     Returns:
         (B, C, *size) in the dtype and memory format of x.
     """
-    kernels = triton_module("upsample_triton", x)
-    if kernels is not None and kernels.supports(x, size):
+    if use_kernels(x) and _fits_kernels(x, size):
         return _upsample(x, list(scale), list(size))
     x = F.interpolate(x, scale_factor=[float(s) for s in scale], mode=MODE[len(scale)], align_corners=False)
     for axis, length in enumerate(size, start=2):
@@ -41,7 +42,9 @@ def linear_upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Ten
 
 @torch.library.custom_op("nnunet_lgms::linear_upsample", mutates_args=())
 def _upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
-    return triton_module("upsample_triton", x).upsample(x, scale, size)
+    from nnunet_lgms.ops import upsample_triton
+
+    return upsample_triton.upsample(x, scale, size)
 
 
 @_upsample.register_fake
@@ -52,7 +55,9 @@ def _(x, scale, size):
 @torch.library.custom_op("nnunet_lgms::linear_upsample_transposed", mutates_args=())
 def _transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
     """Gradient of the input, (B, C, *size), from that of the output."""
-    return triton_module("upsample_triton", grad).transposed(grad, scale, size)
+    from nnunet_lgms.ops import upsample_triton
+
+    return upsample_triton.transposed(grad, scale, size)
 
 
 @_transposed.register_fake
@@ -74,14 +79,11 @@ _transposed.register_autograd(
 )
 
 
-def channels_last(x: Tensor) -> bool:
-    """Whether x is stored with its channels innermost, and only so."""
-    memory_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=memory_format) and not x.is_contiguous()
+def _fits_kernels(x: Tensor, size: Sequence[int]) -> bool:
+    """float16, bfloat16 or float32, and offsets that fit 32 bits."""
+    return x.dtype in (*HALF, torch.float32) and x.shape[0] * x.shape[1] * math.prod(size) < 2**31
 
 
 def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
-    memory_format = torch.contiguous_format
-    if channels_last(x):
-        memory_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    memory_format = CHANNELS_LAST[x.ndim] if channels_last(x) else torch.contiguous_format
     return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)

@@ -1,30 +1,21 @@
 """Triton kernels of linear upsampling: a gather in either direction, no atomics, so gradients repeat bit for bit.
 
-A map is seen as (outer, D, H, W, inner) in memory order: channels-last is (B, D, H, W, C), contiguous is (B * C, D, H, W, 1),
-and 2D has D = 1. A program computes BLOCK voxels with all their inner channels; sums are in float32.
+A map is seen as (outer, D, H, W, inner) in memory order: channels-last is (B, D, H, W, C), contiguous is (B * C, D, H,
+W, 1), and 2D has D = 1. A program computes BLOCK voxels with all their inner channels; sums are in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnunet_lgms.ops.upsample import _empty, channels_last
+from nnunet_lgms.ops.backend import channels_last
+from nnunet_lgms.ops.upsample import _empty
 
 BLOCK = 1024  # elements of a program
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def supports(x: Tensor, size: Sequence[int]) -> bool:
-    """Whether the kernels take this input: a float16, bfloat16 or float32 map whose offsets fit 32 bits."""
-    elements = x.shape[0] * x.shape[1]
-    for length in size:
-        elements *= length
-    return x.dtype in DTYPES and elements < 2**31
 
 
 def upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
