@@ -15,7 +15,7 @@ CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-SOURCES := $(shell find nnunet_lgms trainers plans -name '*.py' -o -name '*.json') setup.py pyproject.toml MANIFEST.in
+SOURCES := $(shell find nnunet_lgms trainers plans -type f -not -path '*/__pycache__/*') setup.py pyproject.toml
 
 .PHONY: demo test lint install clean
 
@@ -37,7 +37,7 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " \
 		+ sys.version.split()[0] + ": make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # What an earlier build left in build/ would be installed along with what is there now. torchvision cannot be imported
 # where its build does not fit torch's (a CPU build of torch beside the index's torchvision): see tools/.

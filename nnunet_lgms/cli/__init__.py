@@ -9,6 +9,7 @@ sentence on stderr; 130 interrupted.
 """
 
 import argparse
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -21,6 +22,7 @@ COMMANDS = {
     "doctor": "is this machine ready to train?",
     "convert": "a downloaded dataset of the paper becomes an nnU-Net dataset",
     "evaluate": "Dice, IoU, HD95, NSD, precision and recall, with a report",
+    "zeroshot": "test a trained model on datasets that it has not seen",
     "override": "new plans with other kernels, ratios, widths or blocks",
 }
 
@@ -55,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         return import_module(f"{__name__}.{args.command}").run(args)
     except SystemExit as stop:  # argparse: --help, --version, a wrong option
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:  # `nnunet_lgms … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at exit
+        return 1
     except (ValueError, OSError, RequirementError) as error:
         print(f"nnunet_lgms: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -105,13 +105,16 @@ def check_versions() -> Finding:
 
 
 def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
-    """Asks nnU-Net's own finder for the trainer, as nnUNetv2_train does."""
+    """Asks nnU-Net's own finder for each of our trainers, as nnUNetv2_train does."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 
-            recursive_find_trainer_class_by_name(name)
+            module = sys.modules[find(name).__module__]
+            variants = sorted(other for other in vars(module) if other.startswith(f"{name}_"))
+            for variant in variants:
+                find(variant)
     except Exception as error:  # the finder imports every trainer it passes, so anything may surface here
         reason = " ".join(str(error).split())
         if "torchvision::" in reason:
@@ -124,7 +127,8 @@ def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
         text = f"nnU-Net's finder fails with {type(error).__name__}: {reason}"
         return Finding(PROBLEM, "trainers", text, "pip install --force-reinstall nnunet-lgms")
     where = said.getvalue().rsplit("from: ", 1)[-1].strip() if "from: " in said.getvalue() else "nnunetv2 itself"
-    return Finding(OK, "trainers", f"{name} found in {where}")
+    also = ", ".join(variant.removeprefix(name) for variant in variants)
+    return Finding(OK, "trainers", f"{name} ({also}) found in {where}")
 
 
 def check_gpu() -> Finding:
