@@ -69,6 +69,29 @@ def test_matches_float64(case, batch, bias, dtype, limit):
         assert error(a, b) < limit
 
 
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_residual(dtype, limit):
+    x, weights, biases = make("paper_3d", dtype=dtype)
+    grad = torch.randn_like(x)
+    got = with_gradients(lambda *args: multi_kernel_depthwise(*args, residual=True), x, weights, biases, grad)
+    want = with_gradients(lambda *args: reference(*args) + args[0], x, weights, biases, grad)
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b.double()) < limit
+
+
+def test_backward_inside_autocast_keeps_its_precision():
+    x, weights, biases = make("paper_2d", dtype=torch.float32)
+    grad = torch.randn_like(x)
+    want = with_gradients(multi_kernel_depthwise, x, weights, biases, grad)
+    leaf = x.clone().requires_grad_()
+    leaves = [w.requires_grad_() for w in weights]
+    out = multi_kernel_depthwise(leaf, leaves, biases)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out, [leaf, *leaves], grad)
+    for a, b in zip(got, want[1:]):
+        torch.testing.assert_close(a, b)
+
+
 def test_large_batch_goes_in_chunks(monkeypatch):
     x, weights, biases = make("paper_3d", batch=3)
     grad = torch.randn_like(x)
@@ -84,7 +107,7 @@ def test_second_derivatives():
     parameters = [
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(1, 1, 3, 1), (2, 1, 1, 5), (1,), (2,)]
     ]
-    function = lambda x, a, b, c, d: multi_kernel_depthwise(x, [a, b], [c, d])  # noqa: E731
+    function = lambda x, a, b, c, d: multi_kernel_depthwise(x, [a, b], [c, d], residual=True)  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, *parameters))
     assert torch.autograd.gradgradcheck(function, (x, *parameters))
 
@@ -95,7 +118,9 @@ def test_opcheck(case, flip):
     x, weights, _ = make(case, dtype=torch.float32)
     channels, kernels = [w.shape[0] for w in weights], [k for w in weights for k in w.shape[2:]]
     parameters = torch.cat([w.flatten() for w in weights]).requires_grad_()
-    torch.library.opcheck(depthwise._convolve, (x.requires_grad_(), parameters, channels, kernels, False, flip))
+    torch.library.opcheck(
+        depthwise._convolve, (x.requires_grad_(), parameters, channels, kernels, False, flip, not flip)
+    )
     torch.library.opcheck(depthwise._correlate, (x, torch.randn_like(x).requires_grad_(), channels, kernels))
 
 

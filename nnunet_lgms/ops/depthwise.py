@@ -33,7 +33,9 @@ CPU_TILE = 16
 CPU_CHUNK = 1 << 24
 
 
-def multi_kernel_depthwise(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
+def multi_kernel_depthwise(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, residual: bool = False
+) -> Tensor:
     """Depthwise "same" convolution with a kernel of its own for every group of channels.
 
     Args:
@@ -41,6 +43,7 @@ def multi_kernel_depthwise(x: Tensor, weights: Sequence[Tensor], biases: Sequenc
         weights: one (C_i, 1, *k_i) tensor for each group, in the order of the channels; the C_i add up to C, and
             every k is odd (1 is allowed, e.g. across thick slices).
         biases: one (C_i,) tensor for each group, or None.
+        residual: add x to the result, on the GPU in the same pass over memory.
 
     Returns:
         (B, C, *spatial) in the dtype of x (in autocast's dtype where that is on) and in its memory format. Weights and
@@ -62,7 +65,7 @@ def multi_kernel_depthwise(x: Tensor, weights: Sequence[Tensor], biases: Sequenc
     # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
     # whatever wrote x and whatever reads the result.
     memory_format = _memory_format(x)
-    out = _convolve(x.contiguous(), parameters, channels, kernels, biases is not None, False)
+    out = _convolve(x.contiguous(), parameters, channels, kernels, biases is not None, False, residual)
     return out.contiguous(memory_format=memory_format)
 
 
@@ -104,32 +107,41 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 # --- the operators ---------------------------------------------------------------------------------------------------
 # parameters: the weights of all groups, flattened, one after the other, then (has_bias) one bias a channel.
 # channels: how many channels each group has. kernels: the kernel sizes of all groups in one flat list.
+# flip: with mirrored kernels. residual: plus x.
 
 
 @torch.library.custom_op("nnunet_lgms::multi_kernel_depthwise", mutates_args=())
 def _convolve(
-    x: Tensor, parameters: Tensor, channels: Sequence[int], kernels: Sequence[int], has_bias: bool, flip: bool
+    x: Tensor,
+    parameters: Tensor,
+    channels: Sequence[int],
+    kernels: Sequence[int],
+    has_bias: bool,
+    flip: bool,
+    residual: bool,
 ) -> Tensor:
     x = x.contiguous()
     triton_kernels = _triton_kernels(x, kernels)
     if triton_kernels is not None:
-        return triton_kernels.convolve(x, parameters, channels, kernels, has_bias, flip)
+        return triton_kernels.convolve(x, parameters, channels, kernels, has_bias, flip, residual)
     weights, biases = _unpack(parameters.to(x.dtype), channels, kernels, has_bias)
     convolve, axes = CONV[x.dim() - 2], tuple(range(2, x.dim()))
-    out = [
-        convolve(part, w.flip(axes) if flip else w, b, padding=[k // 2 for k in w.shape[2:]], groups=w.shape[0])
-        for part, w, b in zip(x.split(list(channels), 1), weights, biases)
-    ]
-    return torch.cat(out, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        out = [
+            convolve(part, w.flip(axes) if flip else w, b, padding=[k // 2 for k in w.shape[2:]], groups=w.shape[0])
+            for part, w, b in zip(x.split(list(channels), 1), weights, biases)
+        ]
+    out = torch.cat(out, 1)
+    return out.add_(x) if residual else out
 
 
 @_convolve.register_fake
-def _(x, parameters, channels, kernels, has_bias, flip):
+def _(x, parameters, channels, kernels, has_bias, flip, residual):
     return x.new_empty(x.shape)
 
 
 def _convolve_setup(ctx, inputs, output):
-    x, parameters, ctx.channels, ctx.kernels, ctx.has_bias, ctx.flip = inputs
+    x, parameters, ctx.channels, ctx.kernels, ctx.has_bias, ctx.flip, ctx.residual = inputs
     ctx.save_for_backward(x, parameters)
 
 
@@ -138,7 +150,7 @@ def _convolve_backward(ctx, grad):
     grad = grad.contiguous()  # here and not in the operator, for Inductor, as above
     grad_x = grad_parameters = None
     if ctx.needs_input_grad[0]:
-        grad_x = _convolve(grad, parameters, ctx.channels, ctx.kernels, False, not ctx.flip)
+        grad_x = _convolve(grad, parameters, ctx.channels, ctx.kernels, False, not ctx.flip, ctx.residual)
     if ctx.needs_input_grad[1]:
         # Mirroring the kernel is the same as swapping the two sides of the correlation.
         sides = (grad, x) if ctx.flip else (x, grad)
@@ -148,7 +160,7 @@ def _convolve_backward(ctx, grad):
         else:  # the operator ignores what follows the weights
             grad_parameters = F.pad(grad_parameters, (0, parameters.numel() - grad_parameters.numel()))
         grad_parameters = grad_parameters.to(parameters.dtype)
-    return grad_x, grad_parameters, None, None, None, None
+    return grad_x, grad_parameters, None, None, None, None, None
 
 
 _convolve.register_autograd(_convolve_backward, setup_context=_convolve_setup)
@@ -165,7 +177,8 @@ def _correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequen
     sizes = [tuple(kernels[i : i + axes]) for i in range(0, len(kernels), axes)]
     parts = zip(x.split(list(channels), 1), grad.split(list(channels), 1), sizes)
     weight_grad = _weight_grad_products if x.device.type == "cpu" else _weight_grad_aten
-    return torch.cat([weight_grad(*part).flatten() for part in parts])
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.cat([weight_grad(*part).flatten() for part in parts])
 
 
 @_correlate.register_fake
@@ -183,9 +196,9 @@ def _correlate_backward(ctx, weights):
     weights = weights.contiguous()
     grad_x = grad_grad = None
     if ctx.needs_input_grad[0]:
-        grad_x = _convolve(grad, weights, ctx.channels, ctx.kernels, False, True)
+        grad_x = _convolve(grad, weights, ctx.channels, ctx.kernels, False, True, False)
     if ctx.needs_input_grad[1]:
-        grad_grad = _convolve(x, weights, ctx.channels, ctx.kernels, False, False)
+        grad_grad = _convolve(x, weights, ctx.channels, ctx.kernels, False, False, False)
     return grad_x, grad_grad, None, None
 
 

@@ -7,16 +7,17 @@ window of at most 16 x 16 inputs (kernels up to 9), and
     patch (64) = sum over dz of  window of plane z + dz (256)  x  band matrix of dz (256 x 64)
 
 where the band matrix holds the taps of that dz, shifted by one from row to row. With the patches of all planes stacked,
-that is an ordinary matrix product for the tensor cores: (patches, windows) x (windows, 64). 2D is the case of one plane.
-The tensor cores multiply many zeros (256 * 9 products an output for k = 9 in place of 729), and are still far faster
-than 729 multiplications one by one.
+that is an ordinary matrix product for the tensor cores: (patches, windows) x (windows, 64). 2D is the case of one
+plane. The tensor cores multiply many zeros (256 * 9 products an output for k = 9 in place of 729), and are still far
+faster than 729 multiplications one by one. What bounds the kernels is gathering the windows.
 
 * forward: `_band_kernel` writes the band matrices (288 KiB a channel for 9x9x9, read from L2 by everybody), and
-  `_convolve_kernel` is a matrix product whose left side is gathered from x. How many products a channel needs is read
-  from a table, so that one launch of one compiled kernel serves all groups, whatever their kernels.
+  `_convolve_kernel` is a matrix product whose left side is gathered from x, for two output planes at a time, so that a
+  window is gathered (kz + 1) / 2 times and not kz times. How many products a channel needs is read from a table, so
+  one launch of one compiled kernel serves all groups, whatever their kernels.
 * input gradient: the same with mirrored taps.
-* weight gradient: (64, patches) x (patches, windows), output gradient times input, for each dz. The entries of one
-  diagonal belong to one tap. Every program writes its part of those entries to a workspace, which
+* weight gradient: (64, patches) x (patches, windows), output gradient times input, for two dz at a time. The entries of
+  one diagonal belong to one tap. Every program writes its part of those entries to a workspace, which
   `_reduce_kernel` adds up in a fixed order: no atomics, so the result is the same in every run.
 
 Sums are float32. float32 input goes through tf32 where PyTorch allows that for convolutions, else through three tf32
@@ -39,10 +40,9 @@ PATCH = tl.constexpr(8)  # outputs per axis of a patch
 BN = tl.constexpr(64)  # outputs of a patch
 WINDOW = tl.constexpr(256)  # window entries in one program of the weight gradient
 
+COLUMNS = tl.constexpr(6)  # of the table of channels, see `_tables`
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Columns of the tables: which channel, its kernel, where its taps start in the flat parameters, where its band
-# matrices start (counted in tiles of BK x BN).
-COLUMNS = 6
 
 
 def supports(x: Tensor, kernels: Sequence[int]) -> bool:
@@ -60,7 +60,7 @@ def _band_kernel(
     parameters_ptr, band_ptr, table_ptr, FLIP: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr
 ):
     """One BK x BN tile of a band matrix: rows (r, w) of the window, columns (by, bx) of the patch, stored by column."""
-    entry = table_ptr + tl.program_id(0) * 6
+    entry = table_ptr + tl.program_id(0) * COLUMNS
     kz = tl.load(entry + 1)
     ky = tl.load(entry + 2)
     kx = tl.load(entry + 3)
@@ -82,15 +82,16 @@ def _band_kernel(
         tl.store(out, taps.to(band_ptr.dtype.element_ty))
 
 
-@triton.jit
+# Nothing is gained by compiling anew for sizes that divide by 16: UNIT says all that matters.
+@triton.jit(do_not_specialize=["has_bias", "channels", "depth", "height", "width_units", "patches"])
 def _convolve_kernel(
     x_ptr, band_ptr, bias_ptr, out_ptr, table_ptr,
-    channels, depth, height, width_units, patches,
-    HAS_BIAS: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
+    has_bias, channels, depth, height, width_units, patches,
+    RESIDUAL: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr,
+    BM: tl.constexpr, BZ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM patches of one channel."""
-    entry = table_ptr + tl.program_id(1) * 6
+    """BM patches of one channel, each in BZ neighbouring planes: a window is loaded once for all of those."""
+    entry = table_ptr + tl.program_id(1) * COLUMNS
     channel = tl.load(entry)
     kz = tl.load(entry + 1)
     ky = tl.load(entry + 2)
@@ -101,41 +102,58 @@ def _convolve_kernel(
     patch = tl.program_id(0) * BM + tl.arange(0, BM)
     tiles_x = tl.cdiv(width, PATCH)
     tiles_y = tl.cdiv(height, PATCH)
+    tiles_z = tl.cdiv(depth, BZ)
     x0 = (patch % tiles_x) * PATCH
     y0 = (patch // tiles_x % tiles_y) * PATCH
     z = patch // (tiles_x * tiles_y)
-    b = z // depth
-    z = tl.where(patch < patches, z % depth, -(1 << 20))  # no plane is near that one
+    b = z // tiles_z
+    z = tl.where(patch < patches, z % tiles_z * BZ, -(1 << 20))  # no plane is near that one
     start = (b * channels + channel) * (depth * plane) + z * plane + y0 * width + x0
 
     k = tl.arange(0, BK)
     r = k // XW
     w = k % XW - XL
-    n = tl.arange(0, BN)
+    n = tl.arange(0, BZ * BN)
+    bz = n // BN
     column = (start[:, None] - XL) + (r * width + k % XW)[None, :]
     in_row = (x0[:, None] + w[None, :] >= 0) & (x0[:, None] + w[None, :] < width)
     y = y0[:, None] + r[None, :]
-    band = band_ptr + tl.load(entry + 5) * (BK * BN) + n[None, :] * BK + k[:, None]
 
+    # The band matrix of an input plane holds, side by side, a tap plane for each of the BZ output planes.
     tiles_per_plane = tl.cdiv((PATCH + ky - 1) * XW, BK)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for i in range(kz * tiles_per_plane):
+    first_tile = bz * tiles_per_plane
+    last_tile = first_tile + kz * tiles_per_plane
+    band = band_ptr + tl.load(entry + 5) * (BK * BN) - first_tile * (BK * BN) + n % BN * BK
+    acc = tl.zeros((BM, BZ * BN), dtype=tl.float32)
+    for i in range((kz + BZ - 1) * tiles_per_plane):
         dz = i // tiles_per_plane - kz // 2
         dy = (i % tiles_per_plane) * rows - ky // 2
         in_plane = (z + dz >= 0) & (z + dz < depth)
         inside = in_row & in_plane[:, None] & (y + dy >= 0) & (y + dy < height)
         window = tl.load(x_ptr + column + (dz * plane + dy * width), mask=inside, other=0.0)
-        acc = tl.dot(window, tl.load(band + i * (BK * BN)), acc, input_precision=PRECISION)
+        taps = band[None, :] + k[:, None] + i * (BK * BN)
+        if BZ == 1:
+            matrix = tl.load(taps)
+        else:
+            matrix = tl.load(taps, mask=((i >= first_tile) & (i < last_tile))[None, :], other=0.0)
+        acc = tl.dot(window, matrix, acc, input_precision=PRECISION)
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + channel).to(tl.float32)
-    by = n // PATCH
+    acc += tl.load(bias_ptr + channel, mask=has_bias != 0, other=0.0).to(tl.float32)
+    by = n // PATCH % PATCH
     bx = n % PATCH
-    inside = (z[:, None] >= 0) & (y0[:, None] + by[None, :] < height) & (x0[:, None] + bx[None, :] < width)
-    tl.store(out_ptr + start[:, None] + (by * width + bx)[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    inside = (y0[:, None] + by[None, :] < height) & (x0[:, None] + bx[None, :] < width)
+    inside = inside & (z[:, None] >= 0) & (z[:, None] + bz[None, :] < depth)
+    place = start[:, None] + (bz * plane + by * width + bx)[None, :]
+    if RESIDUAL:
+        acc += tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "channels", "depth", "height", "width_units", "planes", "blocks_y", "blocks_x", "blocks", "splits"
+    ]
+)  # fmt: skip
 def _correlate_kernel(
     x_ptr, grad_ptr, workspace_ptr, table_ptr, task_ptr,
     channels, depth, height, width_units, planes, blocks_y, blocks_x, blocks, splits,
@@ -144,7 +162,7 @@ def _correlate_kernel(
 ):  # fmt: skip
     """DZ taps along z, and 256 / XW rows of the window, of one channel, over a part of the patches."""
     task = task_ptr + tl.program_id(1) * 3
-    entry = table_ptr + tl.load(task) * 6
+    entry = table_ptr + tl.load(task) * COLUMNS
     first_dz = tl.load(task + 1)
     first_row = tl.load(task + 2)
     channel = tl.load(entry)
@@ -205,10 +223,10 @@ def _correlate_kernel(
     tl.store(out + (m % BN * taps)[:, None] + (dz[:, None] * ky + dy) * kx + dx, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _reduce_kernel(workspace_ptr, out_ptr, table_ptr, splits, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Sum of the rows that `_correlate_kernel` wrote, COLS taps of one channel."""
-    entry = table_ptr + tl.program_id(0) * 6
+    entry = table_ptr + tl.program_id(0) * COLUMNS
     taps = tl.load(entry + 1) * tl.load(entry + 2) * tl.load(entry + 3)
     weight = tl.load(entry + 4)
     first = tl.program_id(1) * COLS
@@ -224,52 +242,54 @@ def _reduce_kernel(workspace_ptr, out_ptr, table_ptr, splits, ROWS: tl.constexpr
 
 
 # --- the host's part -------------------------------------------------------------------------------------------------
+# The block sizes were measured on an H100 (benchmarks/depthwise.py): no tuning at run time, nothing to wait for.
 
-# (BM, BK, warps, stages) for large and for small maps; (DZ, patches per step, warps, stages).
-CONVOLVE = {"large": (256, 64, 8, 3), "small": (64, 64, 4, 3)}
-CORRELATE = (2, 32, 8, 3)
-PROGRAMS = 2
+START = 16  # what starting and ending a program of the weight gradient costs, in steps of its loop
 
 
 @lru_cache(maxsize=64)
 def _tables(
     channels: tuple[int, ...], kernels: tuple[int, ...], bk: int, taps_per_task: int, device: torch.device
-) -> tuple[Tensor, Tensor, int, int, int]:
-    """The table of channels, that of the weight gradient's tasks, the width of a window, and the number of band tiles
-    of all channels and of the largest. Channels with large kernels come first, so that none of them starts last."""
-    axes = len(kernels) // len(channels)
-    wide = max(kernels[axes - 1 :: axes]) > 9
-    xw = 32 if wide else 16
-    rows, tasks, weight, tiles = [], [], 0, 0
-    channel = 0
-    for group, count in enumerate(channels):
-        kz, ky, kx = (1, 1, *kernels[group * axes : (group + 1) * axes])[-3:]
-        own_tiles = kz * -(-(8 + ky - 1) * xw // bk)
+) -> tuple[Tensor, Tensor, int, int]:
+    """Work lists: a row for each channel, large kernels first, so that none of them starts last: which channel, its
+    kernel, where its taps start in the flat parameters and where its band matrices start (counted in tiles of bk x 64);
+    a row for each task of the weight gradient: row of the channel, first dz, first window row. Then the number of band
+    tiles of all channels and of the largest."""
+    xw = _window_width(kernels, len(channels))
+    rows, tasks, channel, weight, tile = [], [], 0, 0, 0
+    for count, (kz, ky, kx) in zip(channels, _kernels_3d(kernels, len(channels))):
+        tiles = kz * -(-(8 + ky - 1) * xw // bk)
         for _ in range(count):
-            rows.append((own_tiles, channel, kz, ky, kx, weight, tiles))
-            channel, weight, tiles = channel + 1, weight + kz * ky * kx, tiles + own_tiles
+            rows.append((tiles, channel, kz, ky, kx, weight, tile))
+            channel, weight, tile = channel + 1, weight + kz * ky * kx, tile + tiles
     rows.sort(key=lambda row: -row[0])
-    most = rows[0][0]
     for i, (_, _, kz, ky, _, _, _) in enumerate(rows):
-        for dz in range(0, kz, taps_per_task):
-            tasks += [(i, dz, first) for first in range(0, 8 + ky - 1, 256 // xw)]
-    table = torch.tensor([row[1:] for row in rows], dtype=torch.int32).to(device)
-    return table, torch.tensor(tasks, dtype=torch.int32).to(device), xw, tiles, most
+        tasks += [(i, dz, row) for dz in range(0, kz, taps_per_task) for row in range(0, 8 + ky - 1, 256 // xw)]
+    table = torch.tensor([row[1:] for row in rows], dtype=torch.int32)
+    return table.to(device), torch.tensor(tasks, dtype=torch.int32).to(device), tile, rows[0][0]
+
+
+def _kernels_3d(kernels: Sequence[int], groups: int) -> list[tuple[int, int, int]]:
+    axes = len(kernels) // groups
+    return [(1, 1, *kernels[i * axes : (i + 1) * axes])[-3:] for i in range(groups)]
+
+
+def _window_width(kernels: Sequence[int], groups: int) -> int:
+    return 16 if max(kx for _, _, kx in _kernels_3d(kernels, groups)) <= 9 else 32
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "tf32"  # has no meaning there
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+    """For tl.dot; it matters for float32 only."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 
-def _unit(width: int) -> int:
-    return math.gcd(width, 16)
-
-
-@lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+@lru_cache(maxsize=16)
+def _device(device: torch.device) -> tuple[int, int]:
+    """Number of processors, and bytes of shared memory that a program may have."""
+    if device.type != "cuda":  # the interpreter
+        return 4, 1 << 17
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def _on(x: Tensor):
@@ -283,60 +303,83 @@ def _volume(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def convolve(
-    x: Tensor, parameters: Tensor, channels: Sequence[int], kernels: Sequence[int], has_bias: bool, flip: bool
+    x: Tensor,
+    parameters: Tensor,
+    channels: Sequence[int],
+    kernels: Sequence[int],
+    has_bias: bool,
+    flip: bool,
+    residual: bool,
 ) -> Tensor:
     """The convolution, (B, C, [D,] H, W) -> the same; arguments as in `depthwise.py`, x contiguous."""
     b, c, d, h, w = _volume(x)
-    bias = parameters[parameters.numel() - c :] if has_bias else parameters
-    patches = b * d * -(-h // 8) * -(-w // 8)
-    bm, bk, warps, stages = CONVOLVE["large"]
-    if -(-patches // bm) * c < 2 * _processors(x.device):
-        bm, bk, warps, stages = CONVOLVE["small"]
-    table, _, xw, tiles, most = _tables(tuple(channels), tuple(kernels), bk, CORRELATE[0], x.device)
+    unit, precision = math.gcd(w, 8), _precision(x.dtype)
+    bz = 2 if any(kz > 1 for kz, _, _ in _kernels_3d(kernels, len(channels))) else 1
+    bk, bm, warps, stages = 32, 128, 4, 3
+    patches = b * -(-d // bz) * -(-h // 8) * -(-w // 8)
+    if -(-patches // bm) * c < 2 * _device(x.device)[0] or unit < 4 or precision == "tf32x3":
+        bm, stages = 64, 2 if x.dtype == torch.float32 else 4
+    table, _, tiles, most = _tables(tuple(channels), tuple(kernels), bk, 1, x.device)
+    xw = _window_width(kernels, len(channels))
     xl = (xw - 8) // 2
     out = torch.empty_like(x)
     band = torch.empty(tiles * bk * 64, dtype=x.dtype, device=x.device)
-    unit = _unit(w)
+    bias = parameters[parameters.numel() - c :]
     with _on(x):
         _band_kernel[(c, most)](parameters, band, table, flip, xw, xl, bk, num_warps=4)
         _convolve_kernel[(-(-patches // bm), c)](
-            x, band, bias, out, table, c, d, h, w // unit, patches,
-            has_bias, xw, xl, unit, bm, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
+            x, band, bias, out, table, int(has_bias), c, d, h, w // unit, patches,
+            residual, xw, xl, unit, bm, bz, bk, precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+    return out
+
+
+def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
+    """Gradient of the flat weights in float32; x and the output gradient (B, C, [D,] H, W), contiguous, one dtype."""
+    b, c, d, h, w = _volume(x)
+    sizes = [kz * ky * kx for kz, ky, kx in _kernels_3d(kernels, len(channels))]
+    total = sum(n * size for n, size in zip(channels, sizes))
+    unit, precision = math.gcd(w, 8), _precision(x.dtype)
+    processors, shared_memory = _device(x.device)
+    dz, warps, stages = 2, 8, 3 if x.dtype != torch.float32 else 2
+    if all(kz == 1 for kz, _, _ in _kernels_3d(kernels, len(channels))):
+        dz, warps = 1, 4
+    if shared_memory < 1 << 17 or precision == "tf32x3":
+        dz, warps, stages = 1, 8, 2
+    table, tasks, _, _ = _tables(tuple(channels), tuple(kernels), 32, dz, x.device)
+    xw = _window_width(kernels, len(channels))
+    zb, yb, xb = _block(b * d, -(-h // 8), -(-w // 8), 32)
+    blocks_y, blocks_x = -(-h // (8 * yb)), -(-w // (8 * xb))
+    blocks = -(-b * d // zb) * blocks_y * blocks_x
+    splits = _splits(len(tasks), blocks, processors * 8 // warps)
+    workspace = torch.empty(splits * 64 * total, dtype=torch.float32, device=x.device)
+    out = torch.empty(total, dtype=torch.float32, device=x.device)
+    with _on(x):
+        _correlate_kernel[(splits, len(tasks))](
+            x, grad, workspace, table, tasks, c, d, h, w // unit, b * d, blocks_y, blocks_x, blocks, splits,
+            xw, (xw - 8) // 2, unit, dz, zb, yb, xb, precision, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        _reduce_kernel[(c, -(-max(sizes) // 16))](workspace, out, table, splits, 256, 16, num_warps=8)
     return out
 
 
 @lru_cache(maxsize=256)
 def _block(planes: int, tiles_y: int, tiles_x: int, size: int) -> tuple[int, int, int]:
     """The block of `size` patches, (planes, along y, along x), that wastes least at the borders, wide before high."""
-    shapes = [(size // (y * x), y, x) for y in _powers(size) for x in _powers(size // y)]
-    covered = lambda shape: math.prod(-(-n // s) * s for n, s in zip((planes, tiles_y, tiles_x), shape))  # noqa: E731
-    return min(shapes, key=lambda shape: (covered(shape), -shape[2], -shape[1]))
+
+    def waste(block: tuple[int, int, int]) -> tuple[int, int, int]:
+        covered = math.prod(-(-n // s) * s for n, s in zip((planes, tiles_y, tiles_x), block))
+        return covered, -block[2], -block[1]
+
+    powers = [2**i for i in range(size.bit_length())]
+    return min(((size // (y * x), y, x) for y in powers for x in powers if y * x <= size), key=waste)
 
 
-def _powers(limit: int) -> list[int]:
-    return [2**i for i in range(limit.bit_length()) if 2**i <= limit]
+@lru_cache(maxsize=256)
+def _splits(tasks: int, blocks: int, slots: int) -> int:
+    """Over how many programs to spread a task's blocks, so that the waves of programs are full, and few."""
 
+    def time(splits: int) -> int:
+        return -(-tasks * splits // slots) * (-(-blocks // splits) + START)
 
-def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
-    """Gradient of the flat weights in float32; x and the output gradient (B, C, [D,] H, W), contiguous, one dtype."""
-    b, c, d, h, w = _volume(x)
-    dz, step, warps, stages = CORRELATE
-    table, tasks, xw, _, _ = _tables(tuple(channels), tuple(kernels), 64, dz, x.device)
-    axes = len(kernels) // len(channels)
-    sizes = [math.prod(kernels[i * axes : (i + 1) * axes]) for i in range(len(channels))]
-    total = sum(n * size for n, size in zip(channels, sizes))
-    zb, yb, xb = _block(b * d, -(-h // 8), -(-w // 8), step)
-    blocks_y, blocks_x = -(-h // (8 * yb)), -(-w // (8 * xb))
-    blocks = -(-b * d // zb) * blocks_y * blocks_x
-    splits = max(1, min(blocks // 4, PROGRAMS * _processors(x.device) // len(tasks)))
-    workspace = torch.empty(splits * 64 * total, dtype=torch.float32, device=x.device)
-    out = torch.empty(total, dtype=torch.float32, device=x.device)
-    unit = _unit(w)
-    with _on(x):
-        _correlate_kernel[(splits, len(tasks))](
-            x, grad, workspace, table, tasks, c, d, h, w // unit, b * d, blocks_y, blocks_x, blocks, splits,
-            xw, (xw - 8) // 2, unit, dz, zb, yb, xb, _precision(x.dtype), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        _reduce_kernel[(c, -(-max(sizes) // 16))](workspace, out, table, splits, 256, 16, num_warps=8)
-    return out
+    return min(range(1, max(1, min(blocks // 4, 8 * slots // tasks)) + 1), key=time)
