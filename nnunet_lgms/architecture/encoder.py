@@ -47,7 +47,14 @@ class LGMSEncoder(nn.Module):
 
         channels = levels[0].features
         self.stem = ConvNormAct(
-            conv_op, input_channels, channels, levels[0].kernel_size, norm_op, norm_op_kwargs, act=nn.ReLU, bias=True
+            conv_op,
+            input_channels,
+            channels,
+            levels[0].kernel_size,
+            norm_op,
+            norm_op_kwargs,
+            activation="relu",
+            bias=True,
         )
         self.stages = nn.ModuleList()
         for level in levels:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.conv import same_conv
+from nnunet_lgms.ops.norm_act import norm_act
 
 
 def same_padding(kernel_size: Sequence[int]) -> tuple[int, ...]:
@@ -25,7 +26,7 @@ class ConvNormAct(nn.Module):
         kernel_size: odd kernel per axis.
         norm_op: norm type, called as ``norm_op(out_channels, **norm_op_kwargs)``.
         norm_op_kwargs: its keyword arguments.
-        act: activation type.
+        activation: "silu" or "relu", behind the norm.
         bias: whether the convolution has one.
     """
 
@@ -37,14 +38,14 @@ class ConvNormAct(nn.Module):
         kernel_size: Sequence[int],
         norm_op: type[nn.Module],
         norm_op_kwargs: dict,
-        act: type[nn.Module] = nn.SiLU,
+        activation: str = "silu",
         bias: bool = False,
     ):
         super().__init__()
         self.conv = conv_op(in_channels, out_channels, tuple(kernel_size), padding=same_padding(kernel_size), bias=bias)
         self.norm = norm_op(out_channels, **norm_op_kwargs)
-        self.act = act()
+        self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, *spatial) -> (B, out, *spatial)."""
-        return self.act(self.norm(same_conv(x, self.conv.weight, self.conv.bias)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last."""
+        return norm_act(same_conv(x, self.conv.weight, self.conv.bias), self.norm, self.activation, residual)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
 from nnunet_lgms.ops.conv import same_conv
+from nnunet_lgms.ops.norm_act import norm_act
 
 EXPANSION = 4
 
@@ -58,6 +58,6 @@ class FusionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, *spatial) -> (B, C, *spatial)."""
-        x = self.norm1(F.gelu(same_conv(x, self.grouped.weight, self.grouped.bias, groups=2)))
-        x = self.norm2(F.gelu(same_conv(x, self.expand.weight, self.expand.bias)))
-        return self.norm3(F.gelu(same_conv(x, self.squeeze.weight, self.squeeze.bias)))
+        x = norm_act(same_conv(x, self.grouped.weight, self.grouped.bias, groups=2), self.norm1, "gelu_first")
+        x = norm_act(same_conv(x, self.expand.weight, self.expand.bias), self.norm2, "gelu_first")
+        return norm_act(same_conv(x, self.squeeze.weight, self.squeeze.bias), self.norm3, "gelu_first")

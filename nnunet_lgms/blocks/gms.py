@@ -16,6 +16,7 @@ from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.blocks.norm import BATCH_NORM
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
+from nnunet_lgms.ops.norm_act import norm_act
 
 
 class ConvBranch(nn.Module):
@@ -36,16 +37,15 @@ class ConvBranch(nn.Module):
             channels, channels, tuple(kernel_size), padding=same_padding(kernel_size), groups=channels, bias=False
         )
         self.norm1 = norm_op(channels)
-        self.act = nn.ReLU()
         self.scale = conv_op(channels, channels, 1, groups=channels, bias=False)
         self.norm2 = norm_op(channels)
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
-        local = self.act(self.norm1(multi_kernel_depthwise(u, [self.depthwise.weight])))
+        local = norm_act(multi_kernel_depthwise(u, [self.depthwise.weight]), self.norm1, "relu")
         # A depthwise 1-kernel is one factor per channel; a convolution would be a slow way to multiply.
         local = local * self.scale.weight.to(local.dtype).view(1, -1, *(1,) * (u.ndim - 2))
-        return u + self.norm2(local)
+        return norm_act(local, self.norm2, "none", residual=u)
 
 
 class GMSBlock(nn.Module):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
+from nnunet_lgms.ops.norm_act import norm_act
 
 NORM_GROUPS = 4
 BOTTLENECK = 4
@@ -97,5 +97,5 @@ class LMSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
         multi_scale = self.depthwise(x) + x
-        multi_scale = F.gelu(self.norm(multi_scale))
-        return self.expand(self.squeeze(multi_scale)) + x
+        multi_scale = norm_act(multi_scale, self.norm, "gelu")
+        return self.expand(self.squeeze(multi_scale), residual=x)

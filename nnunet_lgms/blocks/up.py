@@ -40,7 +40,7 @@ class UpBlock(nn.Module):
         super().__init__()
         self.stride = tuple(stride)
         self.conv = ConvNormAct(
-            conv_op, in_channels, out_channels, kernel_size, norm_op, norm_op_kwargs, act=nn.ReLU, bias=True
+            conv_op, in_channels, out_channels, kernel_size, norm_op, norm_op_kwargs, activation="relu", bias=True
         )
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:

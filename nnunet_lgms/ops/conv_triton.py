@@ -19,6 +19,9 @@ from torch import Tensor
 from nnunet_lgms.ops.backend import CHANNELS_LAST
 
 MAX_PACKED = 128  # longest window that is multiplied at once
+BLOCK = 128  # voxels of a program, or of one of its steps
+WARPS = 4
+STAGES = 3
 CORRELATE_PROGRAMS = 8  # per multiprocessor
 
 
@@ -36,10 +39,10 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     shape = (x.shape[0], groups * c_out, *x.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.ndim])
     voxels = x.numel() // x.shape[1]
-    block = 128
+    block = BLOCK
     _convolve[(triton.cdiv(voxels, block), groups)](
         x, weight, out, voxels, depth, height, width, groups, c_in, c_out, *kernel, packed,
-        max(16, triton.next_power_of_2(packed * c_in)), max(16, triton.next_power_of_2(c_out)), block, num_warps=4,
+        max(16, triton.next_power_of_2(packed * c_in)), max(16, triton.next_power_of_2(c_out)), block, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
 
@@ -52,14 +55,14 @@ def correlate(x: Tensor, grad: Tensor, kernel: Sequence[int], groups: int) -> Te
     packed = kx if kx * c_in <= MAX_PACKED else 1
     taps = kz * ky * (kx // packed)
     voxels = x.numel() // x.shape[1]
-    block = 128
+    block = BLOCK
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     splits = max(1, min(triton.cdiv(voxels, block), CORRELATE_PROGRAMS * processors // (groups * taps)))
     blocks = triton.cdiv(triton.cdiv(voxels, block), splits)
     partial = torch.empty((splits, groups, taps * packed * c_in, c_out), dtype=torch.float32, device=x.device)
     _correlate[(taps, groups, splits)](
         x, grad, partial, voxels, blocks, depth, height, width, groups, c_in, c_out, kz, ky, kx, packed,
-        max(16, triton.next_power_of_2(packed * c_in)), max(16, triton.next_power_of_2(c_out)), block, num_warps=4,
+        max(16, triton.next_power_of_2(packed * c_in)), max(16, triton.next_power_of_2(c_out)), block, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return partial.sum(0).view(groups, *kernel, c_in, c_out)
 

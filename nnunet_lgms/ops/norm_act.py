@@ -1,0 +1,162 @@
+"""Norm and activation in one operator, for the instance, group and batch norms of LGMSNet in training.
+
+PyTorch normalises a channels-last map by copying it to another layout, reduces it twice, and writes a map for every
+activation. Here one pass over the map takes the moments, one more writes activation(norm(x)) + residual; the gradient
+needs two passes likewise and stores nothing but x. The norms differ only in what a statistic spans: the voxels of one
+channel of one sample (instance), of a group of channels (group), of one channel of all samples (batch). All end as one
+scale and one shift per sample and channel.
+
+LGMSNet puts GELU before the norm in its Fusion block and other activations behind it elsewhere; both orders are one
+operator. Everywhere but on channels-last CUDA maps, and everywhere when the environment variable NNUNET_LGMS_KERNELS
+is `off`, the plain PyTorch modules do the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, use_kernels
+
+#: activation after the norm; "gelu_first" is GELU before it
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+MAX_CHANNELS = 512
+
+
+def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
+    """activation(norm(x)) + residual, or norm(gelu(x)) for the activation "gelu_first".
+
+    Args:
+        x: (B, C, *spatial).
+        norm: BatchNorm, InstanceNorm or GroupNorm; any other module takes PyTorch's path.
+        activation: "none", "relu", "silu", "gelu" or "gelu_first".
+        residual: added last, (B, C, *spatial).
+
+    Returns:
+        (B, C, *spatial) in the dtype of x where the kernels run.
+    """
+    if use_kernels(x) and _fits_kernels(x, norm):
+        kind, groups = _kind(norm)
+        weight, bias = norm.weight, norm.bias
+        residual = None if residual is None else residual.to(x.dtype)
+        out, mean, variance = _norm_act(x, weight, bias, residual, kind, groups, norm.eps, activation)
+        if kind == "batch" and norm.track_running_stats:
+            _update_running_statistics(norm, mean[0], variance[0], x.numel() // x.shape[1])
+        return out
+    if activation == "gelu_first":
+        out = norm(F.gelu(x))
+    else:
+        out = ACTIVATIONS[activation](norm(x))
+    return out if residual is None else out + residual
+
+
+def _kind(norm: nn.Module) -> tuple[str, int]:
+    if isinstance(norm, nn.GroupNorm):
+        return "group", norm.num_groups
+    return ("batch", 1) if isinstance(norm, _BatchNorm) else ("instance", 1)
+
+
+def _fits_kernels(x: Tensor, norm: nn.Module) -> bool:
+    """Statistics of this very batch, channels innermost, 32-bit offsets; SyncBatchNorm's span other processes."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        return False
+    if isinstance(norm, (_BatchNorm, _InstanceNorm)):
+        from_this_batch = not norm.track_running_stats or (isinstance(norm, _BatchNorm) and norm.training)
+    else:
+        from_this_batch = isinstance(norm, nn.GroupNorm)
+    return (
+        from_this_batch
+        and x.dtype in (*HALF, torch.float32)
+        and channels_last(x)
+        and x.shape[1] <= MAX_CHANNELS
+        and x.numel() < 2**31
+        and x[0, 0].numel() > 1
+    )
+
+
+def _update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
+    """What BatchNorm does to its buffers in training; the running variance is the unbiased one."""
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_(variance.to(norm.running_var.dtype) * (count / max(count - 1, 1)), momentum)
+
+
+@torch.library.custom_op("nnunet_lgms::norm_act", mutates_args=())
+def _norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mean, variance); the statistics are (B, C), or (1, C) for the batch norm, in float32."""
+    from nnunet_lgms.ops import norm_act_triton
+
+    return norm_act_triton.forward(x, weight, bias, residual, kind, groups, eps, activation)
+
+
+@_norm_act.register_fake
+def _(x, weight, bias, residual, kind, groups, eps, activation):
+    statistics = (1 if kind == "batch" else x.shape[0], x.shape[1])
+    mean, variance = (x.new_empty(statistics, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim]), mean, variance
+
+
+@torch.library.custom_op("nnunet_lgms::norm_act_backward", mutates_args=())
+def _norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and of weight and bias per sample, (B, C), or (1, C) for the batch norm."""
+    from nnunet_lgms.ops import norm_act_triton
+
+    return norm_act_triton.backward(grad, x, weight, bias, mean, variance, kind, groups, eps, activation)
+
+
+@_norm_act_backward.register_fake
+def _(grad, x, weight, bias, mean, variance, kind, groups, eps, activation):
+    return torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim]), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, residual, ctx.kind, ctx.groups, ctx.eps, ctx.activation = inputs
+    _, mean, variance = output
+    ctx.mark_non_differentiable(mean, variance)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, weight, bias, mean, variance)
+
+
+def _backward(ctx, grad, _grad_mean, _grad_variance):
+    x, weight, bias, mean, variance = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=CHANNELS_LAST[x.ndim])
+    grad_x, grad_weight, grad_bias = _norm_act_backward(
+        grad, x, weight, bias, mean, variance, ctx.kind, ctx.groups, ctx.eps, ctx.activation
+    )
+    grad_weight = None if weight is None else grad_weight.sum(0).to(weight.dtype)
+    grad_bias = None if bias is None else grad_bias.sum(0).to(bias.dtype)
+    grad_residual = None if ctx.residual_dtype is None else grad
+    return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None
+
+
+_norm_act.register_autograd(_backward, setup_context=_setup)
