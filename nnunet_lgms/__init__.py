@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "LGMSNet": "nnunet_lgms.architecture.lgmsnet",
     "load_official": "nnunet_lgms.architecture.official",
+    "predict": "nnunet_lgms.inference",
 }
 
 __all__ = ["__version__", *_HOME_OF]

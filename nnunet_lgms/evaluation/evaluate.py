@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import METRICS, compute_metrics
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
-from nnunet_lgms.evaluation.segmentation import Reader, differences
+from nnunet_lgms.evaluation.segmentation import Reader, Segmentation, differences
 from nnunet_lgms.evaluation.statistics import Mean, PairedTest, bootstrap_mean, compare
 from nnunet_lgms.parallel import default_workers, parallel_map
 
@@ -35,6 +35,7 @@ class Evaluation:
         summary: model → label or `FOREGROUND` → metric → mean over cases.
         tests: label or `FOREGROUND` → metric → tests between all pairs of models.
         remarks: sentences that the user should read.
+        mapping: predicted label → reference's label, for models that number them otherwise.
     """
 
     models: Mapping[str, Path]
@@ -47,6 +48,12 @@ class Evaluation:
     summary: Mapping[str, Mapping[str, Mapping[str, Mean]]]
     tests: Mapping[str, Mapping[str, list[PairedTest]]]
     remarks: tuple[str, ...]
+    mapping: Mapping[int, int] | None = None
+
+    def read_pair(self, model: str, case: str) -> tuple[Segmentation, Segmentation]:
+        """Prediction (mapped) and reference of one case."""
+        name = f"{case}{self.reader.file_ending}"
+        return _read_pair(self.models[model] / name, self.references / name, self.reader, self.mapping)
 
     def foreground_per_case(self, model: str, metric: str) -> np.ndarray:
         """Mean over labels in every case, (cases,)."""
@@ -61,6 +68,7 @@ class _Task:
     reader: Reader
     labels: LabelSet
     tolerance: float
+    mapping: Mapping[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ def evaluate(
     *,
     tolerance: float = 1.0,
     n_resamples: int = 2000,
+    mapping: Mapping[int, int] | None = None,
     workers: int | None = None,
 ) -> Evaluation:
     """Compute all metrics of all cases, their means and, for several models, the tests between them.
@@ -91,6 +100,7 @@ def evaluate(
         reader: nnU-Net's reader of these files.
         tolerance: surface distance that NSD forgives, in mm (pixels for flat images).
         n_resamples: bootstrap samples of each interval.
+        mapping: predicted label → reference's label, if models number them otherwise.
         workers: number of threads; default: one per core, at most 8.
 
     Raises:
@@ -105,7 +115,7 @@ def evaluate(
         raise ValueError("There is no label to evaluate.")
     cases, remarks = _find_cases(models, references, reader.file_ending)
     tasks = {
-        (model, case): _Task(case, folder / name, references / name, reader, labels, tolerance)
+        (model, case): _Task(case, folder / name, references / name, reader, labels, tolerance, mapping)
         for model, folder in models.items()
         for case in cases
         for name in (f"{case}{reader.file_ending}",)
@@ -126,6 +136,7 @@ def evaluate(
         summary={model: _summarise(values[model], labels, n_resamples) for model in models},
         tests=_test(values, labels) if len(models) > 1 else {},
         remarks=remarks,
+        mapping=mapping,
     )
 
 
@@ -160,9 +171,21 @@ def _cases_in(folder: Path, ending: str) -> frozenset[str]:
     return cases
 
 
+def _read_pair(
+    prediction: Path, reference: Path, reader: Reader, mapping: Mapping[int, int] | None
+) -> tuple[Segmentation, Segmentation]:
+    predicted = reader.read_labels(prediction)
+    if mapping:
+        labels = predicted.labels.copy()
+        for theirs, ours in mapping.items():
+            labels[predicted.labels == theirs] = ours
+        predicted = replace(predicted, labels=labels)
+    return predicted, reader.read_labels(reference)
+
+
 def _evaluate_case(task: _Task) -> _Result:
     try:
-        prediction, reference = (task.reader.read_labels(path) for path in (task.prediction, task.reference))
+        prediction, reference = _read_pair(task.prediction, task.reference, task.reader, task.mapping)
     except ValueError as error:
         return _Result(task.case, str(error))
     if difference := differences(prediction, reference):

@@ -196,9 +196,7 @@ def _worst(evaluation: Evaluation, model: str, images: Path | None, n_worst: int
     shown = []
     for c in order:
         case, reader = evaluation.cases[c], evaluation.reader
-        name = f"{case}{reader.file_ending}"
-        prediction = reader.read_labels(evaluation.models[model] / name)
-        reference = reader.read_labels(evaluation.references / name)
+        prediction, reference = evaluation.read_pair(model, case)
         file = images / f"{case}_0000{reader.file_ending}" if images else None
         uri = case_picture(
             np.isin(prediction.labels, foreground),

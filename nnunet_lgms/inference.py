@@ -1,0 +1,138 @@
+"""Prediction without the command line: nnU-Net's predictor, ready to use."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+
+def predict(
+    model_folder: str | Path,
+    image: str | Path | Sequence[str | Path] | np.ndarray,
+    *,
+    spacing: Sequence[float] | None = None,
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    device: str | torch.device | None = None,
+) -> np.ndarray:
+    """Segment one image, quietly.
+
+    Args:
+        model_folder: what nnU-Net trained, `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`.
+        image: file, or one file a channel, or samples of shape (C, Y, X) or (C, Z, Y, X).
+        spacing: of the axes of an array, (y, x) or (z, y, x) in mm; files bring their own. Default for (C, Y, X): 1.
+        folds: models to average; default: all that are trained.
+        checkpoint: name of the weights in each fold's folder.
+        device: where to compute; default: the GPU if there is one.
+
+    Returns:
+        Labels, (Y, X) for flat images, (Z, Y, X) for volumes, on the grid of the image.
+
+    Raises:
+        ValueError: the model or the image is not as described.
+
+    Example::
+
+        labels = nnunet_lgms.predict("nnUNet_results/Dataset101_BUSI/nnUNetTrainerLGMSNet__nnUNetPlans__2d", "case.png")
+    """
+    predictor = load_predictor(model_folder, folds=folds, checkpoint=checkpoint, device=device)
+    samples, properties = (
+        _from_array(image, spacing) if isinstance(image, np.ndarray) else _from_files(image, predictor)
+    )
+    expected = len(predictor.dataset_json["channel_names"])
+    if len(samples) != expected:
+        raise ValueError(f"The image has {len(samples)} channel(s), the model in {model_folder} expects {expected}.")
+    labels = predictor.predict_single_npy_array(samples, properties)
+    return labels[0] if labels.shape[0] == 1 else labels
+
+
+def load_predictor(
+    model_folder: str | Path,
+    *,
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    device: str | torch.device | None = None,
+) -> nnUNetPredictor:
+    """nnU-Net's predictor with the weights of a trained model and no progress bars; arguments as in `predict`.
+
+    Raises:
+        ValueError: the folder is no trained model, a fold is missing, or its trainer cannot be found.
+    """
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    folder = Path(model_folder)
+    trained = trained_folds(folder, checkpoint)
+    folds = trained if folds is None else [str(fold) for fold in folds]
+    if missing := [fold for fold in folds if fold not in trained]:
+        raise ValueError(f"{folder} has no fold_{missing[0]}/{checkpoint}; trained are: {', '.join(trained)}.")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints where it looks for the trainer
+            predictor = nnUNetPredictor(device=device, allow_tqdm=False)
+            predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
+    except RuntimeError as error:
+        if "trainer" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"The trainer of {folder} cannot be found: the environment variable nnUNet_extTrainer must name the folder "
+            f"of its module ({' '.join(str(error).split())[:120]})."
+        ) from error
+    return predictor
+
+
+def trained_folds(model_folder: Path, checkpoint: str = "checkpoint_final.pth") -> list[str]:
+    """Folds of a model that have weights: "0", "1", … or "all".
+
+    Raises:
+        ValueError: it is not a folder that nnU-Net trained, or there are no weights.
+    """
+    for name in ("dataset.json", "plans.json"):
+        if not (model_folder / name).is_file():
+            raise ValueError(
+                f"{model_folder} is not a trained model: it has no {name}. Expected is nnU-Net's folder "
+                f"nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION."
+            )
+    folds = sorted(path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
+    folds = [fold for fold in folds if re.fullmatch(r"\d+|all", fold)]
+    # as nnU-Net does: a model of all cases is asked for by name
+    folds = [fold for fold in folds if fold != "all"] or folds
+    if not folds:
+        raise ValueError(f"{model_folder} has no fold_*/{checkpoint}: the training is not finished.")
+    return folds
+
+
+def _from_files(image: str | Path | Sequence[str | Path], predictor: nnUNetPredictor) -> tuple[np.ndarray, dict]:
+    files = [image] if isinstance(image, (str, Path)) else list(image)
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise ValueError(f"The image {missing[0]} does not exist.")
+    try:
+        return predictor.plans_manager.image_reader_writer_class().read_images([str(file) for file in files])
+    except Exception as error:  # readers raise whatever their libraries raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"The image {files[0]} cannot be read as the model's training images were ({reason})."
+        ) from error
+
+
+def _from_array(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple[np.ndarray, dict]:
+    if samples.ndim not in (3, 4):
+        raise ValueError(f"The image has shape {samples.shape}, expected (C, Y, X) or (C, Z, Y, X).")
+    if samples.ndim == 4 and spacing is None:
+        raise ValueError("A volume needs its spacing, (z, y, x) in mm.")
+    spacing = tuple(spacing or (1.0, 1.0))
+    if len(spacing) != samples.ndim - 1:
+        raise ValueError(f"The spacing {spacing} has {len(spacing)} axes, the image has {samples.ndim - 1}.")
+    if samples.ndim == 3:  # flat images have a first axis with a spacing of no meaning, as in nnU-Net's reader
+        samples, spacing = samples[:, None], (999.0, *spacing)
+    return samples.astype(np.float32), {"spacing": spacing}

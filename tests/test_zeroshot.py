@@ -1,0 +1,201 @@
+"""Prediction from Python, and the table of what a model does on datasets that it has not seen."""
+
+import csv
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+from conftest import ROOT
+from PIL import Image
+
+import nnunet_lgms
+from nnunet_lgms.cli import main
+from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
+from nnunet_lgms.inference import load_predictor
+
+needs_evaluation = pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")
+
+HOME, AWAY = "Dataset901_Home", "Dataset902_Away"
+
+
+@pytest.fixture(autouse=True)
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable.removeprefix("nnUNet_")))
+    monkeypatch.setenv("nnUNet_extTrainer", str(ROOT / "trainers"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_model.model_folder(tmp_path / "results", HOME)
+
+
+def test_predict_from_file_and_array(model: Path, tmp_path: Path, capfd):
+    dataset = tiny_model.raw_dataset(tmp_path / "raw" / AWAY)
+    file = dataset / "imagesTr/case_1_0000.png"
+    labels = nnunet_lgms.predict(model, file, device="cpu")
+    assert labels.shape == np.asarray(Image.open(file)).shape and set(np.unique(labels)) <= {0, 1}
+    samples = np.asarray(Image.open(file))[None].astype(np.float32)
+    np.testing.assert_array_equal(nnunet_lgms.predict(model, samples, device="cpu"), labels)
+    out, err = capfd.readouterr()
+    assert out == "" and "it/s" not in err  # quiet
+
+
+def test_predict_is_nnunets_own_prediction(model: Path, tmp_path: Path):
+    dataset = tiny_model.raw_dataset(tmp_path / "raw" / AWAY, seeds=(1, 2))
+    (tmp_path / "out").mkdir()
+    predictor = load_predictor(model, device="cpu")
+    predictor.predict_from_files_sequential(str(dataset / "imagesTr"), str(tmp_path / "out"))
+    for case in (1, 2):
+        theirs = np.asarray(Image.open(tmp_path / f"out/case_{case}.png"))
+        ours = nnunet_lgms.predict(model, dataset / f"imagesTr/case_{case}_0000.png", device="cpu")
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_folds_are_averaged_or_chosen(tmp_path: Path):
+    model = tiny_model.model_folder(tmp_path / "results", HOME, folds=(0, 1))
+    samples = np.random.default_rng(0).normal(size=(1, 40, 40)).astype(np.float32)
+    assert len(load_predictor(model, device="cpu").list_of_parameters) == 2
+    first, second = (nnunet_lgms.predict(model, samples, folds=[fold], device="cpu") for fold in (0, 1))
+    assert (first != second).any()
+
+
+def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
+    samples = np.zeros((1, 32, 32), np.float32)
+    with pytest.raises(ValueError, match="is not a trained model: it has no dataset.json"):
+        nnunet_lgms.predict(tmp_path, samples)
+    with pytest.raises(ValueError, match=r"has no fold_3/checkpoint_final.pth; trained are: 0\."):
+        nnunet_lgms.predict(model, samples, folds=[3], device="cpu")
+    with pytest.raises(ValueError, match="2 channel.s., the model .* expects 1"):
+        nnunet_lgms.predict(model, np.zeros((2, 32, 32)), device="cpu")
+    with pytest.raises(ValueError, match=r"shape \(32, 32\), expected \(C, Y, X\)"):
+        nnunet_lgms.predict(model, samples[0], device="cpu")
+    with pytest.raises(ValueError, match="needs its spacing"):
+        nnunet_lgms.predict(model, samples[None], device="cpu")
+    with pytest.raises(ValueError, match="does not exist"):
+        nnunet_lgms.predict(model, tmp_path / "no.png", device="cpu")
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(ValueError, match="cannot be read as the model's training images"):
+        nnunet_lgms.predict(model, tmp_path / "text.png", device="cpu")
+    monkeypatch.delenv("nnUNet_extTrainer")
+    with pytest.raises(ValueError, match="nnUNet_extTrainer must name the folder"):
+        nnunet_lgms.predict(model, samples, device="cpu")
+
+
+def _validation(model: Path, dataset: Path, cases, fold: int = 0) -> None:
+    """Perfect validation predictions, as nnU-Net leaves them at the end of a training."""
+    folder = model / f"fold_{fold}/validation"
+    folder.mkdir()
+    for case in cases:
+        shutil.copy(dataset / f"labelsTr/case_{case}.png", folder)
+
+
+@needs_evaluation
+def test_zeroshot_table(tmp_path: Path, capsys):
+    model = tiny_model.model_folder(tmp_path / "results", HOME, folds=(0, 1))
+    home = tiny_model.raw_dataset(tmp_path / "raw" / HOME, seeds=(1, 2, 3, 4))
+    _validation(model, home, (1, 2), fold=0)
+    _validation(model, home, (3, 4), fold=1)
+    away = tiny_model.raw_dataset(tmp_path / "raw" / AWAY, seeds=(5, 6, 7))
+    words = ["zeroshot", str(model), "902", "-o", str(tmp_path / "out"), "--device", "cpu", "--workers", "1"]
+    assert main([*words, "--bootstrap", "50"]) == 0
+    assert "in-domain" in capsys.readouterr().out
+
+    rows = {row["metric"]: row for row in csv.DictReader((tmp_path / "out/zeroshot.csv").open())}
+    assert float(rows["Dice"]["in_domain_mean"]) == 1 and rows["Dice"]["in_domain_n"] == "4"
+    assert rows["Dice"]["zero_shot_n"] == "3"
+    dice = []
+    for case in (5, 6, 7):
+        reference = np.asarray(Image.open(away / f"labelsTr/case_{case}.png")) == 1
+        per_fold = []
+        for fold in (0, 1):
+            predicted = np.asarray(Image.open(tmp_path / f"out/{AWAY}/fold_{fold}/case_{case}.png")) == 1
+            per_fold.append(2 * (predicted & reference).sum() / (predicted.sum() + reference.sum()))
+        dice.append(np.mean(per_fold))
+    assert float(rows["Dice"]["zero_shot_mean"]) == pytest.approx(np.mean(dice))
+    assert float(rows["Dice"]["drop"]) == pytest.approx(1 - np.mean(dice))
+    assert json.loads((tmp_path / "out/zeroshot.json").read_text())["rows"][0]["dataset"] == AWAY
+    for report in (f"{AWAY}/report.html", "in_domain/fold_0/report.html", "in_domain/fold_1/report.html"):
+        assert (tmp_path / "out" / report).is_file()
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / f"out/{AWAY}").glob("fold_*/case_*.png")}
+    assert main([*words, "--bootstrap", "50"]) == 0  # goes on from what is there
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 6
+
+
+@needs_evaluation
+def test_zeroshot_with_other_label_names(model: Path, tmp_path: Path, capsys):
+    tiny_model.raw_dataset(tmp_path / "raw" / AWAY, {"background": 0, "cyst": 2, "tumour": 1}, seeds=(5, 6))
+    words = ["zeroshot", str(model), AWAY, "-o", str(tmp_path / "out"), "--device", "cpu", "--workers", "1"]
+    assert main(words) == 2
+    assert "Label(s) lesion of the model have no counterpart in Dataset902_Away" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # said before anything is predicted
+    (tmp_path / "map.json").write_text(json.dumps({"Away": {"lesion": "cyst"}}))
+    assert main([*words, "--mapping", str(tmp_path / "map.json"), "--bootstrap", "50"]) == 0
+    assert "no in-domain results" in capsys.readouterr().out  # the raw home dataset is not there
+    rows = list(csv.DictReader((tmp_path / "out/zeroshot.csv").open()))
+    assert {row["label"] for row in rows} == {"cyst"} and rows[0]["in_domain_mean"] == rows[0]["drop"] == ""
+    reference = np.asarray(Image.open(tmp_path / f"raw/{AWAY}/labelsTr/case_5.png")) == 2
+    predicted = np.asarray(Image.open(tmp_path / f"out/{AWAY}/fold_0/case_5.png")) == 1
+    cases = list(csv.DictReader((tmp_path / f"out/{AWAY}/cases.csv").open()))
+    dice = 2 * (predicted & reference).sum() / (predicted.sum() + reference.sum())
+    assert float(cases[0]["Dice"]) == pytest.approx(dice)
+
+
+@needs_evaluation
+def test_zeroshot_refuses(model: Path, tmp_path: Path, capsys):
+    tiny_model.raw_dataset(tmp_path / "raw" / HOME)
+    tiny_model.raw_dataset(tmp_path / "raw" / AWAY, n_channels=3)
+
+    def refused(*words) -> str:
+        assert main(["zeroshot", *map(str, words)]) == 2
+        return capsys.readouterr().err
+
+    assert "is what the model was trained on" in refused(model, 901)
+    assert "has 3 channel(s), the model" in refused(model, 902)
+    assert "has 0 datasets 903, expected one; there are: Dataset901_Home, Dataset902_Away" in refused(model, 903)
+    assert "is not a trained model" in refused(tmp_path, 902)
+    (tmp_path / "map.json").write_text("[1]")
+    assert "is not understood" in refused(model, 902, "--mapping", tmp_path / "map.json")
+    content = json.loads((tmp_path / f"raw/{AWAY}/dataset.json").read_text())
+    (tmp_path / f"raw/{AWAY}/dataset.json").write_text(json.dumps(content | {"file_ending": ".nii.gz"}))
+    assert "has .nii.gz files, the model" in refused(model, 902)
+
+
+def _map(model_labels: dict, dataset_labels: dict, file_content: dict | None = None):
+    return map_labels({"labels": model_labels}, {"labels": dataset_labels}, "Dataset005_Other", file_content)
+
+
+def test_labels_are_matched_by_name_then_by_file():
+    mapping = _map({"background": 0, "Liver": 1, "spleen": 2}, {"background": 0, "spleen": 1, "liver": 4, "aorta": 2})
+    assert mapping.values == {1: 4, 2: 1}
+    assert mapping.target.regions == {"spleen": (1,), "liver": (4,)}  # the model knows no aorta
+    assert mapping.source.regions == {"spleen": (2,), "liver": (1,)}
+    both = _map({"tumour": 1, "cyst": 2}, {"lesion": 1}, {"*": {"tumour": "lesion", "2": 1}})
+    assert both.values == {1: 1, 2: 1} and both.source.regions == {"lesion": (1, 2)}
+    dropped = _map({"tumour": 1, "cyst": 2}, {"lesion": 1}, {"Dataset005_Other": {"tumour": "lesion", "cyst": None}})
+    assert dropped.values == {1: 1, 2: 0} and dropped.source.regions == {"lesion": (1,)}
+
+
+def test_regions_need_no_mapping_when_equal_and_values_otherwise():
+    kits = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumor": [2]}
+    assert _map(kits, kits).values == {} and _map(kits, kits, {"Another": {}}).target.regions["kidney"] == (1, 2, 3)
+    with pytest.raises(ValueError, match=r"Label\(s\) 1, 3 of the model have no counterpart"):
+        _map(kits, {"kidney": 1, "tumor": 2})
+    mapping = _map(kits, {"kidney": 1, "tumor": 2}, {"*": {"1": "kidney", "3": "kidney"}})
+    assert mapping.values == {1: 1, 2: 2, 3: 1} and mapping.source.regions == {"kidney": (1, 3), "tumor": (2,)}
+
+
+def test_mapping_files_with_mistakes(tmp_path: Path):
+    with pytest.raises(ValueError, match="names label 'liver', which the model lacks; it has lesion"):
+        _map({"lesion": 1}, {"tumour": 1}, {"*": {"liver": "tumour"}})
+    with pytest.raises(ValueError, match="names label 'liver', which Dataset005_Other lacks"):
+        _map({"lesion": 1}, {"tumour": 1}, {"*": {"lesion": "liver"}})
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        _map({"lesion": 1}, {"tumour": 1}, {"*": {"lesion": None}})
+    with pytest.raises(ValueError, match="is not understood"):
+        read_mapping_file(tmp_path / "none.json")
