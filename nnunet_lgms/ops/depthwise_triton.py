@@ -51,14 +51,14 @@ def supports(x: Tensor, kernels: Sequence[int]) -> bool:
         x.dtype in DTYPES
         and 0 < x.numel() < 2**31
         and max(kernels[x.dim() - 3 :: x.dim() - 2]) <= 25  # along x; the other axes may have any size
-        and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+        and (not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)))
     )
 
 
-@triton.jit
-def _band_kernel(
-    parameters_ptr, band_ptr, table_ptr, FLIP: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr
-):
+# Flags and sizes stay run-time values: UNIT, the largest power of two up to 8 that divides the width, says all that the
+# compiler needs, and every version less is seconds less of compilation.
+@triton.jit(do_not_specialize=["flip"])
+def _band_kernel(parameters_ptr, band_ptr, table_ptr, flip, XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr):
     """One BK x BN tile of a band matrix: rows (r, w) of the window, columns (by, bx) of the patch, stored by column."""
     entry = table_ptr + tl.program_id(0) * COLUMNS
     kz = tl.load(entry + 1)
@@ -75,19 +75,17 @@ def _band_kernel(
         dx = k % XW - n % PATCH - XL + kx // 2
         inside = (dy >= 0) & (dy < ky) & (dx >= 0) & (dx < kx)
         tap = (dz * ky + dy) * kx + dx
-        if FLIP:
-            tap = kz * ky * kx - 1 - tap
+        tap = tl.where(flip != 0, kz * ky * kx - 1 - tap, tap)
         taps = tl.load(weight + tap, mask=inside, other=0.0)
         out = band_ptr + (tl.load(entry + 5) + tile) * (BK * BN) + n * BK + k
         tl.store(out, taps.to(band_ptr.dtype.element_ty))
 
 
-# Nothing is gained by compiling anew for sizes that divide by 16: UNIT says all that matters.
-@triton.jit(do_not_specialize=["has_bias", "channels", "depth", "height", "width_units", "patches"])
+@triton.jit(do_not_specialize=["first_bias", "residual", "channels", "depth", "height", "width_units", "patches"])
 def _convolve_kernel(
-    x_ptr, band_ptr, bias_ptr, out_ptr, table_ptr,
-    has_bias, channels, depth, height, width_units, patches,
-    RESIDUAL: tl.constexpr, XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, band_ptr, parameters_ptr, out_ptr, table_ptr,
+    first_bias, residual, channels, depth, height, width_units, patches,
+    XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BZ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM patches of one channel, each in BZ neighbouring planes: a window is loaded once for all of those."""
@@ -138,29 +136,31 @@ def _convolve_kernel(
             matrix = tl.load(taps, mask=((i >= first_tile) & (i < last_tile))[None, :], other=0.0)
         acc = tl.dot(window, matrix, acc, input_precision=PRECISION)
 
-    acc += tl.load(bias_ptr + channel, mask=has_bias != 0, other=0.0).to(tl.float32)
+    # first_bias is -1 where there are none
+    acc += tl.load(parameters_ptr + first_bias + channel, mask=first_bias >= 0, other=0.0).to(tl.float32)
     by = n // PATCH % PATCH
     bx = n % PATCH
     inside = (y0[:, None] + by[None, :] < height) & (x0[:, None] + bx[None, :] < width)
     inside = inside & (z[:, None] >= 0) & (z[:, None] + bz[None, :] < depth)
     place = start[:, None] + (bz * plane + by * width + bx)[None, :]
-    if RESIDUAL:
-        acc += tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    added = inside & (y0[:, None] + by[None, :] < residual * height)  # residual is 0 or 1
+    acc += tl.load(x_ptr + place, mask=added, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
     do_not_specialize=[
-        "channels", "depth", "height", "width_units", "planes", "blocks_y", "blocks_x", "blocks", "splits"
+        "channels", "depth", "height", "width_units", "log_y", "log_x", "blocks_z", "blocks_y", "blocks_x", "blocks",
+        "splits",
     ]
 )  # fmt: skip
 def _correlate_kernel(
     x_ptr, grad_ptr, workspace_ptr, table_ptr, task_ptr,
-    channels, depth, height, width_units, planes, blocks_y, blocks_x, blocks, splits,
-    XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, DZ: tl.constexpr,
-    ZB: tl.constexpr, YB: tl.constexpr, XB: tl.constexpr, PRECISION: tl.constexpr,
+    channels, depth, height, width_units, log_y, log_x, blocks_z, blocks_y, blocks_x, blocks, splits,
+    XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, DZ: tl.constexpr, BP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DZ taps along z, and 256 / XW rows of the window, of one channel, over a part of the patches."""
+    """DZ taps along z, and 256 / XW rows of the window, of one channel, over a part of the blocks of BP patches."""
     task = task_ptr + tl.program_id(1) * 3
     entry = table_ptr + tl.load(task) * COLUMNS
     first_dz = tl.load(task + 1)
@@ -172,12 +172,12 @@ def _correlate_kernel(
     split = tl.program_id(0)
     width = width_units * UNIT
     plane = height * width
-    BP: tl.constexpr = ZB * YB * XB
 
+    # A block is BP >> (log_y + log_x) planes of 2^log_y by 2^log_x patches, all of one sample.
     p = tl.arange(0, BP)
-    zp = p // (YB * XB)
-    yp = p // XB % YB * PATCH
-    xp = p % XB * PATCH
+    zp = p >> (log_y + log_x)
+    yp = ((p >> log_x) & ((1 << log_y) - 1)) * PATCH
+    xp = (p & ((1 << log_x) - 1)) * PATCH
     m = tl.arange(0, DZ * BN)
     by = m // PATCH % PATCH
     bx = m % PATCH
@@ -192,19 +192,14 @@ def _correlate_kernel(
     acc = tl.zeros((DZ * BN, WINDOW), dtype=tl.float32)
     per_split = tl.cdiv(blocks, splits)
     for i in range(split * per_split, tl.minimum((split + 1) * per_split, blocks)):
-        x0 = i % blocks_x * (XB * PATCH) + xp
-        y0 = i // blocks_x % blocks_y * (YB * PATCH) + yp
-        zs = i // (blocks_x * blocks_y) * ZB
-        if ZB == 1:
-            b = zs // depth
-            z = zs % depth + zp
-        else:
-            b = (zs + zp) // depth
-            z = tl.where(zs + zp < planes, (zs + zp) % depth, -(1 << 20))
-        start = (b * channels + channel) * (depth * plane) + z * plane + y0 * width + x0
+        x0 = ((i % blocks_x) << log_x) * PATCH + xp
+        y0 = ((i // blocks_x % blocks_y) << log_y) * PATCH + yp
+        i = i // (blocks_x * blocks_y)
+        z = i % blocks_z * (BP >> (log_y + log_x)) + zp
+        start = (i // blocks_z * channels + channel) * (depth * plane) + z * plane + y0 * width + x0
         x = x0[:, None] + wx[None, :]
         y = y0[:, None] + wy[None, :]
-        inside = (z[:, None] >= 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        inside = (z[:, None] < depth) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
         window = tl.load(x_ptr + start[:, None] + window_column[None, :], mask=inside, other=0.0)
         x = x0[:, None] + bx[None, :]
         y = y0[:, None] + by[None, :]
@@ -313,23 +308,21 @@ def convolve(
 ) -> Tensor:
     """The convolution, (B, C, [D,] H, W) -> the same; arguments as in `depthwise.py`, x contiguous."""
     b, c, d, h, w = _volume(x)
-    unit, precision = math.gcd(w, 8), _precision(x.dtype)
+    bm, bk, warps, stages = 64, 32, 4, 4 if x.dtype != torch.float32 else 2
     bz = 2 if any(kz > 1 for kz, _, _ in _kernels_3d(kernels, len(channels))) else 1
-    bk, bm, warps, stages = 32, 128, 4, 3
     patches = b * -(-d // bz) * -(-h // 8) * -(-w // 8)
-    if -(-patches // bm) * c < 2 * _device(x.device)[0] or unit < 4 or precision == "tf32x3":
-        bm, stages = 64, 2 if x.dtype == torch.float32 else 4
+    unit = math.gcd(w, 8)
     table, _, tiles, most = _tables(tuple(channels), tuple(kernels), bk, 1, x.device)
     xw = _window_width(kernels, len(channels))
     xl = (xw - 8) // 2
     out = torch.empty_like(x)
     band = torch.empty(tiles * bk * 64, dtype=x.dtype, device=x.device)
-    bias = parameters[parameters.numel() - c :]
+    first_bias = parameters.numel() - c if has_bias else -1
     with _on(x):
-        _band_kernel[(c, most)](parameters, band, table, flip, xw, xl, bk, num_warps=4)
+        _band_kernel[(c, most)](parameters, band, table, int(flip), xw, xl, bk, num_warps=4)
         _convolve_kernel[(-(-patches // bm), c)](
-            x, band, bias, out, table, int(has_bias), c, d, h, w // unit, patches,
-            residual, xw, xl, unit, bm, bz, bk, precision, num_warps=warps, num_stages=stages,
+            x, band, parameters, out, table, first_bias, int(residual), c, d, h, w // unit, patches,
+            xw, xl, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -341,23 +334,24 @@ def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequenc
     total = sum(n * size for n, size in zip(channels, sizes))
     unit, precision = math.gcd(w, 8), _precision(x.dtype)
     processors, shared_memory = _device(x.device)
-    dz, warps, stages = 2, 8, 3 if x.dtype != torch.float32 else 2
-    if all(kz == 1 for kz, _, _ in _kernels_3d(kernels, len(channels))):
-        dz, warps = 1, 4
-    if shared_memory < 1 << 17 or precision == "tf32x3":
-        dz, warps, stages = 1, 8, 2
+    warps, stages = 8, 3 if x.dtype != torch.float32 else 2
+    flat = all(kz == 1 for kz, _, _ in _kernels_3d(kernels, len(channels)))
+    dz, step = (1, 64) if flat else (2, 32)
+    if shared_memory < 1 << 17 or precision == "tf32x3":  # consumer cards have 99 KiB
+        dz, step, stages = 1, 32, 2
     table, tasks, _, _ = _tables(tuple(channels), tuple(kernels), 32, dz, x.device)
     xw = _window_width(kernels, len(channels))
-    zb, yb, xb = _block(b * d, -(-h // 8), -(-w // 8), 32)
-    blocks_y, blocks_x = -(-h // (8 * yb)), -(-w // (8 * xb))
-    blocks = -(-b * d // zb) * blocks_y * blocks_x
-    splits = _splits(len(tasks), blocks, processors * 8 // warps)
+    zb, yb, xb = _block(d, -(-h // 8), -(-w // 8), step)
+    blocks_z, blocks_y, blocks_x = -(-d // zb), -(-h // (8 * yb)), -(-w // (8 * xb))
+    blocks = b * blocks_z * blocks_y * blocks_x
+    splits = _splits(len(tasks), blocks, processors)
     workspace = torch.empty(splits * 64 * total, dtype=torch.float32, device=x.device)
     out = torch.empty(total, dtype=torch.float32, device=x.device)
     with _on(x):
         _correlate_kernel[(splits, len(tasks))](
-            x, grad, workspace, table, tasks, c, d, h, w // unit, b * d, blocks_y, blocks_x, blocks, splits,
-            xw, (xw - 8) // 2, unit, dz, zb, yb, xb, precision, num_warps=warps, num_stages=stages,
+            x, grad, workspace, table, tasks, c, d, h, w // unit,
+            yb.bit_length() - 1, xb.bit_length() - 1, blocks_z, blocks_y, blocks_x, blocks, splits,
+            xw, (xw - 8) // 2, unit, dz, step, precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         _reduce_kernel[(c, -(-max(sizes) // 16))](workspace, out, table, splits, 256, 16, num_warps=8)
     return out
@@ -376,10 +370,10 @@ def _block(planes: int, tiles_y: int, tiles_x: int, size: int) -> tuple[int, int
 
 
 @lru_cache(maxsize=256)
-def _splits(tasks: int, blocks: int, slots: int) -> int:
+def _splits(tasks: int, blocks: int, processors: int) -> int:
     """Over how many programs to spread a task's blocks, so that the waves of programs are full, and few."""
 
     def time(splits: int) -> int:
-        return -(-tasks * splits // slots) * (-(-blocks // splits) + START)
+        return -(-tasks * splits // processors) * (-(-blocks // splits) + START)
 
-    return min(range(1, max(1, min(blocks // 4, 8 * slots // tasks)) + 1), key=time)
+    return min(range(1, max(1, min(blocks // 4, 8 * processors // tasks)) + 1), key=time)
