@@ -84,12 +84,11 @@ def with_auto_kernels(
     return LGMSSettings.from_plan({**settings.explicit(), "lms_kernels": kernels or [3, 5, 7, 9]})
 
 
-def build_on_meta(settings: LGMSSettings, topology: Topology) -> LGMSNet:
-    """The network without its weights, to see whether it can be built at all."""
+def build_on_meta(settings: LGMSSettings, topology: Topology, input_channels: int = 1, num_classes: int = 2) -> LGMSNet:
+    """The network without its weights: to see whether it can be built, and what it costs."""
+    conv_op = nn.Conv2d if topology.dim == 2 else nn.Conv3d
     with torch.device("meta"):
-        return LGMSNet(
-            1, 2, conv_op=nn.Conv2d if topology.dim == 2 else nn.Conv3d, **network_kwargs(settings, topology)
-        )
+        return LGMSNet(input_channels, num_classes, conv_op=conv_op, **network_kwargs(settings, topology))
 
 
 def stored(settings: LGMSSettings) -> dict[str, Any]:

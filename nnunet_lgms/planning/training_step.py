@@ -1,0 +1,84 @@
+"""nnU-Net's training and inference step on random data, to see what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_lgms.planning.memory import label_manager
+
+
+class TrainingStep:
+    """One call is one of nnU-Net's training steps: forward, loss, scaled backward, clipping at 12, SGD with momentum.
+
+    Args:
+        network: returns logits, or a list of them with deep supervision.
+        input_shape: (B, C, *patch).
+        n_classes: channels of the output, background included.
+        device: where it runs; autocast to float16 on CUDA, as in nnU-Net.
+        compiled: whether network and Dice are compiled, nnU-Net's default on CUDA.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        input_shape: Sequence[int],
+        n_classes: int,
+        device: torch.device,
+        compiled: bool = False,
+    ):
+        from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
+
+        self.device = device
+        self.network = network.to(device).train()
+        self.loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
+        if compiled:
+            self.network = torch.compile(self.network)
+            self.loss.dc = torch.compile(self.loss.dc)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
+        self.scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
+        self.input_shape = tuple(input_shape)
+        self.n_classes = n_classes
+
+    def __call__(self) -> None:
+        data = torch.randn(self.input_shape).to(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device):
+            output = self.network(data)
+            outputs = output if isinstance(output, (list, tuple)) else [output]
+            loss = sum(self.loss(o, self._target(o)) for o in outputs)
+        if self.scaler is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.optimizer.step()
+            return
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _target(self, output: Tensor) -> Tensor:
+        shape = (output.shape[0], 1, *output.shape[2:])
+        return torch.randint(0, self.n_classes, shape, dtype=torch.int16).to(self.device)
+
+
+class InferenceStep:
+    """One call predicts one patch, as a tile of nnU-Net's sliding window."""
+
+    def __init__(self, network: nn.Module, input_shape: Sequence[int], device: torch.device):
+        self.device = device
+        self.network = network.to(device).eval()
+        self.data = torch.randn(1, *tuple(input_shape)[1:], device=device)
+
+    def __call__(self) -> None:
+        with torch.inference_mode(), autocast(self.device):
+            self.network(self.data)
+
+
+def autocast(device: torch.device):
+    """float16 on CUDA, nothing elsewhere: nnU-Net's choice."""
+    return torch.autocast(device.type) if device.type == "cuda" else nullcontext()
