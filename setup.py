@@ -66,19 +66,19 @@ setup(
     package_data={"": ["*.json", "*.html", "*.css", "*.js"]},
     cmdclass={"build_py": BuildPyWithTrainers},
     entry_points={"console_scripts": ["nnunet_lgms = nnunet_lgms.cli:main"]},
-    # Lower bounds only: constraints.txt lists the versions that this commit was tested with.
+    # What is imported, with lower bounds only: constraints.txt lists the versions that this commit was tested with.
     install_requires=[
         "torch>=2.11",
         "nnunetv2>=2.8",
-        "dynamic-network-architectures>=0.4.4",
-        "batchgenerators>=0.25.1",
         "batchgeneratorsv2>=0.3.2",
         "numpy>=1.24",
-        "SimpleITK>=2.2.1",
+        "scipy>=1.11",
+        "nibabel>=5",
+        "Pillow>=10",
+        "matplotlib>=3.8",
         "pydantic>=2",
         "packaging",
         "tqdm",
-        "matplotlib",
     ],
     extras_require={
         "evaluation": EVALUATION,
