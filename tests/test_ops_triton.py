@@ -15,7 +15,7 @@ import torch
 from nnunet_lgms.ops import depthwise, multi_kernel_depthwise
 
 PAPER = (3, 5, 7, 9)
-# batch, groups of channels, kernels, spatial size, dtype, bias, flip, residual. bfloat16 is for the GPU: numpy lacks it.
+# batch, groups of channels, kernels, spatial size, dtype, bias, flip, residual. bfloat16 is left to the GPU.
 INTERPRETED = {
     "paper_2d": (2, [1] * 4, [(k,) * 2 for k in PAPER], (16, 24), "float16", True, False, True),
     "paper_3d": (1, [1] * 4, [(k,) * 3 for k in PAPER], (3, 9, 10), "float16", True, False, False),
