@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "a downloaded dataset of the paper becomes an nnU-Net dataset",
     "evaluate": "Dice, IoU, HD95, NSD, precision and recall, with a report",
     "zeroshot": "test a trained model on datasets that it has not seen",
+    "plan": "nnU-Net's planning, with patch and batch for LGMSNet on your card",
     "override": "new plans with other kernels, ratios, widths or blocks",
 }
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
-
-TRAINER = "nnUNetTrainerLGMSNet"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,7 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.planning.auto_kernels import measure_components, segmentation_files
+    from nnunet_lgms.planning.auto_kernels import components_of
+    from nnunet_lgms.planning.commands import nnunet_commands
     from nnunet_lgms.planning.override import override_plans
     from nnunet_lgms.planning.plans_files import (
         dataset_name,
@@ -52,39 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{target.name} exists in {dataset}: choose another name with --as, or add --force.")
 
     preprocessed = environment_folder("nnUNet_preprocessed") / dataset
-
-    def measure():
-        description = json.loads((preprocessed / "dataset.json").read_text("utf-8"))
-        files = segmentation_files(preprocessed, environment_folder("nnUNet_raw") / dataset, description)
-        return measure_components(plans, description, files)
-
-    new = override_plans(plans, override, name, args.c, measure)
+    new = override_plans(plans, override, name, args.c, lambda: components_of(dataset, plans))
     write_plans(target, new, args.force)
     print(f"{target.name} written beside {args.plans}.json of {dataset}. Train and predict with:\n")
-    print("\n".join(nnunet_commands(dataset, new, args.c, preprocessed)))
+    print(nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed))
     return 0
-
-
-def nnunet_commands(
-    dataset: str, plans: dict[str, Any], configurations: list[str] | None, preprocessed: Path
-) -> list[str]:
-    """nnU-Net's commands to train and predict with the configurations that use LGMSNet's settings."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from nnunet_lgms.config import KEY
-    from nnunet_lgms.planning.plans_files import dataset_id
-
-    number, name = dataset_id(dataset), plans["plans_name"]
-    manager = PlansManager(plans)
-    lines = []
-    for configuration in configurations or plans["configurations"]:
-        resolved = manager.get_configuration(configuration).configuration
-        if KEY not in resolved:
-            continue
-        if not (preprocessed / resolved["data_identifier"]).is_dir():
-            lines.append(f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {configuration}")
-        lines.append(f"nnUNetv2_train {number} {configuration} 0 -p {name} -tr {TRAINER}")
-        lines.append(
-            f"nnUNetv2_predict -i INPUT -o OUTPUT -d {number} -c {configuration} -f 0 -p {name} -tr {TRAINER}\n"
-        )
-    return lines

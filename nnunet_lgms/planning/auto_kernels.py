@@ -16,6 +16,7 @@ largest component of their label and case are left out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from nnunet_lgms.config.resolve import Topology
+from nnunet_lgms.planning.plans_files import environment_folder
 
 N_GROUPS = 4
 SMALLEST, LARGEST = 3, 9
@@ -103,6 +105,15 @@ def choose_kernels(components: Components, topology: Topology, levels: Sequence[
 def _nearest_odd(voxels: np.ndarray, largest: np.ndarray) -> list[int]:
     # the small number takes 2.9999999 for 3, so that a kernel does not hang on rounding
     return np.clip(2 * np.floor((voxels - 1) / 2 + 0.5 + 1e-6).astype(int) + 1, 1, largest).tolist()
+
+
+def components_of(dataset: str, plans: dict[str, Any]) -> Components:
+    """Components of a dataset of nnU-Net, by its full name; ``plans`` as in :func:`measure_components`."""
+    preprocessed = environment_folder("nnUNet_preprocessed") / dataset
+    raw = environment_folder("nnUNet_raw") / dataset
+    description = preprocessed if (preprocessed / "dataset.json").is_file() else raw
+    dataset_json = json.loads((description / "dataset.json").read_text("utf-8"))
+    return measure_components(plans, dataset_json, segmentation_files(preprocessed, raw, dataset_json))
 
 
 def measure_components(plans: dict[str, Any], dataset_json: dict[str, Any], files: Sequence[Path]) -> Components:

@@ -1,0 +1,86 @@
+"""`nnunet_lgms plan DATASET --vram GB`: nnU-Net's planning with LGMSNet's own need of memory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="nnU-Net's planning, with patch and batch for LGMSNet on your card",
+        description="Plan patch and batch size so that LGMSNet fills the card. nnU-Net finds planners inside its own "
+        "package only, so this command runs ours; stock nnUNetv2_train reads the plans with -p.",
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="nnU-Net's number or name of the dataset")
+    parser.add_argument(
+        "--vram", type=float, metavar="GB", help="memory of the card (default: this machine's, or else 8)"
+    )
+    parser.add_argument("--apply", metavar="FILE", help="plan for these settings: a JSON file, or a name in plans/")
+    parser.add_argument("--as", dest="name", metavar="NAME", help="name of the plans (nnUNetLGMSNetPlans_<GB>G)")
+    parser.add_argument("--force", action="store_true", help="replace plans of that name")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
+
+    from nnunet_lgms.planning.auto_kernels import components_of
+    from nnunet_lgms.planning.commands import nnunet_commands
+    from nnunet_lgms.planning.planner import GIB, PLANS_NAME, LGMSNetPlanner
+    from nnunet_lgms.planning.plans_files import (
+        dataset_id,
+        dataset_name,
+        environment_folder,
+        plans_file,
+        read_override,
+    )
+
+    vram = _vram(args.vram)
+    settings = read_override(args.apply) if args.apply else {}
+    dataset = dataset_name(args.dataset)
+    raw, preprocessed = (environment_folder(f"nnUNet_{kind}") / dataset for kind in ("raw", "preprocessed"))
+    if not (raw / "dataset.json").is_file():
+        raise ValueError(
+            f"{dataset} is not in nnUNet_raw, where planning reads it: put it there or correct nnUNet_raw."
+        )
+    name = (args.name or f"{PLANS_NAME}_{vram:g}G").removesuffix(".json")
+    target = plans_file(dataset, name)
+    if target.exists() and not args.force:
+        raise ValueError(f"{target.name} exists in {dataset}: choose another name with --as, or add --force.")
+    if not (preprocessed / "dataset_fingerprint.json").is_file():
+        extract_fingerprint_dataset(dataset_id(dataset))
+
+    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints every configuration as one long line
+        planner = LGMSNetPlanner(dataset, vram, settings, name)
+        reader = {
+            "image_reader_writer": planner.determine_reader_writer().__name__,
+            "label_manager": "LabelManager",
+            "transpose_forward": [int(i) for i in planner.determine_transpose()[0]],
+        }
+        planner.measure = lambda: components_of(dataset, reader)
+        plans = planner.plan_experiment()
+
+    print(f"{target.name} of {dataset}, planned for {vram:g} GiB:\n")
+    print(f"  {'configuration':20} {'patch':>14} {'batch':>6} {'levels':>7} {'training step':>14}")
+    own = [c for c, content in plans["configurations"].items() if "architecture" in content]
+    for configuration in own:
+        content = plans["configurations"][configuration]
+        patch = "x".join(map(str, content["patch_size"]))
+        levels = content["architecture"]["arch_kwargs"]["n_stages"]
+        memory = planner.memory_of(content) / GIB
+        print(f"  {configuration:20} {patch:>14} {content['batch_size']:>6} {levels:>7} {memory:>10.1f} GiB")
+    print("\nPreprocess, train and predict with:\n")
+    print(nnunet_commands(dataset, plans, list(plans["configurations"]), preprocessed))
+    return 0
+
+
+def _vram(given: float | None) -> float:
+    import torch
+
+    if given is not None and given <= 0:
+        raise ValueError(f"--vram {given:g} is no amount of memory: give the card's GiB, such as 8 or 24.")
+    if given is None and torch.cuda.is_available():
+        return float(round(torch.cuda.get_device_properties(0).total_memory / 2**30))
+    return 8.0 if given is None else given

@@ -1,0 +1,151 @@
+"""nnU-Net's experiment planning with LGMSNet's own need of memory, so that patch and batch fill the card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+from nnunet_lgms.config import KEY, LGMSSettings
+from nnunet_lgms.config.resolve import Topology
+from nnunet_lgms.config.settings import AUTO
+from nnunet_lgms.files import written_whole
+from nnunet_lgms.planning.auto_kernels import Components
+from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, needed_bytes, trace_training_step
+from nnunet_lgms.planning.override import build_on_meta, stored, with_auto_kernels
+from nnunet_lgms.planning.plans_files import plans_file
+
+GIB = 2**30
+PLANS_NAME = "nnUNetLGMSNetPlans"
+#: patches below this many voxels do not get smaller; a card that cannot take them is too small
+SMALLEST_PATCH = {2: 16**2, 3: 8**3}
+
+
+class LGMSNetPlanner(ExperimentPlanner):
+    """nnU-Net's planner; only the estimate of memory is LGMSNet's.
+
+    nnU-Net finds planners inside its own package only, so ``nnunet_lgms plan`` runs this one. The plans that it writes
+    are ordinary: their network is nnU-Net's own, and an LGMSNet trainer builds LGMSNet from the same topology. As in
+    nnU-Net's ResEnc planners, 2d and 3d_fullres share the preprocessed data of ``nnUNetPlans``.
+
+    Args:
+        dataset: nnU-Net's number or name.
+        vram: memory of the card in GiB.
+        settings: of LGMSNet; they go into the plans and decide the memory.
+        plans_name: name of the plans file.
+        measure: gives the components of the dataset; called at most once, if kernels are "auto".
+    """
+
+    def __init__(
+        self,
+        dataset: str | int,
+        vram: float,
+        settings: Mapping[str, Any] | None = None,
+        plans_name: str = PLANS_NAME,
+        measure: Callable[[], Components] | None = None,
+    ):
+        super().__init__(dataset, gpu_memory_target_in_gb=vram, plans_name=plans_name)
+        # In nnU-Net's formulas an "estimate" for a reference batch stands against a "reference". With a reference of 1
+        # for a batch of 1, an estimate of 1/B says that a batch of B fits; below B = 2 the patch shrinks.
+        self.UNet_reference_val_2d = self.UNet_reference_val_3d = 1.0
+        self.UNet_reference_val_corresp_GB = vram
+        self.UNet_reference_val_corresp_bs_2d = self.UNet_reference_val_corresp_bs_3d = 1
+        self.settings = LGMSSettings.from_plan(settings or {})
+        self.measure = measure
+        self._components: Components | None = None
+        self._traces: dict[Any, tuple[StepMemory, float]] = {}
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        """2d and 3d_fullres have nnU-Net's spacing, so they have its preprocessed data as well."""
+        shared = configuration_name in ("2d", "3d_fullres")
+        return f"{'nnUNetPlans' if shared else self.plans_identifier}_{configuration_name}"
+
+    def static_estimate_VRAM_usage(
+        self,
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict,
+        arch_kwargs_req_import: Sequence[str],
+    ) -> float:
+        """1 over the largest batch that fits (see ``__init__``); what nnU-Net calls an estimate.
+
+        Raises:
+            ValueError: even a small patch does not fit, or the settings do not fit the topology.
+        """
+        topology = Topology.of({"patch_size": patch_size, "architecture": {"arch_kwargs": arch_kwargs}})
+        if topology.n_levels < 2:
+            raise ValueError(self._too_small(topology))
+        memory, voxels = self._trace(topology, input_channels, output_channels)
+        calibration = CALIBRATION[topology.dim]
+        budget = self.UNet_vram_target_GB * GIB - calibration.context - calibration.fixed - memory.static
+        per_sample = calibration.activations * memory.activations * np.prod(patch_size, dtype=float) / voxels
+        batch = int(budget // per_sample) if budget > 0 else 0
+        if batch < self.UNet_min_batch_size and np.prod(patch_size) <= SMALLEST_PATCH[topology.dim]:
+            raise ValueError(self._too_small(topology))
+        return 1 / batch if batch else np.inf
+
+    def memory_of(self, configuration: Mapping[str, Any]) -> int:
+        """Bytes that a training step of a planned configuration needs, without what CUDA itself takes."""
+        topology = Topology.of(configuration)
+        network = build_on_meta(self._settings_for(topology), topology, self._n_channels(), self._n_classes())
+        shape = (int(configuration["batch_size"]), self._n_channels(), *topology.patch_size)
+        return needed_bytes(trace_training_step(network, shape, self._n_classes()), topology.dim)
+
+    def get_plans_for_configuration(self, spacing, *args: Any, **kwargs: Any) -> dict:
+        """nnU-Net's configuration with LGMSNet's settings."""
+        self._spacing = tuple(float(s) for s in spacing)
+        plan = super().get_plans_for_configuration(spacing, *args, **kwargs)
+        if self.settings.model_fields_set:
+            plan[KEY] = stored(self._settings_for(Topology.of(plan)))
+        return plan
+
+    def save_plans(self, plans: dict) -> None:
+        """Writes the plans file whole, configurations that somebody added to an earlier one included."""
+        recursive_fix_for_json_export(plans)
+        path = plans_file(self.dataset_name, self.plans_identifier)
+        if path.is_file():
+            earlier = json.loads(path.read_text("utf-8"))["configurations"]
+            plans["configurations"].update({k: v for k, v in earlier.items() if k not in plans["configurations"]})
+        Path(path.parent).mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(plans, indent=4) + "\n", "utf-8")
+
+    def _too_small(self, topology: Topology) -> str:
+        context = CALIBRATION[topology.dim].context / GIB
+        return (
+            f"--vram {self.UNet_vram_target_GB:g} is too small for LGMSNet in {topology.dim}D: not even a patch of "
+            f"{'x'.join(map(str, topology.patch_size))} fits beside the {context:.1f} GiB that CUDA takes for itself; "
+            f"give more, or smaller widths with --apply."
+        )
+
+    def _trace(self, topology: Topology, input_channels: int, n_classes: int) -> tuple[StepMemory, float]:
+        """A counted step of one sample, and its voxels: with a topology, memory grows as the voxels do."""
+        key = (topology.strides, topology.kernel_sizes)
+        if key not in self._traces:
+            network = build_on_meta(self._settings_for(topology), topology, input_channels, n_classes)
+            counted = trace_training_step(network, (2, input_channels, *topology.patch_size), n_classes)
+            voxels = 2 * np.prod(topology.patch_size, dtype=float)
+            self._traces[key] = counted, voxels
+        return self._traces[key]
+
+    def _settings_for(self, topology: Topology) -> LGMSSettings:
+        if self.settings.lms_kernels != AUTO:
+            return self.settings
+        if self._components is None:
+            self._components = self.measure()
+        topology = replace(topology, spacing=topology.spacing or self._spacing)
+        return with_auto_kernels(self.settings, topology, self._components, say=lambda line: None)
+
+    def _n_channels(self) -> int:
+        return len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
+
+    def _n_classes(self) -> int:
+        return len(self.dataset_json["labels"])
