@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from nnunet_lgms.ops import depthwise, multi_kernel_depthwise
+from nnunet_lgms.ops import backend, depthwise, multi_kernel_depthwise
 
 PAPER = (3, 5, 7, 9)
 # batch, groups of channels, kernels, spatial size, dtype, bias, flip, residual. bfloat16 is left to the GPU.
@@ -117,7 +117,7 @@ def test_gradients_match_the_pytorch_path(memory_format, monkeypatch):
     grad = torch.randn_like(x)
     got = gradients(multi_kernel_depthwise, x, weights, biases, grad)
     assert got[0].is_contiguous(memory_format=memory_format)
-    monkeypatch.setenv("NNUNET_LGMS_KERNELS", "off")
+    monkeypatch.setattr(backend, "KERNELS_WANTED", False)
     want = gradients(multi_kernel_depthwise, x.double(), weights, biases, grad.double())
     for a, b in zip(got, want):
         assert ((a.double() - b.double()).norm() / b.double().norm()).item() < 2e-3
