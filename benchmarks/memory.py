@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -247,5 +246,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    np.seterr(all="raise")
     sys.exit(main())

@@ -25,6 +25,7 @@ COMMANDS = {
     "zeroshot": "test a trained model on datasets that it has not seen",
     "plan": "nnU-Net's planning, with patch and batch for LGMSNet on your card",
     "override": "new plans with other kernels, ratios, widths or blocks",
+    "profile": "parameters, GMAC, receptive field, memory and time of a plan",
 }
 
 

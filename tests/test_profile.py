@@ -1,0 +1,346 @@
+"""What a plan costs: counted memory, the planner that fills a card with it, and the profile."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from planned import configuration
+from torch import nn
+
+from nnunet_lgms import LGMSNet
+from nnunet_lgms.cli import main
+from nnunet_lgms.config import LGMSSettings
+from nnunet_lgms.config.resolve import Topology
+from nnunet_lgms.nnunet.builder import build_network
+from nnunet_lgms.planning.memory import HalfPrecision, LiveBytes, needed_bytes, trace_training_step
+from nnunet_lgms.planning.override import build_on_meta
+from nnunet_lgms.planning.planner import GIB, LGMSNetPlanner
+from nnunet_lgms.planning.profile import (
+    LGMSNET,
+    NNUNET,
+    Subject,
+    _measure,
+    as_table,
+    count_gmac,
+    measured_profile,
+    receptive_fields,
+    static_profile,
+)
+
+NAME = "Dataset998_Big"
+DATASET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1, "lesion": 2}, "file_ending": ".nii.gz"}
+
+
+def plans() -> dict:
+    return {
+        "dataset_name": NAME,
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "label_manager": "LabelManager",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {
+            "2d": configuration((48, 40), 4, spacing=(0.5, 0.5)),
+            "3d_fullres": configuration(
+                (16, 24, 16), 3, spacing=(3.0, 1.0, 1.0), kernel_sizes=[[1, 3, 3], [3, 3, 3], [3, 3, 3]]
+            ),
+        },
+    }
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch) -> Path:
+    """A dataset of 20 CTs that exist in its fingerprint only; its preprocessed folder."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    raw, folder = tmp_path / "nnUNet_raw" / NAME, tmp_path / "nnUNet_preprocessed" / NAME
+    for sub in ("imagesTr", "labelsTr"):
+        (raw / sub).mkdir(parents=True)
+    (folder / "gt_segmentations").mkdir(parents=True)
+    segmentation = np.zeros((8, 20, 20), np.uint8)
+    segmentation[2:4, 5:10, 5:10] = 1
+    image = sitk.GetImageFromArray(segmentation)
+    for path in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"):
+        sitk.WriteImage(image, str(raw / path))
+    sitk.WriteImage(image, str(folder / "gt_segmentations" / "a.nii.gz"))
+    (raw / "dataset.json").write_text(json.dumps({**DATASET, "numTraining": 200}))
+    (folder / "dataset.json").write_text(json.dumps(DATASET))
+    fingerprint = {
+        "spacings": [[3.0, 0.8, 0.8]] * 20,
+        "shapes_after_crop": [[64, 200, 200]] * 20,
+        "median_relative_size_after_cropping": 1.0,
+        "foreground_intensity_properties_per_channel": {"0": {"mean": 0.0, "std": 1.0}},
+    }
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans()))
+    return folder
+
+
+# --- counted memory ---------------------------------------------------------------------------------------------------
+
+
+def test_counts_what_lives_at_once():
+    with LiveBytes() as live:
+        a = torch.empty(1000, device="meta")  # 4000 bytes take 4096
+        b = a + 1
+        assert live.live == 2 * 4096
+        view = b.view(10, 100)  # no storage of its own
+        del b
+        assert live.live == 2 * 4096
+        del a, view
+        assert live.live == 0
+    assert live.peak == 2 * 4096
+
+
+def test_half_precision_is_what_autocast_does_on_a_gpu():
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    with torch.device("meta"):
+        convolution, norm, group = nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)
+    with HalfPrecision():
+        half = convolution(x)
+        assert half.dtype == torch.float16
+        assert norm(half).dtype == torch.float16  # not in autocast's lists: as it comes
+        assert group(half).dtype == torch.float32
+        assert F.softmax(half, 1).dtype == torch.float32
+        assert (half + x[..., :6, :6]).dtype == torch.float32
+        assert F.gelu(half).dtype == torch.float16
+
+
+def test_attention_is_counted_without_its_matrix():
+    n = 10_000
+    query = torch.empty(1, 4, n, 8, device="meta", requires_grad=True)
+    with LiveBytes() as live, HalfPrecision():
+        F.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert live.peak < n * n
+
+
+def counted(patch, n_stages, batch, **settings):
+    topology = Topology.of(configuration(patch, n_stages))
+    network = build_on_meta(LGMSSettings.from_plan(settings), topology, 1, 3)
+    return trace_training_step(network, (batch, 1, *patch), 3)
+
+
+def test_activations_grow_with_the_batch_and_the_patch_and_the_widths():
+    one, two = counted((32, 32, 32), 4, 2), counted((32, 32, 32), 4, 4)
+    assert two.static == one.static
+    assert two.activations / one.activations == pytest.approx(2, rel=0.1)
+    assert counted((32, 64, 32), 4, 2).activations / one.activations == pytest.approx(2, rel=0.1)
+    large = counted((32, 32, 32), 4, 2, widths={"1": 32, "2": 64, "3+": 128, "4+": 256})
+    assert large.activations > 1.7 * one.activations and large.static > 3 * one.static
+
+
+def test_static_is_weights_and_momentum():
+    network = build_network(PlansManager(plans()).get_configuration("2d"), 1, 3, False)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    everything = sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()])
+    assert counted((48, 40), 4, 1).static == everything + 4 * trained
+
+
+@pytest.mark.gpu
+def test_the_estimate_is_within_15_percent():
+    from nnunet_lgms.planning.training_step import TrainingStep
+
+    torch.backends.cudnn.benchmark = True
+    topology = Topology.of(configuration((96, 96, 96), 5))
+    estimate = needed_bytes(trace_training_step(build_on_meta(LGMSSettings(), topology), (2, 1, 96, 96, 96), 2), 3)
+    network = build_network(
+        PlansManager({"configurations": {"x": configuration((96,) * 3, 5)}}).get_configuration("x"), 1, 2, False
+    )
+    step = TrainingStep(network, (2, 1, 96, 96, 96), 2, torch.device("cuda"), compiled=True)
+    for _ in range(3):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step()
+    assert estimate == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+# --- the planner ------------------------------------------------------------------------------------------------------
+
+
+def planned(vram: float, **kwargs) -> tuple[LGMSNetPlanner, dict]:
+    planner = LGMSNetPlanner(NAME, vram, **kwargs)
+    return planner, planner.plan_experiment()
+
+
+def test_plans_fill_the_card_and_no_more(dataset):
+    sizes = []
+    for vram in (4, 12):
+        planner, written = planned(vram, plans_name=f"P{vram}")
+        for name in ("2d", "3d_fullres"):
+            used = planner.memory_of(written["configurations"][name]) / GIB
+            assert 0.6 * vram < used < vram, (name, vram, used)
+        fullres = written["configurations"]["3d_fullres"]
+        sizes.append(np.prod(fullres["patch_size"]) * fullres["batch_size"])
+        assert fullres["batch_size"] >= 2
+    assert sizes[1] > 2 * sizes[0]
+
+
+def test_stock_nnunet_reads_the_plans(dataset):
+    planned(4, plans_name="P4")
+    manager = PlansManager(str(dataset / "P4.json")).get_configuration("3d_fullres")
+    assert manager.data_identifier == "nnUNetPlans_3d_fullres"
+    own = get_network_from_plans(
+        manager.network_arch_class_name,
+        manager.network_arch_init_kwargs,
+        manager.network_arch_init_kwargs_req_import,
+        1,
+        3,
+        deep_supervision=True,
+    )
+    assert type(own).__name__ == "PlainConvUNet"
+    assert len(build_network(manager, 1, 3).encoder.output_channels) == manager.network_arch_init_kwargs["n_stages"]
+
+
+def test_dearer_settings_get_a_smaller_patch(dataset):
+    patches = []
+    for i, settings in enumerate(({}, {"widths": {"1": 32, "2": 64, "3+": 128, "4+": 256}})):
+        planner, written = planned(6, settings=settings, plans_name=f"P{i}")
+        content = written["configurations"]["3d_fullres"]
+        assert planner.memory_of(content) < 6 * GIB
+        patches.append(np.prod(content["patch_size"]))
+        assert ("lgmsnet" in content) == bool(settings)
+    assert patches[1] < patches[0]
+
+
+def test_plan_command(dataset, capsys):
+    assert main(["plan", "998", "--vram", "4", "--apply", "kernels_auto", "--as", "Mine"]) == 0
+    said = capsys.readouterr().out
+    assert "nnUNetv2_train 998 3d_fullres 0 -p Mine -tr nnUNetTrainerLGMSNet" in said and "GiB" in said
+    stored = json.loads((dataset / "Mine.json").read_text())["configurations"]
+    # one object of 6 x 4 x 4 mm; voxels of 3 x 0.8 x 0.8 mm
+    assert stored["3d_fullres"]["lgmsnet"]["lms_kernels"]["1"][0] == [1, 3, 3]
+    assert stored["2d"]["lgmsnet"]["requires"]
+
+    before = (dataset / "Mine.json").read_bytes()
+    assert main(["plan", "998", "--vram", "8", "--as", "Mine"]) == 2
+    assert "--force" in capsys.readouterr().err and (dataset / "Mine.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["998", "--vram", "0.5"], "--vram 0.5 is too small"),
+        (["998", "--vram", "-1"], "--vram -1 is no amount"),
+        (["997", "--vram", "8"], "'997' names no dataset"),
+        (["998", "--vram", "8", "--apply", "nothing"], "There is no override 'nothing'"),
+    ],
+)
+def test_plan_says_what_is_wrong(dataset, capsys, arguments, said):
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(dataset.glob("nnUNetLGMSNet*"))
+
+
+# --- the profile ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dim, channels, classes, size, gmac, parameters",
+    [(2, 3, 1, 256, 5.01, 2_321_393), (3, 1, 14, 96, 68.6, 6_193_742)],
+)
+def test_gmac_of_the_published_network(dim, channels, classes, size, gmac, parameters):
+    """The figures measured on the authors' implementation: convolutions, linear layers and attention products."""
+    with torch.device("meta"):
+        network = LGMSNet.paper(channels, classes, dim=dim)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert count_gmac(network, (1, channels, *(size,) * dim)) == pytest.approx(gmac, rel=2e-3)
+
+
+def test_receptive_fields():
+    ours, theirs = (static_profile(Subject(kind, plans(), "3d_fullres", DATASET)) for kind in (LGMSNET, NNUNET))
+    first, second, third = ours["receptive_field"]
+    # stem 3, LMS 9 and 3; kernel 1 across thick slices; then pooling 2, LMS 9 and 3 at half the resolution
+    assert first["voxels"] == [1, 13, 13] and first["mm"] == [3, 13, 13]
+    assert second["voxels"] == [1 + 1 + 2 * 10, 13 + 1 + 2 * 10, 34]
+    assert not third["whole_patch"]
+    # two convolutions per level, the first of which has the stride
+    assert theirs["receptive_field"][0]["voxels"] == [1, 5, 5]
+    assert theirs["receptive_field"][1]["voxels"] == [1 + 2 + 4, 5 + 2 + 4, 11]
+
+
+def test_a_receptive_field_is_where_the_gradient_is():
+    """The field of level 2 in 1D terms, seen by a gradient through a network without norms that mix positions."""
+    topology = Topology.of(configuration((96, 96), 2, {"lms_kernels": [3, 7]}))
+    network = build_network(
+        PlansManager({"configurations": {"x": configuration((96, 96), 2, {"lms_kernels": [3, 7]})}}).get_configuration(
+            "x"
+        ),
+        1,
+        2,
+        False,
+    )
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (nn.BatchNorm2d, nn.GroupNorm)):
+                setattr(module, name, nn.Identity())
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(module, name, nn.AvgPool2d(2))  # every voxel of the window, not only the largest
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 0.01)
+    x = torch.ones(1, 1, 96, 96, requires_grad=True)
+    network.encoder(x)[1][0, :, 24, 24].sum().backward()
+    rows = x.grad[0, 0].abs().sum(1).nonzero().flatten()
+    assert receptive_fields(network_with_max_pool(topology), topology)[1]["voxels"] == [len(rows)] * 2
+
+
+def network_with_max_pool(topology: Topology) -> nn.Module:
+    return build_on_meta(LGMSSettings.from_plan({"lms_kernels": [3, 7]}), topology)
+
+
+def test_attention_sees_the_whole_patch():
+    levels = static_profile(Subject(LGMSNET, plans(), "2d", DATASET))["receptive_field"]
+    assert [level["whole_patch"] for level in levels] == [False, False, False, True]
+
+
+def test_profile_command(dataset, capsys, tmp_path):
+    assert main(["override", "998", "--apply", "kernels_3", "--as", "K3"]) == 0
+    report = tmp_path / "report.json"
+    assert (
+        main(
+            [
+                "profile",
+                "998",
+                "-c",
+                "2d",
+                "-p",
+                "K3",
+                "--against",
+                "nnUNetPlans",
+                "--steps",
+                "0",
+                "--json",
+                str(report),
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "LGMSNet" in said and "PlainConvUNet" in said and "48x40" in said
+    ours, theirs = json.loads(report.read_text())["networks"]
+    assert (ours["plans"], theirs["plans"]) == ("K3", "nnUNetPlans")
+    assert 0 < ours["parameters"] < theirs["parameters"] and 0 < ours["gmac"] < theirs["gmac"]
+    assert ours["estimated_training_mib"] > 0
+    assert main(["profile", "998", "-c", "3d"]) == 2
+    assert "no configuration '3d'" in capsys.readouterr().err
+
+
+def test_steps_are_measured_and_a_failure_is_told():
+    subject = Subject(LGMSNET, plans(), "3d_fullres", DATASET)
+    profile = static_profile(subject)
+    profile["steps"] = {k: _measure(subject, k, "cpu", 2, False) for k in ("training", "inference")}
+    assert all(step["ms"] > 0 for step in profile["steps"].values())
+    assert profile["steps"]["training"]["ms"] > profile["steps"]["inference"]["ms"]
+    assert "ms, " in as_table([profile])
+    if not torch.cuda.is_available():
+        profile["steps"] = measured_profile(subject, "cuda", 1, False)
+        assert all("failed" in step for step in profile["steps"].values())
+        assert "failed: " in as_table([profile])
