@@ -121,7 +121,7 @@ def _convolve(
     residual: bool,
 ) -> Tensor:
     x = x.contiguous()
-    triton_kernels = _triton_kernels(x, kernels)
+    triton_kernels = _triton_kernels(x, channels, kernels)
     if triton_kernels is not None:
         return triton_kernels.convolve(x, parameters, channels, kernels, has_bias, flip, residual)
     weights, biases = _unpack(parameters.to(x.dtype), channels, kernels, has_bias)
@@ -170,7 +170,7 @@ _convolve.register_autograd(_convolve_backward, setup_context=_convolve_setup)
 def _correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
     """Gradient of the flat weights, in float32 (float64 for float64 input)."""
     x, grad = x.contiguous(), grad.contiguous()
-    triton_kernels = _triton_kernels(x, kernels)
+    triton_kernels = _triton_kernels(x, channels, kernels)
     if triton_kernels is not None:
         return triton_kernels.correlate(x, grad, channels, kernels)
     axes = x.dim() - 2
@@ -293,7 +293,7 @@ def _weight_grad_chunk(x: Tensor, grad: Tensor, kernel: tuple[int, int, int]) ->
     return taps.flip(1)  # the last of the kz gradient planes belongs to the first tap
 
 
-def _triton_kernels(x: Tensor, kernels: Sequence[int]) -> ModuleType | None:
+def _triton_kernels(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> ModuleType | None:
     """The module with the CUDA kernels if it can serve this call, else None."""
     module = triton_module("depthwise_triton", x)
-    return module if module is not None and module.supports(x, kernels) else None
+    return module if module is not None and module.supports(x, channels, kernels) else None

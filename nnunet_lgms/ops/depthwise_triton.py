@@ -13,8 +13,8 @@ faster than 729 multiplications one by one. What bounds the kernels is gathering
 
 * forward: `_band_kernel` writes the band matrices (288 KiB a channel for 9x9x9, read from L2 by everybody), and
   `_convolve_kernel` is a matrix product whose left side is gathered from x, for two output planes at a time, so that a
-  window is gathered (kz + 1) / 2 times and not kz times. How many products a channel needs is read from a table, so
-  one launch of one compiled kernel serves all groups, whatever their kernels.
+  window is gathered (kz + 1) / 2 times and not kz times. Kernel sizes are run-time values: they only say how many
+  products to sum. One launch of one compiled kernel so serves all groups.
 * input gradient: the same with mirrored taps.
 * weight gradient: (64, patches) x (patches, windows), output gradient times input, for two dz at a time. The entries of
   one diagonal belong to one tap. Every program writes its part of those entries to a workspace, which
@@ -40,31 +40,69 @@ PATCH = tl.constexpr(8)  # outputs per axis of a patch
 BN = tl.constexpr(64)  # outputs of a patch
 WINDOW = tl.constexpr(256)  # window entries in one program of the weight gradient
 
-COLUMNS = tl.constexpr(6)  # of the table of channels, see `_tables`
-
+GROUPS = 4  # that one launch can take
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def supports(x: Tensor, kernels: Sequence[int]) -> bool:
-    """Whether the kernels below can serve x, (B, C, [D,] H, W), and these kernel sizes."""
+def supports(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> bool:
+    """Whether the kernels below can serve x, (B, C, [D,] H, W), these groups and these kernel sizes."""
     return (
         x.dtype in DTYPES
         and 0 < x.numel() < 2**31
-        and max(kernels[x.dim() - 3 :: x.dim() - 2]) <= 25  # along x; the other axes may have any size
+        and len(channels) <= GROUPS
+        and max(channels) < 1 << 14
+        and max(kernels) < 64
+        and max(kernels[x.dim() - 3 :: x.dim() - 2]) <= 25  # along x, where a window is 32 wide
         and (not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)))
     )
 
 
+@triton.jit
+def _look_up(index, group, found, PER_CHANNEL: tl.constexpr, DZ: tl.constexpr, ROWS: tl.constexpr):
+    """One group's part in finding what number `index` of a list is: the list has one item for each channel, or
+    (not PER_CHANNEL) one for each task of the weight gradient, DZ taps along z and ROWS window rows of a channel.
+
+    found: kernel sizes, channel, start of its taps in the flat parameters, task within the channel.
+    """
+    kz, ky, kx, channel, taps, task = found
+    gz, gy, gx, count = group & 63, (group >> 6) & 63, (group >> 12) & 31, group >> 17
+    if PER_CHANNEL:
+        items = 1
+    else:
+        items = tl.maximum(tl.cdiv(gz, DZ) * tl.cdiv(PATCH + gy - 1, ROWS), 1)
+    here = (index >= 0) & (index < count * items)
+    passed = tl.minimum(tl.maximum(index, 0), count * items) // items  # channels of this group before ours
+    found = (
+        tl.where(here, gz, kz),
+        tl.where(here, gy, ky),
+        tl.where(here, gx, kx),
+        channel + passed,
+        taps + passed * gz * gy * gx,
+        tl.where(here, index - passed * items, task),
+    )
+    return index - count * items, found
+
+
+@triton.jit
+def _find(index, group0, group1, group2, group3, PER_CHANNEL: tl.constexpr, DZ: tl.constexpr, ROWS: tl.constexpr):
+    found = (0, 0, 0, 0, 0, 0)
+    index, found = _look_up(index, group0, found, PER_CHANNEL, DZ, ROWS)
+    index, found = _look_up(index, group1, found, PER_CHANNEL, DZ, ROWS)
+    index, found = _look_up(index, group2, found, PER_CHANNEL, DZ, ROWS)
+    index, found = _look_up(index, group3, found, PER_CHANNEL, DZ, ROWS)
+    return found
+
+
 # Flags and sizes stay run-time values: UNIT, the largest power of two up to 8 that divides the width, says all that the
 # compiler needs, and every version less is seconds less of compilation.
-@triton.jit(do_not_specialize=["flip"])
-def _band_kernel(parameters_ptr, band_ptr, table_ptr, flip, XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr):
+@triton.jit(do_not_specialize=["group0", "group1", "group2", "group3", "flip", "most_tiles"])
+def _band_kernel(
+    parameters_ptr, band_ptr,
+    group0, group1, group2, group3, flip, most_tiles,
+    XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One BK x BN tile of a band matrix: rows (r, w) of the window, columns (by, bx) of the patch, stored by column."""
-    entry = table_ptr + tl.program_id(0) * COLUMNS
-    kz = tl.load(entry + 1)
-    ky = tl.load(entry + 2)
-    kx = tl.load(entry + 3)
-    weight = parameters_ptr + tl.load(entry + 4)
+    kz, ky, kx, channel, first_tap, _ = _find(tl.program_id(0), group0, group1, group2, group3, True, 1, 1)
     tiles_per_plane = tl.cdiv((PATCH + ky - 1) * XW, BK)
     tile = tl.program_id(1)
     if tile < kz * tiles_per_plane:
@@ -76,23 +114,37 @@ def _band_kernel(parameters_ptr, band_ptr, table_ptr, flip, XW: tl.constexpr, XL
         inside = (dy >= 0) & (dy < ky) & (dx >= 0) & (dx < kx)
         tap = (dz * ky + dy) * kx + dx
         tap = tl.where(flip != 0, kz * ky * kx - 1 - tap, tap)
-        taps = tl.load(weight + tap, mask=inside, other=0.0)
-        out = band_ptr + (tl.load(entry + 5) + tile) * (BK * BN) + n * BK + k
+        taps = tl.load(parameters_ptr + first_tap + tap, mask=inside, other=0.0)
+        out = band_ptr + (channel * most_tiles + tile) * (BK * BN) + n * BK + k
         tl.store(out, taps.to(band_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["first_bias", "residual", "channels", "depth", "height", "width_units", "patches"])
+@triton.jit(
+    do_not_specialize=[
+        "group0",
+        "group1",
+        "group2",
+        "group3",
+        "first_bias",
+        "residual",
+        "most_tiles",
+        "channels",
+        "depth",
+        "height",
+        "width_units",
+        "patches",
+    ]
+)
 def _convolve_kernel(
-    x_ptr, band_ptr, parameters_ptr, out_ptr, table_ptr,
-    first_bias, residual, channels, depth, height, width_units, patches,
+    x_ptr, band_ptr, parameters_ptr, out_ptr,
+    group0, group1, group2, group3, first_bias, residual, most_tiles, channels, depth, height, width_units, patches,
     XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BZ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM patches of one channel, each in BZ neighbouring planes: a window is loaded once for all of those."""
-    entry = table_ptr + tl.program_id(1) * COLUMNS
-    channel = tl.load(entry)
-    kz = tl.load(entry + 1)
-    ky = tl.load(entry + 2)
+    # The last group first: it tends to have the largest kernel, and a long program should not be the last to start.
+    index = channels - 1 - tl.program_id(1)
+    kz, ky, _, channel, _, _ = _find(index, group0, group1, group2, group3, True, 1, 1)
     width = width_units * UNIT  # tells the compiler which loads are aligned
     plane = height * width
     rows: tl.constexpr = BK // XW
@@ -121,7 +173,7 @@ def _convolve_kernel(
     tiles_per_plane = tl.cdiv((PATCH + ky - 1) * XW, BK)
     first_tile = bz * tiles_per_plane
     last_tile = first_tile + kz * tiles_per_plane
-    band = band_ptr + tl.load(entry + 5) * (BK * BN) - first_tile * (BK * BN) + n % BN * BK
+    band = band_ptr + channel * most_tiles * (BK * BN) - first_tile * (BK * BN) + n % BN * BK
     acc = tl.zeros((BM, BZ * BN), dtype=tl.float32)
     for i in range((kz + BZ - 1) * tiles_per_plane):
         dz = i // tiles_per_plane - kz // 2
@@ -150,25 +202,23 @@ def _convolve_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "channels", "depth", "height", "width_units", "log_y", "log_x", "blocks_z", "blocks_y", "blocks_x", "blocks",
-        "splits",
+        "group0", "group1", "group2", "group3", "channels", "depth", "height", "width_units",
+        "log_y", "log_x", "blocks_z", "blocks_y", "blocks_x", "blocks", "splits",
     ]
 )  # fmt: skip
 def _correlate_kernel(
-    x_ptr, grad_ptr, workspace_ptr, table_ptr, task_ptr,
-    channels, depth, height, width_units, log_y, log_x, blocks_z, blocks_y, blocks_x, blocks, splits,
+    x_ptr, grad_ptr, workspace_ptr,
+    group0, group1, group2, group3, channels, depth, height, width_units,
+    log_y, log_x, blocks_z, blocks_y, blocks_x, blocks, splits,
     XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, DZ: tl.constexpr, BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DZ taps along z, and 256 / XW rows of the window, of one channel, over a part of the blocks of BP patches."""
-    task = task_ptr + tl.program_id(1) * 3
-    entry = table_ptr + tl.load(task) * COLUMNS
-    first_dz = tl.load(task + 1)
-    first_row = tl.load(task + 2)
-    channel = tl.load(entry)
-    kz = tl.load(entry + 1)
-    ky = tl.load(entry + 2)
-    kx = tl.load(entry + 3)
+    rows: tl.constexpr = WINDOW // XW
+    kz, ky, kx, channel, first_tap, task = _find(tl.program_id(1), group0, group1, group2, group3, False, DZ, rows)
+    window_parts = tl.cdiv(PATCH + ky - 1, rows)
+    first_dz = task // window_parts * DZ
+    first_row = task % window_parts * rows
     split = tl.program_id(0)
     width = width_units * UNIT
     plane = height * width
@@ -210,7 +260,7 @@ def _correlate_kernel(
 
     # The workspace of a channel is (splits, 64, kz * ky * kx): one row for each place in the patch.
     taps = kz * ky * kx
-    out = workspace_ptr + tl.load(entry + 4).to(tl.int64) * splits * BN + split * BN * taps
+    out = workspace_ptr + first_tap.to(tl.int64) * splits * BN + split * BN * taps
     dz = first_dz + m // BN
     dy = (first_row + n // XW)[None, :] - by[:, None]
     dx = (n % XW - XL + kx // 2)[None, :] - bx[:, None]
@@ -218,12 +268,13 @@ def _correlate_kernel(
     tl.store(out + (m % BN * taps)[:, None] + (dz[:, None] * ky + dy) * kx + dx, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _reduce_kernel(workspace_ptr, out_ptr, table_ptr, splits, ROWS: tl.constexpr, COLS: tl.constexpr):
+@triton.jit(do_not_specialize=["group0", "group1", "group2", "group3", "splits"])
+def _reduce_kernel(
+    workspace_ptr, out_ptr, group0, group1, group2, group3, splits, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """Sum of the rows that `_correlate_kernel` wrote, COLS taps of one channel."""
-    entry = table_ptr + tl.program_id(0) * COLUMNS
-    taps = tl.load(entry + 1) * tl.load(entry + 2) * tl.load(entry + 3)
-    weight = tl.load(entry + 4)
+    kz, ky, kx, _, weight, _ = _find(tl.program_id(0), group0, group1, group2, group3, True, 1, 1)
+    taps = kz * ky * kx
     first = tl.program_id(1) * COLS
     if first < taps:
         col = first + tl.arange(0, COLS)
@@ -242,35 +293,34 @@ def _reduce_kernel(workspace_ptr, out_ptr, table_ptr, splits, ROWS: tl.constexpr
 START = 16  # what starting and ending a program of the weight gradient costs, in steps of its loop
 
 
-@lru_cache(maxsize=64)
-def _tables(
-    channels: tuple[int, ...], kernels: tuple[int, ...], bk: int, taps_per_task: int, device: torch.device
-) -> tuple[Tensor, Tensor, int, int]:
-    """Work lists: a row for each channel, large kernels first, so that none of them starts last: which channel, its
-    kernel, where its taps start in the flat parameters and where its band matrices start (counted in tiles of bk x 64);
-    a row for each task of the weight gradient: row of the channel, first dz, first window row. Then the number of band
-    tiles of all channels and of the largest."""
-    xw = _window_width(kernels, len(channels))
-    rows, tasks, channel, weight, tile = [], [], 0, 0, 0
-    for count, (kz, ky, kx) in zip(channels, _kernels_3d(kernels, len(channels))):
-        tiles = kz * -(-(8 + ky - 1) * xw // bk)
-        for _ in range(count):
-            rows.append((tiles, channel, kz, ky, kx, weight, tile))
-            channel, weight, tile = channel + 1, weight + kz * ky * kx, tile + tiles
-    rows.sort(key=lambda row: -row[0])
-    for i, (_, _, kz, ky, _, _, _) in enumerate(rows):
-        tasks += [(i, dz, row) for dz in range(0, kz, taps_per_task) for row in range(0, 8 + ky - 1, 256 // xw)]
-    table = torch.tensor([row[1:] for row in rows], dtype=torch.int32)
-    return table.to(device), torch.tensor(tasks, dtype=torch.int32).to(device), tile, rows[0][0]
+class _Groups:
+    """The groups as the kernels take them, and what follows from them."""
+
+    def __init__(self, channels: Sequence[int], kernels: Sequence[int]):
+        axes = len(kernels) // len(channels)
+        self.kernels = [(1, 1, *kernels[i : i + axes])[-3:] for i in range(0, len(kernels), axes)]
+        self.channels = channels
+        self.packed = [kz | ky << 6 | kx << 12 | n << 17 for n, (kz, ky, kx) in zip(channels, self.kernels)]
+        self.packed += [0] * (GROUPS - len(self.packed))
+        self.sizes = [kz * ky * kx for kz, ky, kx in self.kernels]
+        self.taps = sum(n * size for n, size in zip(channels, self.sizes))
+        self.flat = all(kz == 1 for kz, _, _ in self.kernels)
+        self.window_width = 16 if max(kx for _, _, kx in self.kernels) <= 9 else 32
+        self.window_left = (self.window_width - 8) // 2
+
+    def most_tiles(self, bk: int) -> int:
+        """Band tiles of a channel with the largest kernel."""
+        return max(kz * -(-(8 + ky - 1) * self.window_width // bk) for kz, ky, _ in self.kernels)
+
+    def tasks(self, dz: int) -> int:
+        """Programs that the weight gradient needs for one part of the patches."""
+        rows = 256 // self.window_width
+        return sum(n * -(-kz // dz) * -(-(8 + ky - 1) // rows) for n, (kz, ky, _) in zip(self.channels, self.kernels))
 
 
-def _kernels_3d(kernels: Sequence[int], groups: int) -> list[tuple[int, int, int]]:
-    axes = len(kernels) // groups
-    return [(1, 1, *kernels[i * axes : (i + 1) * axes])[-3:] for i in range(groups)]
-
-
-def _window_width(kernels: Sequence[int], groups: int) -> int:
-    return 16 if max(kx for _, _, kx in _kernels_3d(kernels, groups)) <= 9 else 32
+@lru_cache(maxsize=256)
+def _groups(channels: tuple[int, ...], kernels: tuple[int, ...]) -> _Groups:
+    return _Groups(channels, kernels)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -308,21 +358,21 @@ def convolve(
 ) -> Tensor:
     """The convolution, (B, C, [D,] H, W) -> the same; arguments as in `depthwise.py`, x contiguous."""
     b, c, d, h, w = _volume(x)
+    groups = _groups(tuple(channels), tuple(kernels))
     bm, bk, warps, stages = 64, 32, 4, 4 if x.dtype != torch.float32 else 2
-    bz = 2 if any(kz > 1 for kz, _, _ in _kernels_3d(kernels, len(channels))) else 1
+    bz = 1 if groups.flat else 2
     patches = b * -(-d // bz) * -(-h // 8) * -(-w // 8)
     unit = math.gcd(w, 8)
-    table, _, tiles, most = _tables(tuple(channels), tuple(kernels), bk, 1, x.device)
-    xw = _window_width(kernels, len(channels))
-    xl = (xw - 8) // 2
+    window = groups.window_width, groups.window_left
+    tiles = groups.most_tiles(bk)
     out = torch.empty_like(x)
-    band = torch.empty(tiles * bk * 64, dtype=x.dtype, device=x.device)
+    band = torch.empty(c * tiles * bk * 64, dtype=x.dtype, device=x.device)
     first_bias = parameters.numel() - c if has_bias else -1
     with _on(x):
-        _band_kernel[(c, most)](parameters, band, table, int(flip), xw, xl, bk, num_warps=4)
+        _band_kernel[(c, tiles)](parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4)
         _convolve_kernel[(-(-patches // bm), c)](
-            x, band, parameters, out, table, first_bias, int(residual), c, d, h, w // unit, patches,
-            xw, xl, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
+            x, band, parameters, out, *groups.packed, first_bias, int(residual), tiles, c, d, h, w // unit, patches,
+            *window, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -330,30 +380,31 @@ def convolve(
 def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
     """Gradient of the flat weights in float32; x and the output gradient (B, C, [D,] H, W), contiguous, one dtype."""
     b, c, d, h, w = _volume(x)
-    sizes = [kz * ky * kx for kz, ky, kx in _kernels_3d(kernels, len(channels))]
-    total = sum(n * size for n, size in zip(channels, sizes))
-    unit, precision = math.gcd(w, 8), _precision(x.dtype)
+    groups = _groups(tuple(channels), tuple(kernels))
+    precision = _precision(x.dtype)
     processors, shared_memory = _device(x.device)
     warps, stages = 8, 3 if x.dtype != torch.float32 else 2
-    flat = all(kz == 1 for kz, _, _ in _kernels_3d(kernels, len(channels)))
-    dz, step = (1, 64) if flat else (2, 32)
+    dz, step = (1, 64) if groups.flat else (2, 32)
     if shared_memory < 1 << 17 or precision == "tf32x3":  # consumer cards have 99 KiB
         dz, step, stages = 1, 32, 2
-    table, tasks, _, _ = _tables(tuple(channels), tuple(kernels), 32, dz, x.device)
-    xw = _window_width(kernels, len(channels))
     zb, yb, xb = _block(d, -(-h // 8), -(-w // 8), step)
     blocks_z, blocks_y, blocks_x = -(-d // zb), -(-h // (8 * yb)), -(-w // (8 * xb))
     blocks = b * blocks_z * blocks_y * blocks_x
-    splits = _splits(len(tasks), blocks, processors)
-    workspace = torch.empty(splits * 64 * total, dtype=torch.float32, device=x.device)
-    out = torch.empty(total, dtype=torch.float32, device=x.device)
+    tasks = groups.tasks(dz)
+    splits = _splits(tasks, blocks, processors)
+    unit = math.gcd(w, 8)
+    workspace = torch.empty(splits * 64 * groups.taps, dtype=torch.float32, device=x.device)
+    out = torch.empty(groups.taps, dtype=torch.float32, device=x.device)
     with _on(x):
-        _correlate_kernel[(splits, len(tasks))](
-            x, grad, workspace, table, tasks, c, d, h, w // unit,
+        _correlate_kernel[(splits, tasks)](
+            x, grad, workspace, *groups.packed, c, d, h, w // unit,
             yb.bit_length() - 1, xb.bit_length() - 1, blocks_z, blocks_y, blocks_x, blocks, splits,
-            xw, (xw - 8) // 2, unit, dz, step, precision, num_warps=warps, num_stages=stages,
+            groups.window_width, groups.window_left, unit, dz, step, precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        _reduce_kernel[(c, -(-max(sizes) // 16))](workspace, out, table, splits, 256, 16, num_warps=8)
+        columns = 16
+        _reduce_kernel[(c, -(-max(groups.sizes) // columns))](
+            workspace, out, *groups.packed, splits, 256, columns, num_warps=8
+        )
     return out
 
 
