@@ -30,6 +30,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -53,7 +54,7 @@ def supports(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> bool
         and max(channels) < 1 << 14
         and max(kernels) < 64
         and max(kernels[x.dim() - 3 :: x.dim() - 2]) <= 25  # along x, where a window is 32 wide
-        and (not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)))
+        and _device(x.device).capability >= (8, 0)
     )
 
 
@@ -328,17 +329,26 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 
+class _Device(NamedTuple):
+    capability: tuple[int, int]
+    processors: int
+    shared_memory: int  # bytes that a program may have
+
+
 @lru_cache(maxsize=16)
-def _device(device: torch.device) -> tuple[int, int]:
-    """Number of processors, and bytes of shared memory that a program may have."""
+def _device(device: torch.device) -> _Device:
     if device.type != "cuda":  # the interpreter
-        return 4, 1 << 17
+        return _Device((8, 0), 4, 1 << 17)
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    capability = (properties.major, properties.minor) if torch.version.hip is None else (0, 0)
+    return _Device(capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device, which need not be that of x."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def _volume(x: Tensor) -> tuple[int, int, int, int, int]:
@@ -382,16 +392,16 @@ def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequenc
     b, c, d, h, w = _volume(x)
     groups = _groups(tuple(channels), tuple(kernels))
     precision = _precision(x.dtype)
-    processors, shared_memory = _device(x.device)
+    device = _device(x.device)
     warps, stages = 8, 3 if x.dtype != torch.float32 else 2
     dz, step = (1, 64) if groups.flat else (2, 32)
-    if shared_memory < 1 << 17 or precision == "tf32x3":  # consumer cards have 99 KiB
+    if device.shared_memory < 1 << 17 or precision == "tf32x3":  # consumer cards have 99 KiB
         dz, step, stages = 1, 32, 2
     zb, yb, xb = _block(d, -(-h // 8), -(-w // 8), step)
     blocks_z, blocks_y, blocks_x = -(-d // zb), -(-h // (8 * yb)), -(-w // (8 * xb))
     blocks = b * blocks_z * blocks_y * blocks_x
     tasks = groups.tasks(dz)
-    splits = _splits(tasks, blocks, processors)
+    splits = _splits(tasks, blocks, device.processors)
     unit = math.gcd(w, 8)
     workspace = torch.empty(splits * 64 * groups.taps, dtype=torch.float32, device=x.device)
     out = torch.empty(groups.taps, dtype=torch.float32, device=x.device)
