@@ -9,8 +9,23 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.architecture.topology import GMSSplit, Level
 from nnunet_lgms.blocks import ConvNormAct, GMSBlock, LMSBlock, PlainConvBlock
+from nnunet_lgms.ops.max_pool import max_pool
 
-MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+class MaxPool(nn.Module):
+    """Max pooling with kernel = stride that rounds sizes up.
+
+    Args:
+        stride: per axis.
+    """
+
+    def __init__(self, stride: Sequence[int]):
+        super().__init__()
+        self.stride = tuple(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) -> (B, C, *ceil(spatial / stride))."""
+        return max_pool(x, self.stride)
 
 
 class LGMSEncoder(nn.Module):
@@ -60,8 +75,7 @@ class LGMSEncoder(nn.Module):
         for level in levels:
             stage = nn.Sequential()
             if any(s > 1 for s in level.stride):
-                pool_op = MAX_POOL[len(level.stride)]
-                stage.append(pool_op(level.stride, level.stride, ceil_mode=True))
+                stage.append(MaxPool(level.stride))
             stage.extend(self._blocks(level, channels, gms_kwargs))
             self.stages.append(stage)
             channels = level.features

@@ -22,9 +22,9 @@ def unfold_positions(x: Tensor, patch: Sequence[int]) -> Tensor:
     """
     dim = len(patch)
     split = [n for size, p in zip(x.shape[2:], patch, strict=True) for n in (size // p, p)]
-    x = x.reshape(*x.shape[:2], *split)
-    patch_axes, position_axes = range(2, 2 + 2 * dim, 2), range(3, 3 + 2 * dim, 2)
-    x = x.permute(0, *position_axes, *patch_axes, 1)
+    x = x.movedim(1, -1).reshape(x.shape[0], *split, x.shape[1])
+    patch_axes, position_axes = range(1, 1 + 2 * dim, 2), range(2, 2 + 2 * dim, 2)
+    x = x.permute(0, *position_axes, *patch_axes, 1 + 2 * dim)
     return x.reshape(x.shape[0], math.prod(patch), -1, x.shape[-1])
 
 
@@ -34,8 +34,9 @@ def fold_positions(tokens: Tensor, patch: Sequence[int], spatial: Sequence[int])
     n_patches = [size // p for size, p in zip(spatial, patch, strict=True)]
     x = tokens.reshape(tokens.shape[0], *patch, *n_patches, tokens.shape[-1])
     interleaved = [axis for i in range(dim) for axis in (1 + dim + i, 1 + i)]
-    x = x.permute(0, 1 + 2 * dim, *interleaved)
-    return x.reshape(x.shape[0], x.shape[1], *spatial)
+    x = x.permute(0, *interleaved, 1 + 2 * dim)
+    # Channels stay innermost in memory: the convolutions behind want them there, and so does the copy.
+    return x.reshape(x.shape[0], *spatial, x.shape[-1]).movedim(-1, 1)
 
 
 def real_token_mask(spatial: Sequence[int], patch: Sequence[int], device: torch.device) -> Tensor:

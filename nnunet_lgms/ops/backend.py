@@ -30,6 +30,11 @@ def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and (x.shape[1] == 1 or not x.is_contiguous())
 
 
+def in_layout_of(reference: Tensor, x: Tensor) -> Tensor:
+    """x, a slice of `reference` perhaps, contiguous in the memory format of `reference`."""
+    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if channels_last(reference) else x.contiguous()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of x works in: autocast's where that is on."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype

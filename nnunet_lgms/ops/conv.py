@@ -1,9 +1,9 @@
 """Dense "same" convolution for maps with many voxels and few channels.
 
-At full resolution LGMSNet has 16 to 64 channels where cuDNN's kernels are made for hundreds: on an H100 its weight and
-input gradients there take several times as long as reading and writing the maps. Channels-last maps of that kind go to
-an implicit matrix product in Triton (`conv_triton.py`); everything else, and everything when the environment variable
-NNUNET_LGMS_KERNELS is `off`, is `F.conv2d` / `F.conv3d`.
+At full resolution LGMSNet has 4 to 64 channels where cuDNN's kernels are made for hundreds: on an H100 its input
+gradients there take twice as long as its forward pass, and grouped convolutions several times as long. Channels-last
+maps of that kind go to an implicit matrix product in Triton (`conv_triton.py`); everything else, and everything when
+the environment variable NNUNET_LGMS_KERNELS is `off`, is `F.conv2d` / `F.conv3d`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import triton_op
 
 from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, compute_dtype, use_kernels
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = 64
-MIN_VOXELS = 1 << 17  # with fewer, cuDNN's kernels are as good
+MIN_VOXELS = 1 << 20  # with fewer, cuDNN's kernels are as good
 
 
 def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -33,52 +34,49 @@ def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int
     Returns:
         (B, C_out, *spatial) in the dtype of x, or of autocast where that is on.
     """
-    kernel = weight.shape[2:]
     dtype = compute_dtype(x)
     if use_kernels(x) and channels_last(x) and dtype in HALF and _fits_kernels(x, weight, groups):
-        # (groups, *k, C_in, C_out): what one tap multiplies is one matrix.
-        packed = weight.to(dtype).unflatten(0, (groups, -1)).movedim((1, 2), (-1, -2)).contiguous()
-        out = _convolve(x.to(dtype), packed)
-        return out if bias is None else out + bias.to(dtype).view(1, -1, *(1,) * len(kernel))
-    return CONV[len(kernel)](x, weight, bias, padding=[k // 2 for k in kernel], groups=groups)
+        out = _convolve(x.to(dtype), _dense(weight.to(dtype), groups))
+        return out if bias is None else out + bias.to(dtype).view(1, -1, *(1,) * (x.ndim - 2))
+    return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
+
+
+def _dense(weight: Tensor, groups: int) -> Tensor:
+    """Block-diagonal dense weight of a grouped one: on these maps a product with zeros costs less than half a cache "
+    "line."""
+    if groups == 1:
+        return weight
+    c_in = weight.shape[1]
+    axes = (0, 0) * (weight.ndim - 2)
+    blocks = weight.chunk(groups)
+    return torch.cat([F.pad(w, (*axes, i * c_in, (groups - 1 - i) * c_in)) for i, w in enumerate(blocks)])
 
 
 def _fits_kernels(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Few channels, many voxels, kernels 1 or 3, offsets that fit 32 bits."""
     voxels = x.numel() // x.shape[1]
-    widest = max(weight.shape[0] // groups, weight.shape[1])
+    widest = max(weight.shape[0], weight.shape[1] * groups)
     return (
         widest <= MAX_CHANNELS
         and all(k in (1, 3) for k in weight.shape[2:])
         and voxels >= MIN_VOXELS
-        and voxels * groups * widest < 2**31
+        and voxels * widest < 2**31
     )
 
 
-@torch.library.custom_op("nnunet_lgms::same_conv", mutates_args=())
+@triton_op("nnunet_lgms::same_conv", mutates_args=())
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     from nnunet_lgms.ops import conv_triton
 
     return conv_triton.convolve(x, weight)
 
 
-@_convolve.register_fake
-def _(x, weight):
-    shape = (x.shape[0], weight.shape[0] * weight.shape[-1], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.ndim])
-
-
-@torch.library.custom_op("nnunet_lgms::same_conv_weight_grad", mutates_args=())
-def _correlate(x: Tensor, grad: Tensor, kernel: Sequence[int], groups: int) -> Tensor:
-    """Gradient of the packed weight, (groups, *k, C_in, C_out) in float32."""
+@triton_op("nnunet_lgms::same_conv_weight_grad", mutates_args=())
+def _correlate(x: Tensor, grad: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Gradient of the weight, (C_out, C_in, *k) in float32."""
     from nnunet_lgms.ops import conv_triton
 
-    return conv_triton.correlate(x, grad, kernel, groups)
-
-
-@_correlate.register_fake
-def _(x, grad, kernel, groups):
-    return x.new_empty((groups, *kernel, x.shape[1] // groups, grad.shape[1] // groups), dtype=torch.float32)
+    return conv_triton.correlate(x, grad, kernel)
 
 
 def _setup(ctx, inputs, output):
@@ -87,13 +85,12 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    axes = tuple(range(1, x.ndim - 1))
     grad = grad.contiguous(memory_format=CHANNELS_LAST[x.ndim])
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_x = _convolve(grad, weight.flip(axes).transpose(-1, -2).contiguous())
+        grad_x = _convolve(grad, weight.flip(tuple(range(2, x.ndim))).transpose(0, 1))
     if ctx.needs_input_grad[1]:
-        grad_weight = _correlate(x, grad, list(weight.shape[1:-2]), weight.shape[0]).to(weight.dtype)
+        grad_weight = _correlate(x, grad, list(weight.shape[2:])).to(weight.dtype)
     return grad_x, grad_weight
 
 

@@ -1,129 +1,204 @@
 """Triton kernels of the narrow dense convolution: an implicit matrix product over channels-last maps.
 
-A map is (B, D, H, W, C) in memory; 2D has D = 1. The kx taps of a row times the channels of a voxel lie side by side in
-memory, so one (kz, ky) asks for one contiguous window of kx * C_in numbers per voxel: a program multiplies windows of
-BLOCK voxels, (BLOCK, kx * C_in), with weights, (kx * C_in, C_out), and sums over (kz, ky) in float32. The weight
-gradient is the transposed product, windows^T x output gradient, of many blocks of voxels; its partial sums go to a
-workspace and are added in a fixed order, so gradients repeat bit for bit. Groups of channels are an axis of the grid.
+A map is (B, D, H, W, C) in memory; 2D has D = 1. What bounds this product on narrow maps is not arithmetic but how
+often a voxel is loaded, 27 times if every output asks for its own neighbours. So one row of the product makes a tile
+of TY x TX neighbouring outputs: their inputs along x, TX + KX - 1 voxels with all channels, are one contiguous run of
+memory (K numbers), their results N = TY * TX * C_out numbers, and the weights a K x N band matrix for each of the KZ *
+(TY + KY - 1) input rows. With 2 x 2 tiles and a 3^3 kernel an output costs 3 loads of 4 voxels in place of 9 of 3, and
+K = 4 * C_in is a power of two. The input gradient is the same product with mirrored weights. The weight gradient is
+the transposed product, runs^T x output gradient, summed over slices of the map into a workspace, and then along the
+band; no atomics, so gradients repeat bit for bit. All sums are in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import CHANNELS_LAST
 
-MAX_PACKED = 128  # longest window that is multiplied at once
-BLOCK = 128  # voxels of a program, or of one of its steps
-WARPS = 4
+BLOCK = 128  # tiles of a program, or of one of its steps
+MAX_N = 64  # results of a tile, beyond that it shrinks
 STAGES = 3
-CORRELATE_PROGRAMS = 8  # per multiprocessor
+CORRELATE_PROGRAMS = 6  # per multiprocessor
 
 
-def _volume(size: Sequence[int]) -> tuple[int, int, int]:
-    return (1,) * (3 - len(size)) + tuple(size)
+class _Tiling(NamedTuple):
+    """Sizes of the product for one convolution."""
+
+    kz: int
+    ky: int
+    kx: int
+    ty: int
+    tx: int
+    c_in: int
+    c_out: int
+
+    @classmethod
+    def of(cls, kernel: Sequence[int], c_in: int, c_out: int) -> _Tiling:
+        kz, ky, kx = (1,) * (3 - len(kernel)) + tuple(kernel)
+        tx = 2 if kx == 3 else 1
+        ty = 2 if ky == 3 and 2 * tx * c_out <= MAX_N else 1
+        return cls(kz, ky, kx, ty, tx, c_in, c_out)
+
+    @property
+    def rows(self) -> int:
+        """Input rows that a tile reads, over all planes."""
+        return self.kz * (self.ty + self.ky - 1)
+
+    @property
+    def run(self) -> int:
+        """Voxels of an input row that a tile reads."""
+        return self.tx + self.kx - 1
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "C_IN": self.c_in,
+            "C_OUT": self.c_out,
+            "KZ": self.kz,
+            "KY": self.ky,
+            "KX": self.kx,
+            "TY": self.ty,
+            "TX": self.tx,
+            "K": max(16, triton.next_power_of_2(self.run * self.c_in)),
+            "N": max(16, triton.next_power_of_2(self.ty * self.tx * self.c_out)),
+            "BLOCK": BLOCK,
+        }
+
+
+def _band(weight: Tensor, t: _Tiling) -> Tensor:
+    """(C_out, C_in, *k) -> (rows, run * C_in, TY * TX * C_out): output (oy, ox) of a tile meets input (r, i) with tap
+    (r - oy, i - ox), and zero where there is no such tap."""
+    weight = weight.reshape(t.c_out, t.c_in, t.kz, t.ky, t.kx)
+    shifted = [
+        F.pad(weight, (ox, t.tx - 1 - ox, oy, t.ty - 1 - oy)) for oy in range(t.ty) for ox in range(t.tx)
+    ]  # each (C_out, C_in, KZ, TY + KY - 1, run)
+    band = torch.stack(shifted).permute(3, 4, 5, 2, 0, 1)
+    return band.reshape(t.rows, t.run * t.c_in, t.ty * t.tx * t.c_out).contiguous()
+
+
+def _unband(band: Tensor, kernel: Sequence[int], t: _Tiling) -> Tensor:
+    """Transpose of `_band`: sums a gradient along the band."""
+    band = band.view(t.kz, t.ty + t.ky - 1, t.run, t.c_in, t.ty, t.tx, t.c_out)
+    taps = [
+        band[:, oy : oy + t.ky, ox : ox + t.kx, :, oy, ox] for oy in range(t.ty) for ox in range(t.tx)
+    ]  # each (KZ, KY, KX, C_in, C_out)
+    return torch.stack(taps).sum(0).permute(4, 3, 0, 1, 2).reshape(t.c_out, t.c_in, *kernel)
+
+
+def _volume(x: Tensor, t: _Tiling) -> tuple[int, int, int, int]:
+    """Tiles in all, and the sizes D, H, W."""
+    depth, height, width = (1,) * (5 - x.ndim) + tuple(x.shape[2:])
+    return x.shape[0] * depth * -(-height // t.ty) * -(-width // t.tx), depth, height, width
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, groups * C_in, *spatial) channels-last, weight (groups, *k, C_in, C_out) -> (B, groups * C_out, "
-    "*spatial)."""
-    groups, *kernel, c_in, c_out = weight.shape
-    depth, height, width = _volume(x.shape[2:])
-    kernel = _volume(kernel)
-    packed = kernel[2] if kernel[2] * c_in <= MAX_PACKED else 1
-    shape = (x.shape[0], groups * c_out, *x.shape[2:])
+    """x (B, C_in, *spatial) channels-last, weight (C_out, C_in, *k) -> (B, C_out, *spatial) channels-last."""
+    t = _Tiling.of(weight.shape[2:], weight.shape[1], weight.shape[0])
+    tiles, depth, height, width = _volume(x, t)
+    shape = (x.shape[0], t.c_out, *x.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.ndim])
-    voxels = x.numel() // x.shape[1]
-    block = BLOCK
-    _convolve[(triton.cdiv(voxels, block), groups)](
-        x, weight, out, voxels, depth, height, width, groups, c_in, c_out, *kernel, packed,
-        max(16, triton.next_power_of_2(packed * c_in)), max(16, triton.next_power_of_2(c_out)), block, num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
+    wrap_triton(_convolve_kernel)[(triton.cdiv(tiles, BLOCK),)](
+        x, _band(weight, t), out, tiles, depth, height, width, **t.constants(), num_warps=4, num_stages=STAGES
+    )
     return out
 
 
-def correlate(x: Tensor, grad: Tensor, kernel: Sequence[int], groups: int) -> Tensor:
-    """x and grad (B, groups * C, *spatial), both channels-last -> (groups, *k, C_in, C_out) in float32."""
-    c_in, c_out = x.shape[1] // groups, grad.shape[1] // groups
-    depth, height, width = _volume(x.shape[2:])
-    kz, ky, kx = _volume(kernel)
-    packed = kx if kx * c_in <= MAX_PACKED else 1
-    taps = kz * ky * (kx // packed)
-    voxels = x.numel() // x.shape[1]
-    block = BLOCK
+def correlate(x: Tensor, grad: Tensor, kernel: Sequence[int]) -> Tensor:
+    """x and grad (B, C, *spatial), both channels-last -> (C_out, C_in, *k) in float32."""
+    t = _Tiling.of(kernel, x.shape[1], grad.shape[1])
+    tiles, depth, height, width = _volume(x, t)
+    blocks = triton.cdiv(tiles, BLOCK)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    splits = max(1, min(triton.cdiv(voxels, block), CORRELATE_PROGRAMS * processors // (groups * taps)))
-    blocks = triton.cdiv(triton.cdiv(voxels, block), splits)
-    partial = torch.empty((splits, groups, taps * packed * c_in, c_out), dtype=torch.float32, device=x.device)
-    _correlate[(taps, groups, splits)](
-        x, grad, partial, voxels, blocks, depth, height, width, groups, c_in, c_out, kz, ky, kx, packed,
-        max(16, triton.next_power_of_2(packed * c_in)), max(16, triton.next_power_of_2(c_out)), block, num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
-    return partial.sum(0).view(groups, *kernel, c_in, c_out)
-
-
-@triton.jit
-def _window(x, voxel, voxels, tap, D, H, W, STRIDE: tl.constexpr, C_IN: tl.constexpr,
-            KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PACKED: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """(BLOCK, K) inputs that `tap` multiplies: PACKED neighbours along x with their channels, zero outside the map."""
-    k = tl.arange(0, K)
-    steps: tl.constexpr = KX // PACKED
-    dz = tap // (KY * steps) - KZ // 2
-    dy = (tap // steps) % KY - KY // 2
-    dx = tap % steps - KX // 2
-    column, row, plane = voxel % W, (voxel // W) % H, (voxel // (W * H)) % D
-    row_inside = (voxel < voxels) & (row + dy >= 0) & (row + dy < H) & (plane + dz >= 0) & (plane + dz < D)
-    columns = column[:, None] + (k // C_IN)[None, :] + dx
-    inside = row_inside[:, None] & (columns >= 0) & (columns < W) & (k < PACKED * C_IN)[None, :]
-    first = voxel + (dz * H + dy) * W + dx
-    return tl.load(x + first[:, None] * STRIDE + ((k // C_IN) * STRIDE + k % C_IN)[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _convolve(
-    x, weight, out, voxels, D, H, W, GROUPS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PACKED: tl.constexpr,
-    K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    group = tl.program_id(1)
-    k, n = tl.arange(0, K), tl.arange(0, N)
-    in_weight = (k < PACKED * C_IN)[:, None] & (n < C_OUT)[None, :]
-    weight += group * KZ * KY * KX * C_IN * C_OUT
-    total = tl.zeros((BLOCK, N), tl.float32)
-    for tap in range(KZ * KY * (KX // PACKED)):
-        window = _window(x + group * C_IN, voxel, voxels, tap, D, H, W, GROUPS * C_IN, C_IN, KZ, KY, KX, PACKED, K)
-        w = tl.load(weight + (tap * PACKED * C_IN + k)[:, None] * C_OUT + n[None, :], mask=in_weight, other=0.0)
-        total = tl.dot(window, w, total)
-    inside = (voxel < voxels)[:, None] & (n < C_OUT)[None, :]
-    tl.store(
-        out + voxel[:, None] * (GROUPS * C_OUT) + (group * C_OUT + n)[None, :],
-        total.to(out.dtype.element_ty),
-        mask=inside,
+    steps = triton.cdiv(blocks, max(1, CORRELATE_PROGRAMS * processors // t.rows))
+    slices = triton.cdiv(blocks, steps)
+    shape = (slices, t.rows, t.run * t.c_in, t.ty * t.tx * t.c_out)
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    wrap_triton(_correlate_kernel)[(t.rows, slices)](
+        x, grad, partial, tiles, steps, depth, height, width, **t.constants(), num_warps=4, num_stages=STAGES
     )
+    return _unband(partial.sum(0), kernel, t)
 
 
 @triton.jit
-def _correlate(
-    x, grad, partial, voxels, blocks, D, H, W, GROUPS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PACKED: tl.constexpr,
-    K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+def _place(tile, D, H, W, TY: tl.constexpr, TX: tl.constexpr):
+    """Plane over all samples, plane inside its sample, first row and first column of a tile."""
+    columns, rows = (W + TX - 1) // TX, (H + TY - 1) // TY
+    plane = tile // (columns * rows)
+    return plane, plane % D, (tile // columns) % rows * TY, tile % columns * TX
+
+
+@triton.jit
+def _runs(x, row_index, tile, tiles, D, H, W, C_IN: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+          TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """(BLOCK, K) numbers of one input row of every tile, zero outside the map."""
+    plane, depth, row, column = _place(tile, D, H, W, TY, TX)
+    dz = row_index // (TY + KY - 1) - KZ // 2
+    dy = row_index % (TY + KY - 1) - KY // 2
+    k = tl.arange(0, K)
+    columns = column[:, None] + (k // C_IN)[None, :] - KX // 2
+    row_inside = (tile < tiles) & (row + dy >= 0) & (row + dy < H) & (depth + dz >= 0) & (depth + dz < D)
+    inside = row_inside[:, None] & (columns >= 0) & (columns < W) & (k < (TX + KX - 1) * C_IN)[None, :]
+    first = ((plane + dz) * H + row + dy) * W + column - KX // 2
+    return tl.load(x + first[:, None] * C_IN + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _results(tile, tiles, D, H, W, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, N: tl.constexpr):
+    """(BLOCK, N) offsets of the results of every tile, and which of them lie inside the map."""
+    plane, depth, row, column = _place(tile, D, H, W, TY, TX)
+    n = tl.arange(0, N)
+    oy, along = n // (TX * C_OUT), n % (TX * C_OUT)
+    y = row[:, None] + oy[None, :]
+    columns = column[:, None] + (along // C_OUT)[None, :]
+    inside = (tile < tiles)[:, None] & (y < H) & (columns < W) & (n < TY * TX * C_OUT)[None, :]
+    first = (plane * H + row) * W + column
+    return first[:, None] * C_OUT + (oy * (W * C_OUT) + along)[None, :], inside
+
+
+@triton.jit
+def _convolve_kernel(
+    x, band, out, tiles, D, H, W, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr,
+    KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tap, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k, n = tl.arange(0, K), tl.arange(0, N)
+    width: tl.constexpr = TY * TX * C_OUT
+    height: tl.constexpr = (TX + KX - 1) * C_IN
+    in_band = (k < height)[:, None] & (n < width)[None, :]
+    total = tl.zeros((BLOCK, N), tl.float32)
+    for row in range(KZ * (TY + KY - 1)):
+        runs = _runs(x, row, tile, tiles, D, H, W, C_IN, KZ, KY, KX, TY, TX, K)
+        w = tl.load(band + (row * height + k)[:, None] * width + n[None, :], mask=in_band, other=0.0)
+        total = tl.dot(runs, w, total)
+    offset, inside = _results(tile, tiles, D, H, W, C_OUT, TY, TX, N)
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _correlate_kernel(
+    x, grad, partial, tiles, steps, D, H, W, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr, KY:
+    tl.constexpr,
+    KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, piece = tl.program_id(0), tl.program_id(1)
+    k, n = tl.arange(0, K), tl.arange(0, N)
+    width: tl.constexpr = TY * TX * C_OUT
+    height: tl.constexpr = (TX + KX - 1) * C_IN
     total = tl.zeros((K, N), tl.float32)
-    for i in range(blocks):
-        voxel = (split * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-        window = _window(x + group * C_IN, voxel, voxels, tap, D, H, W, GROUPS * C_IN, C_IN, KZ, KY, KX, PACKED, K)
-        inside = (voxel < voxels)[:, None] & (n < C_OUT)[None, :]
-        g = tl.load(grad + voxel[:, None] * (GROUPS * C_OUT) + (group * C_OUT + n)[None, :], mask=inside, other=0.0)
-        total = tl.dot(tl.trans(window), g, total)
-    taps = KZ * KY * (KX // PACKED)
-    row = ((split * GROUPS + group) * taps + tap) * PACKED * C_IN + k
-    in_weight = (k < PACKED * C_IN)[:, None] & (n < C_OUT)[None, :]
-    tl.store(partial + row[:, None] * C_OUT + n[None, :], total, mask=in_weight)
+    for step in range(steps):
+        tile = (piece * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        runs = _runs(x, row, tile, tiles, D, H, W, C_IN, KZ, KY, KX, TY, TX, K)
+        offset, inside = _results(tile, tiles, D, H, W, C_OUT, TY, TX, N)
+        g = tl.load(grad + offset, mask=inside, other=0.0)
+        total = tl.dot(tl.trans(runs), g, total)
+    out = (piece * tl.num_programs(0) + row) * height + k
+    in_band = (k < height)[:, None] & (n < width)[None, :]
+    tl.store(partial + out[:, None] * width + n[None, :], total, mask=in_band)

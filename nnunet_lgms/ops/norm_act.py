@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import triton_op
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -91,7 +92,7 @@ def _update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor,
         norm.running_var.lerp_(variance.to(norm.running_var.dtype) * (count / max(count - 1, 1)), momentum)
 
 
-@torch.library.custom_op("nnunet_lgms::norm_act", mutates_args=())
+@triton_op("nnunet_lgms::norm_act", mutates_args=())
 def _norm_act(
     x: Tensor,
     weight: Tensor | None,
@@ -108,14 +109,7 @@ def _norm_act(
     return norm_act_triton.forward(x, weight, bias, residual, kind, groups, eps, activation)
 
 
-@_norm_act.register_fake
-def _(x, weight, bias, residual, kind, groups, eps, activation):
-    statistics = (1 if kind == "batch" else x.shape[0], x.shape[1])
-    mean, variance = (x.new_empty(statistics, dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim]), mean, variance
-
-
-@torch.library.custom_op("nnunet_lgms::norm_act_backward", mutates_args=())
+@triton_op("nnunet_lgms::norm_act_backward", mutates_args=())
 def _norm_act_backward(
     grad: Tensor,
     x: Tensor,
@@ -132,11 +126,6 @@ def _norm_act_backward(
     from nnunet_lgms.ops import norm_act_triton
 
     return norm_act_triton.backward(grad, x, weight, bias, mean, variance, kind, groups, eps, activation)
-
-
-@_norm_act_backward.register_fake
-def _(grad, x, weight, bias, mean, variance, kind, groups, eps, activation):
-    return torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim]), torch.empty_like(mean), torch.empty_like(mean)
 
 
 def _setup(ctx, inputs, output):

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import CHANNELS_LAST
 
@@ -50,8 +51,9 @@ class _Plan:
         }
         self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": self.rows}
 
-    def empty(self, x: Tensor, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
+    def empty(self, x: Tensor, n: int, rows: int) -> list[Tensor]:
+        """n buffers of (rows, C) in float32."""
+        return [torch.empty((rows, self.channels), dtype=torch.float32, device=x.device) for _ in range(n)]
 
 
 def forward(
@@ -67,21 +69,21 @@ def forward(
     """(out, mean, variance); see `norm_act.py`."""
     plan = _Plan(x, kind, groups)
     code = CODES[activation]
-    partial = plan.empty(x, 2, plan.batch * plan.slices, plan.channels)
-    _moments[plan.slices_grid](x, *partial, plan.voxels, plan.steps, ACT=code, **plan.tile)
-    mean, variance, scale, shift = plan.empty(x, 4, plan.statistics, plan.channels)
-    _finish_forward[(plan.statistics,)](
+    partial = plan.empty(x, 2, plan.batch * plan.slices)
+    wrap_triton(_moments)[plan.slices_grid](x, *partial, plan.voxels, plan.steps, ACT=code, **plan.tile)
+    mean, variance, scale, shift = plan.empty(x, 4, plan.statistics)
+    wrap_triton(_finish_forward)[(plan.statistics,)](
         *partial, weight, bias, mean, variance, scale, shift, plan.voxels, plan.joined_samples, eps,
         AFFINE=weight is not None, **plan.finish,
     )  # fmt: skip
     out = torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
-    _apply[plan.tiles_grid](
+    wrap_triton(_apply)[plan.tiles_grid](
         x, scale, shift, residual, out, plan.voxels, plan.sample_stride,
         ACT=code, RESIDUAL=residual is not None, **plan.tile,
     )  # fmt: skip
-    return out, mean.clone(), variance.clone()
+    return out, mean, variance
 
 
 def backward(
@@ -100,22 +102,22 @@ def backward(
     plan = _Plan(x, kind, groups)
     code = CODES[activation]
     affine = weight is not None
-    partial = plan.empty(x, 2, plan.batch * plan.slices, plan.channels)
-    _gradient_sums[plan.slices_grid](
+    partial = plan.empty(x, 2, plan.batch * plan.slices)
+    wrap_triton(_gradient_sums)[plan.slices_grid](
         grad, x, weight, bias, mean, variance, *partial, plan.voxels, plan.steps, plan.sample_stride, eps,
         ACT=code, AFFINE=affine, **plan.tile,
     )  # fmt: skip
-    grad_weight, grad_bias, by_grad, by_x, constant = plan.empty(x, 5, plan.statistics, plan.channels)
-    _finish_backward[(plan.statistics,)](
+    grad_weight, grad_bias, by_grad, by_x, constant = plan.empty(x, 5, plan.statistics)
+    wrap_triton(_finish_backward)[(plan.statistics,)](
         *partial, weight, mean, variance, grad_weight, grad_bias, by_grad, by_x, constant, plan.voxels,
         plan.joined_samples, eps, AFFINE=affine, **plan.finish,
     )  # fmt: skip
     out = torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim])
-    _apply_gradient[plan.tiles_grid](
+    wrap_triton(_apply_gradient)[plan.tiles_grid](
         grad, x, weight, bias, mean, variance, by_grad, by_x, constant, out, plan.voxels, plan.sample_stride, eps,
         ACT=code, AFFINE=affine, **plan.tile,
     )  # fmt: skip
-    return out, grad_weight.clone(), grad_bias.clone()
+    return out, grad_weight, grad_bias
 
 
 @triton.jit

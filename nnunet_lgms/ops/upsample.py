@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import triton_op
 
 from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, use_kernels
 
@@ -40,29 +41,19 @@ def linear_upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Ten
     return x
 
 
-@torch.library.custom_op("nnunet_lgms::linear_upsample", mutates_args=())
+@triton_op("nnunet_lgms::linear_upsample", mutates_args=())
 def _upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
     from nnunet_lgms.ops import upsample_triton
 
     return upsample_triton.upsample(x, scale, size)
 
 
-@_upsample.register_fake
-def _(x, scale, size):
-    return _empty(x, size)
-
-
-@torch.library.custom_op("nnunet_lgms::linear_upsample_transposed", mutates_args=())
+@triton_op("nnunet_lgms::linear_upsample_transposed", mutates_args=())
 def _transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
     """Gradient of the input, (B, C, *size), from that of the output."""
     from nnunet_lgms.ops import upsample_triton
 
     return upsample_triton.transposed(grad, scale, size)
-
-
-@_transposed.register_fake
-def _(grad, scale, size):
-    return _empty(grad, size)
 
 
 def _setup(ctx, inputs, output):

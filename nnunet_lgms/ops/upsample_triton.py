@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import channels_last
 from nnunet_lgms.ops.upsample import _empty
@@ -41,7 +42,7 @@ def _launch(kernel, source: Tensor, target: Tensor, scale: Sequence[int]) -> Ten
     voxels_block = max(1, BLOCK // inner_block)
     voxels = target_size[0] * target_size[1] * target_size[2]
     grid = (triton.cdiv(voxels, voxels_block), outer)
-    kernel[grid](source, target, *source_size, *target_size, inner, *scale, voxels_block, inner_block)
+    wrap_triton(kernel)[grid](source, target, *source_size, *target_size, inner, *scale, voxels_block, inner_block)
     return target
 
 
