@@ -141,6 +141,15 @@ def test_one_configuration_only(dataset, tmp_path):
     assert kernels(dataset, "3d_fullres")[0] == [(k, k, k) for k in (3, 5, 7, 9)]
 
 
+def test_says_when_more_memory_is_needed(dataset, capsys):
+    assert main(["override", "999", "--apply", "kernels_3", "--as", "Same"]) == 0
+    assert "GiB" not in capsys.readouterr().out
+    assert main(["override", "999", "--apply", "large", "--as", "Large"]) == 0
+    said = capsys.readouterr().out
+    assert "3d_fullres: a training step needs about" in said
+    assert "nnunet_lgms plan 999 --vram GB --apply large" in said
+
+
 def test_auto_is_resolved_printed_and_repeatable(dataset, capsys):
     assert main(["override", "999", "--apply", "kernels_auto", "--as", "A"]) == 0
     said = capsys.readouterr().out

@@ -9,16 +9,17 @@ import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from planned import configuration
 from torch import nn
 
 from nnunet_lgms import LGMSNet
+from nnunet_lgms.architecture.encoder import MaxPool
 from nnunet_lgms.cli import main
 from nnunet_lgms.config import LGMSSettings
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.nnunet.builder import build_network
-from nnunet_lgms.planning.memory import HalfPrecision, LiveBytes, needed_bytes, trace_training_step
+from nnunet_lgms.planning.memory import LiveBytes, OnGPU, needed_bytes, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta
 from nnunet_lgms.planning.planner import GIB, LGMSNetPlanner
 from nnunet_lgms.planning.profile import (
@@ -99,24 +100,43 @@ def test_counts_what_lives_at_once():
     assert live.peak == 2 * 4096
 
 
-def test_half_precision_is_what_autocast_does_on_a_gpu():
+def test_dtypes_are_those_of_autocast_on_a_gpu():
     x = torch.empty(2, 4, 8, 8, device="meta")
     with torch.device("meta"):
         convolution, norm, group = nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)
-    with HalfPrecision():
+    with OnGPU():
         half = convolution(x)
         assert half.dtype == torch.float16
-        assert norm(half).dtype == torch.float16  # not in autocast's lists: as it comes
-        assert group(half).dtype == torch.float32
+        assert group(norm(half)).dtype == torch.float16
         assert F.softmax(half, 1).dtype == torch.float32
         assert (half + x[..., :6, :6]).dtype == torch.float32
-        assert F.gelu(half).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "module, maps", [(nn.InstanceNorm2d(4), 1), (nn.Sequential(nn.InstanceNorm2d(4), nn.GELU()), 1)]
+)
+def test_a_norm_keeps_its_input_and_an_activation_nothing(module, maps):
+    x = torch.empty(2, 4, 64, 64, device="meta", dtype=torch.float16, requires_grad=True)
+    with LiveBytes() as live, OnGPU():
+        start = x * 1  # owned by nobody but the graph
+        out = module(start)
+        del start
+        kept = live.live - 2 * out.numel()
+    assert kept == pytest.approx(maps * 2 * x.numel(), rel=0.02)  # statistics beside the map
+
+
+def test_pooling_keeps_no_indices():
+    x = torch.empty(2, 4, 64, 64, device="meta", dtype=torch.float16, requires_grad=True)
+    with LiveBytes() as live, OnGPU():
+        out = F.max_pool2d(x, (2, 2), (2, 2), ceil_mode=True)
+        assert out.shape == (2, 4, 32, 32)
+        assert live.live == 2 * out.numel()
 
 
 def test_attention_is_counted_without_its_matrix():
     n = 10_000
     query = torch.empty(1, 4, n, 8, device="meta", requires_grad=True)
-    with LiveBytes() as live, HalfPrecision():
+    with LiveBytes() as live, OnGPU():
         F.scaled_dot_product_attention(query, query, query).sum().backward()
     assert live.peak < n * n
 
@@ -136,6 +156,12 @@ def test_activations_grow_with_the_batch_and_the_patch_and_the_widths():
     assert large.activations > 1.7 * one.activations and large.static > 3 * one.static
 
 
+def test_deep_supervision_is_counted():
+    plain, supervised = (counted((32, 32, 32), 4, 2, deep_supervision=on) for on in (False, True))
+    assert supervised.activations > plain.activations
+    assert supervised.static > plain.static  # the momentum of the auxiliary heads
+
+
 def test_static_is_weights_and_momentum():
     network = build_network(PlansManager(plans()).get_configuration("2d"), 1, 3, False)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -150,9 +176,7 @@ def test_the_estimate_is_within_15_percent():
     torch.backends.cudnn.benchmark = True
     topology = Topology.of(configuration((96, 96, 96), 5))
     estimate = needed_bytes(trace_training_step(build_on_meta(LGMSSettings(), topology), (2, 1, 96, 96, 96), 2), 3)
-    network = build_network(
-        PlansManager({"configurations": {"x": configuration((96,) * 3, 5)}}).get_configuration("x"), 1, 2, False
-    )
+    network = build_network(ConfigurationManager(configuration((96,) * 3, 5)), 1, 2, False)
     step = TrainingStep(network, (2, 1, 96, 96, 96), 2, torch.device("cuda"), compiled=True)
     for _ in range(3):
         step()
@@ -268,32 +292,21 @@ def test_receptive_fields():
 
 
 def test_a_receptive_field_is_where_the_gradient_is():
-    """The field of level 2 in 1D terms, seen by a gradient through a network without norms that mix positions."""
-    topology = Topology.of(configuration((96, 96), 2, {"lms_kernels": [3, 7]}))
-    network = build_network(
-        PlansManager({"configurations": {"x": configuration((96, 96), 2, {"lms_kernels": [3, 7]})}}).get_configuration(
-            "x"
-        ),
-        1,
-        2,
-        False,
-    )
+    planned_2d = configuration((96, 96), 2, {"lms_kernels": [3, 7]})
+    network = build_network(ConfigurationManager(planned_2d), 1, 2, enable_deep_supervision=False)
+    told = receptive_fields(network, Topology.of(planned_2d))[1]["voxels"]
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, (nn.BatchNorm2d, nn.GroupNorm)):
+            if isinstance(child, (nn.BatchNorm2d, nn.GroupNorm)):  # a norm mixes positions through its statistics
                 setattr(module, name, nn.Identity())
-            elif isinstance(child, nn.MaxPool2d):
-                setattr(module, name, nn.AvgPool2d(2))  # every voxel of the window, not only the largest
+            elif isinstance(child, MaxPool):  # every voxel of the window, not only the largest
+                setattr(module, name, nn.AvgPool2d(2))
     for parameter in network.parameters():
         nn.init.constant_(parameter, 0.01)
     x = torch.ones(1, 1, 96, 96, requires_grad=True)
     network.encoder(x)[1][0, :, 24, 24].sum().backward()
-    rows = x.grad[0, 0].abs().sum(1).nonzero().flatten()
-    assert receptive_fields(network_with_max_pool(topology), topology)[1]["voxels"] == [len(rows)] * 2
-
-
-def network_with_max_pool(topology: Topology) -> nn.Module:
-    return build_on_meta(LGMSSettings.from_plan({"lms_kernels": [3, 7]}), topology)
+    seen = x.grad[0, 0].abs().sum(1).nonzero()
+    assert told == [len(seen)] * 2
 
 
 def test_attention_sees_the_whole_patch():

@@ -2,10 +2,10 @@
 but no numbers, and every byte that is alive is counted.
 
 What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum. Autocast does not work on
-meta tensors, so :class:`HalfPrecision` repeats what it does to dtypes on a GPU. Attention never stores its matrix
-there, and neither does :class:`_FusedAttention`. What a GPU needs beside the tensors (workspaces of convolutions,
-blocks that the allocator cannot fill) and what compilation saves by fusing (intermediate maps that are never written)
-is in :data:`CALIBRATION`, fitted to measured steps; ``benchmarks/memory.py`` measures and writes the table.
+meta tensors, and this package's GPU kernels keep less for the backward pass than PyTorch's operators do, so
+:class:`OnGPU` repeats both. What a GPU needs beside the tensors (workspaces, blocks that the allocator cannot fill) and
+what compilation saves by fusing is in :data:`CALIBRATION`, fitted to measured steps; ``benchmarks/memory.py`` measures
+and writes the table. Without Triton, or with ``NNUNET_LGMS_KERNELS=off``, a step needs more.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from nnunet_lgms.config import LGMSSettings
+from nnunet_lgms.config.resolve import Topology
+from nnunet_lgms.planning.override import build_on_meta
 
 ALLOCATOR_BLOCK = 512  # bytes; every allocation on CUDA is rounded up to it
 
@@ -59,16 +62,13 @@ class StepMemory:
     activations: int
 
 
-def trace_training_step(
-    network: nn.Module, input_shape: Sequence[int], n_classes: int, deep_supervision: bool = False
-) -> StepMemory:
+def trace_training_step(network: nn.Module, input_shape: Sequence[int], n_classes: int) -> StepMemory:
     """Counts the live bytes of one training step of ``network`` on a batch of ``input_shape`` (B, C, *patch).
 
     Args:
         network: on the meta device; see :func:`nnunet_lgms.planning.override.build_on_meta`.
         input_shape: batch, channels, patch in voxels.
         n_classes: channels of the output, background included.
-        deep_supervision: whether the network returns one output per level.
     """
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
@@ -79,10 +79,10 @@ def trace_training_step(
     static += sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
     with LiveBytes() as live:
         data = torch.empty(tuple(input_shape), device="meta")
-        with HalfPrecision():
+        with OnGPU():
             output = network(data)
-            outputs = output if deep_supervision else [output]
-            weights = deep_supervision_weights(len(outputs)) if deep_supervision else [1.0]
+            outputs = output if isinstance(output, (list, tuple)) else [output]  # several with deep supervision
+            weights = deep_supervision_weights(len(outputs))
             loss = sum(
                 w * loss_function(o, torch.empty((batch, 1, *o.shape[2:]), dtype=torch.int16, device="meta"))
                 for w, o in zip(weights, outputs, strict=True)
@@ -90,6 +90,15 @@ def trace_training_step(
             )
             loss.backward()
     return StepMemory(static, live.peak)
+
+
+def estimate_training_memory(
+    settings: LGMSSettings, topology: Topology, batch_size: int, input_channels: int, n_classes: int
+) -> int:
+    """Peak of allocated GPU memory, in bytes, of a compiled training step of LGMSNet."""
+    network = build_on_meta(settings, topology, input_channels, n_classes)
+    counted = trace_training_step(network, (batch_size, input_channels, *topology.patch_size), n_classes)
+    return needed_bytes(counted, topology.dim)
 
 
 def needed_bytes(memory: StepMemory, dim: int) -> int:
@@ -141,28 +150,64 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-class HalfPrecision(TorchFunctionMode):
-    """Casts as ``torch.autocast("cuda", torch.float16)`` does, on any device.
+class _Unsaved(torch.autograd.Function):
+    """The memory of an activation that the kernels compute together with the norm: nothing is kept for it."""
 
-    Convolutions and products work in float16, statistics and losses in float32; all else in the dtype that comes.
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return torch.empty_like(grad)
+
+
+class _Pooling(torch.autograd.Function):
+    """The memory of pooling without indices: the input is kept and searched again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, stride: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x)
+        size = [-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)]
+        return x.new_empty(*x.shape[:2], *size)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+class OnGPU(TorchFunctionMode):
+    """On any device, the dtypes and the kept tensors of nnU-Net's step on a GPU.
+
+    Convolutions and products work in float16 and losses in float32, as under ``torch.autocast("cuda")``. Norms stay in
+    the dtype that comes and keep their input only, activations keep nothing, and pooling keeps no indices: that is how
+    this package's kernels work, and what compilation makes of the rest.
     """
 
-    HALF = {"conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scaled_dot_product_attention"}
+    HALF = {"conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm"}
     HALF_OPERATORS = {"nnunet_lgms::multi_kernel_depthwise"}
-    FULL = {"layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "cross_entropy_loss"}
+    FULL = {"softmax", "log_softmax", "cross_entropy", "nll_loss", "cross_entropy_loss"}
     FULL |= {"binary_cross_entropy_with_logits"}
+    AS_IT_COMES = {"layer_norm", "group_norm"}
+    UNSAVED = {"silu", "relu", "gelu"}
+    POOLING = {"max_pool2d", "max_pool3d"}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = getattr(function, "__name__", "").split(".")[0]
-        if function is F.scaled_dot_product_attention:
-            query, key, value = _cast(args[:3], torch.float16)
-            return _FusedAttention.apply(query, key, value)
+        name = getattr(function, "__name__", "").strip("_").split(".")[0]
+        if name == "scaled_dot_product_attention":
+            return _FusedAttention.apply(*_cast(args[:3], torch.float16))
+        if name in self.UNSAVED:
+            return _Unsaved.apply(args[0])
+        if name in self.POOLING:
+            return _Pooling.apply(args[0], args[1])
         schema = getattr(function, "_schema", None)
         if name in self.HALF or (schema is not None and schema.name in self.HALF_OPERATORS):
             args, kwargs = _cast((args, kwargs), torch.float16)
         elif name in self.FULL:
             args, kwargs = _cast((args, kwargs), torch.float32)
+        elif name in self.AS_IT_COMES:
+            args, kwargs = _cast((args, kwargs), args[0].dtype)  # weights that are float32
         return function(*args, **kwargs)
 
 

@@ -88,7 +88,13 @@ def build_on_meta(settings: LGMSSettings, topology: Topology, input_channels: in
     """The network without its weights: to see whether it can be built, and what it costs."""
     conv_op = nn.Conv2d if topology.dim == 2 else nn.Conv3d
     with torch.device("meta"):
-        return LGMSNet(input_channels, num_classes, conv_op=conv_op, **network_kwargs(settings, topology))
+        return LGMSNet(
+            input_channels,
+            num_classes,
+            conv_op=conv_op,
+            deep_supervision=settings.deep_supervision,
+            **network_kwargs(settings, topology),
+        )
 
 
 def stored(settings: LGMSSettings) -> dict[str, Any]:

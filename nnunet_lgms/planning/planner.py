@@ -17,7 +17,7 @@ from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.config.settings import AUTO
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.planning.auto_kernels import Components
-from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, needed_bytes, trace_training_step
+from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, estimate_training_memory, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta, stored, with_auto_kernels
 from nnunet_lgms.planning.plans_files import plans_file
 
@@ -95,9 +95,10 @@ class LGMSNetPlanner(ExperimentPlanner):
     def memory_of(self, configuration: Mapping[str, Any]) -> int:
         """Bytes that a training step of a planned configuration needs, without what CUDA itself takes."""
         topology = Topology.of(configuration)
-        network = build_on_meta(self._settings_for(topology), topology, self._n_channels(), self._n_classes())
-        shape = (int(configuration["batch_size"]), self._n_channels(), *topology.patch_size)
-        return needed_bytes(trace_training_step(network, shape, self._n_classes()), topology.dim)
+        batch_size = int(configuration["batch_size"])
+        return estimate_training_memory(
+            self._settings_for(topology), topology, batch_size, self._n_channels(), self._n_classes()
+        )
 
     def get_plans_for_configuration(self, spacing, *args: Any, **kwargs: Any) -> dict:
         """nnU-Net's configuration with LGMSNet's settings."""

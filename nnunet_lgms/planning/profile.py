@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from nnunet_lgms.architecture.encoder import MaxPool
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.lms import MultiKernelDepthwise
 from nnunet_lgms.config import settings_of
@@ -105,7 +106,7 @@ def static_profile(subject: Subject) -> dict[str, Any]:
         network = subject.build(deep_supervision=False)
     with torch.device("meta"):
         trained = subject.build(subject.deep_supervision).train()
-    memory = trace_training_step(trained, subject.input_shape(), subject.n_classes, subject.deep_supervision)
+    memory = trace_training_step(trained, subject.input_shape(), subject.n_classes)
     return {
         "network": subject.name,
         "plans": subject.plans["plans_name"],
@@ -164,8 +165,8 @@ def _windows(module: nn.Module | None, seen: set[int]) -> Iterator[tuple[Sequenc
         yield [max(k) for k in zip(*(conv.kernel_size for conv in module))], [1] * len(module[0].kernel_size)
     elif isinstance(module, _ConvNd):
         yield module.kernel_size, module.stride
-    elif isinstance(module, (nn.MaxPool2d, nn.MaxPool3d)):
-        yield module.kernel_size, module.stride
+    elif isinstance(module, MaxPool):
+        yield module.stride, module.stride
     else:
         for child in module.children():
             yield from _windows(child, seen)
