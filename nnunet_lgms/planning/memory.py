@@ -3,9 +3,9 @@ but no numbers, and every byte that is alive is counted.
 
 What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum. Autocast does not work on
 meta tensors, and this package's GPU kernels keep less for the backward pass than PyTorch's operators do, so
-:class:`OnGPU` repeats both. What a GPU needs beside the tensors (workspaces, blocks that the allocator cannot fill) and
-what compilation saves by fusing is in :data:`CALIBRATION`, fitted to measured steps; ``benchmarks/memory.py`` measures
-and writes the table. Without Triton, or with ``NNUNET_LGMS_KERNELS=off``, a step needs more.
+:class:`OnGPU` repeats both. :data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces, blocks
+that the allocator cannot fill) and for what compilation saves by fusing; ``benchmarks/memory.py`` measures steps, writes
+them beside the estimates and fits the constants. Without Triton, or with ``NNUNET_LGMS_KERNELS=off``, a step needs more.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Calibration:
     context: int
 
 
+# Not fitted yet: the count itself, and round figures for workspaces and CUDA. See benchmarks/memory.py --calibrate.
 CALIBRATION = {
     2: Calibration(activations=1.0, fixed=64 * 2**20, context=600 * 2**20),
     3: Calibration(activations=1.0, fixed=64 * 2**20, context=600 * 2**20),
