@@ -26,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
+    from nnunet_lgms.parallel import default_workers
     from nnunet_lgms.planning.auto_kernels import components_of
     from nnunet_lgms.planning.commands import nnunet_commands
     from nnunet_lgms.planning.planner import GIB, PLANS_NAME, LGMSNetPlanner
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if target.exists() and not args.force:
         raise ValueError(f"{target.name} exists in {dataset}: choose another name with --as, or add --force.")
     if not (preprocessed / "dataset_fingerprint.json").is_file():
-        extract_fingerprint_dataset(dataset_id(dataset))
+        extract_fingerprint_dataset(dataset_id(dataset), num_processes=default_workers(), clean=False)
 
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints every configuration as one long line
         planner = LGMSNetPlanner(dataset, vram, settings, name)

@@ -3,9 +3,10 @@ but no numbers, and every byte that is alive is counted.
 
 What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum. Autocast does not work on
 meta tensors, and this package's GPU kernels keep less for the backward pass than PyTorch's operators do, so
-:class:`OnGPU` repeats both. :data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces, blocks
-that the allocator cannot fill) and for what compilation saves by fusing; ``benchmarks/memory.py`` measures steps, writes
-them beside the estimates and fits the constants. Without Triton, or with ``NNUNET_LGMS_KERNELS=off``, a step needs more.
+:class:`OnGPU` repeats both. :data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces,
+blocks that the allocator cannot fill) and for what compilation saves by fusing; ``benchmarks/memory.py`` measures
+steps, writes them beside the estimates and fits the constants. Without Triton, or with ``NNUNET_LGMS_KERNELS=off``, a
+step needs more.
 """
 
 from __future__ import annotations
