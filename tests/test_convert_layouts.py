@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 from dataset_replicas import REPLICAS, disc, picture
 from PIL import Image
 
@@ -16,8 +17,12 @@ from nnunet_lgms.data.natural_images import read_mask
 pytestmark = pytest.mark.usefixtures("verify_in_threads")
 
 
-def test_every_dataset_has_a_replica():
+def test_every_dataset_has_a_replica_and_a_line_in_the_documentation():
     assert {name for name, _ in REPLICAS} == set(DESCRIPTIONS)
+    lines = (ROOT / "docs/data-and-evaluation.md").read_text().splitlines()
+    for name, description in DESCRIPTIONS.items():
+        (line,) = (line for line in lines if line.startswith(f"| `{name}` |"))
+        assert str(description.published_cases[0]) in line
 
 
 @pytest.mark.parametrize("replica", REPLICAS, ids="-".join)
