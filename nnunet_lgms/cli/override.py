@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,11 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.planning.auto_kernels import components_of
     from nnunet_lgms.planning.commands import nnunet_commands
+    from nnunet_lgms.planning.memory import memory_remarks
     from nnunet_lgms.planning.override import override_plans
     from nnunet_lgms.planning.plans_files import (
         dataset_name,
         environment_folder,
         plans_file,
+        read_dataset_json,
         read_override,
         read_plans,
         write_plans,
@@ -52,37 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
     preprocessed = environment_folder("nnUNet_preprocessed") / dataset
     new = override_plans(plans, override, name, args.c, lambda: components_of(dataset, plans))
+    remarks = memory_remarks(plans, new, args.c, read_dataset_json(dataset))
     write_plans(target, new, args.force)
-    _say_memory(plans, new, args.c, json.loads((preprocessed / "dataset.json").read_text("utf-8")), args)
-    print(f"{target.name} written beside {args.plans}.json of {dataset}. Train and predict with:\n")
+    print(f"{target.name} written beside {args.plans}.json of {dataset}.")
+    for remark in remarks:
+        print(f"{remark}; for a smaller patch or batch: nnunet_lgms plan {args.dataset} --vram GB --apply {args.apply}")
+    print("\nTrain and predict with:\n")
     print(nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed))
     return 0
-
-
-def _say_memory(
-    old: dict[str, Any],
-    new: dict[str, Any],
-    configurations: list[str] | None,
-    dataset_json: dict,
-    args: argparse.Namespace,
-) -> None:
-    """Says where the override needs clearly more memory than what it starts from, and how to plan for that."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from nnunet_lgms.config import settings_of
-    from nnunet_lgms.config.resolve import Topology
-    from nnunet_lgms.planning.memory import estimate_training_memory
-
-    channels, classes = len(dataset_json["channel_names"]), len(dataset_json["labels"])
-    for name in configurations or [c for c, content in new["configurations"].items() if "inherits_from" not in content]:
-        managers = [PlansManager(plans).get_configuration(name) for plans in (old, new)]
-        gib = [
-            estimate_training_memory(settings_of(m), Topology.of(m.configuration), m.batch_size, channels, classes)
-            / 2**30
-            for m in managers
-        ]
-        if gib[1] > 1.1 * gib[0]:
-            print(
-                f"{name}: a training step needs about {gib[1]:.1f} GiB instead of {gib[0]:.1f}; for a smaller patch or "
-                f"batch: nnunet_lgms plan {args.dataset} --vram GB --apply {args.apply}"
-            )

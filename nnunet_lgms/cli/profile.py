@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from nnunet_lgms.files import written_whole
-    from nnunet_lgms.planning.plans_files import dataset_name, environment_folder, read_plans
+    from nnunet_lgms.planning.plans_files import dataset_name, environment_folder, read_dataset_json, read_plans
     from nnunet_lgms.planning.profile import (
         LGMSNET,
         NNUNET,
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if steps < 0:
         raise ValueError(f"--steps {steps} is negative: give 0 or more.")
     folder = environment_folder("nnUNet_preprocessed") / dataset
-    dataset_json = json.loads((folder / "dataset.json").read_text("utf-8"))
+    dataset_json = read_dataset_json(dataset)
     subjects = []
     for kind, plans_name in ((LGMSNET, args.plans), (NNUNET, args.against or args.plans)):
         plans = read_plans(dataset, plans_name)

@@ -16,7 +16,6 @@ largest component of their label and case are left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from nnunet_lgms.config.resolve import Topology
-from nnunet_lgms.planning.plans_files import environment_folder
+from nnunet_lgms.planning.plans_files import environment_folder, read_dataset_json
 
 N_GROUPS = 4
 SMALLEST, LARGEST = 3, 9
@@ -111,8 +110,7 @@ def components_of(dataset: str, plans: dict[str, Any]) -> Components:
     """Components of a dataset of nnU-Net, by its full name; ``plans`` as in :func:`measure_components`."""
     preprocessed = environment_folder("nnUNet_preprocessed") / dataset
     raw = environment_folder("nnUNet_raw") / dataset
-    description = preprocessed if (preprocessed / "dataset.json").is_file() else raw
-    dataset_json = json.loads((description / "dataset.json").read_text("utf-8"))
+    dataset_json = read_dataset_json(dataset)
     return measure_components(plans, dataset_json, segmentation_files(preprocessed, raw, dataset_json))
 
 

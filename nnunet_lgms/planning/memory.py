@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nnunet_lgms.config import LGMSSettings
+from nnunet_lgms.config import LGMSSettings, settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.planning.override import build_on_meta
 
+CLEARLY_MORE = 1.1
 ALLOCATOR_BLOCK = 512  # bytes; every allocation on CUDA is rounded up to it
 
 
@@ -101,6 +102,28 @@ def estimate_training_memory(
     network = build_on_meta(settings, topology, input_channels, n_classes)
     counted = trace_training_step(network, (batch_size, input_channels, *topology.patch_size), n_classes)
     return needed_bytes(counted, topology.dim)
+
+
+def memory_remarks(
+    old: dict[str, Any], new: dict[str, Any], configurations: Sequence[str] | None, dataset_json: dict[str, Any]
+) -> list[str]:
+    """A line for every configuration whose training step needs clearly more memory in ``new`` plans than in ``old``."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
+    classes = len(dataset_json["labels"])
+    own = [name for name, content in new["configurations"].items() if "inherits_from" not in content]
+    remarks = []
+    for name in configurations or own:
+        gib = []
+        for plans in (old, new):
+            manager = PlansManager(plans).get_configuration(name)
+            topology = Topology.of(manager.configuration)
+            need = estimate_training_memory(settings_of(manager), topology, manager.batch_size, channels, classes)
+            gib.append(need / 2**30)
+        if gib[1] > CLEARLY_MORE * gib[0]:
+            remarks.append(f"{name}: a training step needs about {gib[1]:.1f} GiB instead of {gib[0]:.1f}")
+    return remarks
 
 
 def needed_bytes(memory: StepMemory, dim: int) -> int:

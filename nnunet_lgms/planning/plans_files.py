@@ -82,6 +82,19 @@ def read_plans(name: str, plans_name: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
+def read_dataset_json(name: str) -> dict[str, Any]:
+    """The dataset's description: nnU-Net's copy beside the preprocessed data, or else the raw one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for variable in ("nnUNet_preprocessed", "nnUNet_raw"):
+        path = environment_folder(variable) / name / "dataset.json"
+        if path.is_file():
+            return json.loads(path.read_text("utf-8"))
+    raise ValueError(f"{name} has no dataset.json, neither in nnUNet_preprocessed nor in nnUNet_raw: put it there.")
+
+
 def write_plans(path: Path, plans: dict[str, Any], force: bool) -> None:
     """Writes a plans file whole or not at all.
 
