@@ -119,6 +119,10 @@ PH2 = "PH2Dataset/PH2 Dataset images/IMD{0:03d}/"
 # (dataset, layout) -> writer, identifiers that must come out
 REPLICAS: dict[tuple[str, str], tuple[Callable[[Path], None], list[str]]] = {
     ("busi", "published"): (busi, ["benign_1", "benign_2", "malignant_1", "malignant_2"]),
+    ("busi", "merged"): (
+        _pairs("BUSI/images/benign ({}).png", "BUSI/masks/benign ({}).png", 1, mask_mode="1"),
+        ["benign_1", "benign_2", "benign_3"],
+    ),
     ("tnscui", "published"): (
         _pairs("TNSCUI2020_train/image/{}.PNG", "TNSCUI2020_train/mask/{}.PNG", 1),
         ["tnscui_1", "tnscui_2", "tnscui_3"],

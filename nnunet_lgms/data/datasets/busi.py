@@ -13,6 +13,13 @@ DESCRIPTION = DatasetDescription(
             example_image="Dataset_BUSI_with_GT/benign/benign (1).png",
             example_mask="Dataset_BUSI_with_GT/benign/benign (1)_mask.png",
         ),
+        # copies with merged masks, resized or not, are often passed on in this form
+        Layout(
+            image=r"images/(?P<case>(?:benign|malignant|normal) \(\d+\))\.png",
+            mask=r"masks/(?P<case>(?:benign|malignant|normal) \(\d+\))\.png",
+            example_image="images/benign (1).png",
+            example_mask="masks/benign (1).png",
+        ),
     ),
     channel_names=GRAY,
     labels={"background": 0, "lesion": 1},
