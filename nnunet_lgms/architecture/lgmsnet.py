@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -29,8 +28,7 @@ from nnunet_lgms.architecture.topology import (
     resolve_levels,
 )
 from nnunet_lgms.blocks.norm import paper_norm
-
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels
 
 
 class LGMSNet(nn.Module):
@@ -180,10 +178,9 @@ class LGMSNet(nn.Module):
         if x.shape[1] != self.input_channels:
             raise ValueError(
                 f"This LGMSNet was built for {self.input_channels} input channel(s), not for {x.shape[1]}: the data "
-                f"must have "
-                f"the channels of the training data."
+                "must have the channels of the training data."
             )
-        if x.is_cuda:
+        if use_kernels(x):
             # Tensor cores want channels innermost; any other layout costs two transposes around every convolution.
-            x = x.contiguous(memory_format=CHANNELS_LAST[self.dim])
+            x = x.contiguous(memory_format=CHANNELS_LAST[x.ndim])
         return self.decoder(self.encoder(x))

@@ -107,8 +107,7 @@ def _get(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in state_dict:
         raise ValueError(
             f"This is not an LGMSNet checkpoint: it has no {key!r} (it begins with {list(state_dict)[:3]}); give the "
-            f"state dict "
-            f"of the authors' LGMSNet, not a file around it."
+            "state dict of the authors' LGMSNet, not a file around it."
         )
     return state_dict[key]
 

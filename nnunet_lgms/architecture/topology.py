@@ -127,8 +127,7 @@ def resolve_levels(
     if any(s != 1 for s in strides[0]):
         raise ValueError(
             f"strides[0] is {list(strides[0])}: the first stage must keep the resolution; set it to {[1] * dim} and "
-            f"put the "
-            f"stride into the second stage."
+            "put the stride into the second stage."
         )
     encoder_blocks = encoder_blocks or [paper_encoder_block(i + 1) for i in range(n_stages)]
     encoder_blocks = _per_level(encoder_blocks, n_stages, "encoder_blocks")
@@ -245,9 +244,8 @@ def _gms_split(features: int, ratio: tuple[int, int], mlp_ratio: Real, level: in
     hidden = Fraction(mlp_ratio).limit_denominator(10**6) * features
     if used and transformer.denominator != 1:
         raise ValueError(
-            f"{features} channels at level {level} cannot be split {ratio[0]}:{ratio[1]} between Transformer and Conv: "
-            f"choose a "
-            f"width divisible by {sum(ratio)} or another gms_ratio."
+            f"{features} channels at level {level} cannot be split {ratio[0]}:{ratio[1]} between Transformer and "
+            f"Conv: choose a width divisible by {sum(ratio)} or another gms_ratio."
         )
     if used and (hidden.denominator != 1 or hidden < 1):
         raise ValueError(

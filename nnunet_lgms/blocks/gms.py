@@ -89,8 +89,7 @@ class GMSBlock(nn.Module):
         if transformer_channels < 0 or conv_channels < 0:
             raise ValueError(
                 f"A GMS block of {out_channels} channels cannot give {transformer_channels} of them to attention: "
-                f"choose "
-                f"between 0 and {out_channels}."
+                f"choose between 0 and {out_channels}."
             )
         self.split = (transformer_channels, conv_channels)
         norm = {"norm_op": norm_op, "norm_op_kwargs": norm_op_kwargs}

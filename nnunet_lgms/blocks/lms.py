@@ -20,7 +20,7 @@ BOTTLENECK = 4
 
 
 class MultiKernelDepthwise(nn.ModuleList):
-    """Depthwise "same" convolutions with one kernel per channel group, run as one operator.
+    """Depthwise "same" convolutions with one kernel per channel group and a residual, run as one operator.
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
@@ -35,8 +35,8 @@ class MultiKernelDepthwise(nn.ModuleList):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *spatial) -> (B, C, *spatial), C the sum of ``group_channels``."""
-        return multi_kernel_depthwise(x, [conv.weight for conv in self], [conv.bias for conv in self])
+        """(B, C, *spatial) -> x plus its convolutions, (B, C, *spatial); C is the sum of ``group_channels``."""
+        return multi_kernel_depthwise(x, [conv.weight for conv in self], [conv.bias for conv in self], residual=True)
 
 
 class LMSBlock(nn.Module):
@@ -69,23 +69,20 @@ class LMSBlock(nn.Module):
         if channels % BOTTLENECK:
             raise ValueError(
                 f"An LMS block cannot have {channels} channels: its width must be divisible by 4 (bottleneck of 1/4 "
-                f"and "
-                f"GroupNorm of 4 groups); choose {channels + -channels % BOTTLENECK} instead."
+                f"and GroupNorm of 4 groups); choose {channels + -channels % BOTTLENECK} instead."
             )
         n_groups = len(depthwise_kernel_sizes)
         if group_channels is None:
             if channels % n_groups:
                 raise ValueError(
                     f"{channels} channels cannot be split into {n_groups} equal LMS groups: choose a width divisible "
-                    f"by "
-                    f"{n_groups}, another number of kernels, or give the channels of each group."
+                    f"by {n_groups}, another number of kernels, or give the channels of each group."
                 )
             group_channels = [channels // n_groups] * n_groups
         if len(group_channels) != n_groups or sum(group_channels) != channels or min(group_channels) < 1:
             raise ValueError(
-                f"LMS groups of {list(group_channels)} channels do not fit {n_groups} kernels and {channels} channels: "
-                f"give "
-                f"one positive number of channels per kernel that sum to {channels}."
+                f"LMS groups of {list(group_channels)} channels do not fit {n_groups} kernels and {channels} "
+                f"channels: give one positive number of channels per kernel that sum to {channels}."
             )
         self.depthwise = MultiKernelDepthwise(conv_op, group_channels, depthwise_kernel_sizes)
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
@@ -96,6 +93,5 @@ class LMSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
-        multi_scale = self.depthwise(x) + x
-        multi_scale = norm_act(multi_scale, self.norm, "gelu")
+        multi_scale = norm_act(self.depthwise(x), self.norm, "gelu")
         return self.expand(self.squeeze(multi_scale), residual=x)

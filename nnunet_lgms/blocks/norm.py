@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -38,12 +40,27 @@ class BatchNorm3d(_SingleValueSafe, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that accepts a single value per channel."""
 
 
-class InstanceNorm2d(_SingleValueSafe, nn.InstanceNorm2d):
-    """``nn.InstanceNorm2d`` that accepts a map of one pixel."""
+class _InstanceNorm(_SingleValueSafe):
+    """Mixin: ``nn.InstanceNorm`` without running statistics, with the right gradient for a batch of one.
+
+    PyTorch's own gradient is wrong there when the gradient of the output is channels-last (seen on the CPU in 2.13). A
+    group norm with one channel per group is the same function and gets it right; under autocast it works in float32,
+    so it is kept to where a gradient may be asked for.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) -> (B, C, *spatial)."""
+        if x.shape[0] == 1 and math.prod(x.shape[2:]) > 1 and torch.is_grad_enabled():
+            return F.group_norm(x, x.shape[1], self.weight, self.bias, self.eps)
+        return super().forward(x)
 
 
-class InstanceNorm3d(_SingleValueSafe, nn.InstanceNorm3d):
-    """``nn.InstanceNorm3d`` that accepts a map of one voxel."""
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` that accepts a map of one pixel and a batch of one."""
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d`` that accepts a map of one voxel and a batch of one."""
 
 
 class GroupNorm(nn.GroupNorm):

@@ -18,7 +18,7 @@ from torch.library import triton_op
 from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, compute_dtype, use_kernels
 
 CONV = {2: F.conv2d, 3: F.conv3d}
-MAX_CHANNELS = 64
+MAX_CHANNELS = {1: 64, 3: 32}  # by kernel along x: what fits shared memory
 MIN_VOXELS = 1 << 20  # with fewer, cuDNN's kernels are as good
 
 
@@ -57,8 +57,8 @@ def _fits_kernels(x: Tensor, weight: Tensor, groups: int) -> bool:
     voxels = x.numel() // x.shape[1]
     widest = max(weight.shape[0], weight.shape[1] * groups)
     return (
-        widest <= MAX_CHANNELS
-        and all(k in (1, 3) for k in weight.shape[2:])
+        all(k in (1, 3) for k in weight.shape[2:])
+        and widest <= MAX_CHANNELS[weight.shape[-1]]
         and voxels >= MIN_VOXELS
         and voxels * widest < 2**31
     )

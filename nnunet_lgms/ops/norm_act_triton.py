@@ -41,10 +41,10 @@ class _Plan:
         self.tiles_grid = (tiles, self.batch)
         self.slices_grid = (self.slices, self.batch)
         self.finish = {
-            "SLICES": self.slices * self.joined_samples,
+            "slices": self.slices * self.joined_samples,
             "SLICES_2": triton.next_power_of_2(self.slices * self.joined_samples),
-            "PER_SAMPLE": self.slices,
-            "SLICE": self.steps * self.rows,
+            "per_sample": self.slices,
+            "slice_voxels": self.steps * self.rows,
             "C": self.channels,
             "LANES": self.lanes,
             "GROUP": self.group_channels,
@@ -214,18 +214,18 @@ def _over_group(value, channel, C: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def _finish_forward(
     partial_mean, partial_m2, weight, bias, mean, variance, scale, shift, voxels, samples, eps,
-    AFFINE: tl.constexpr, SLICES: tl.constexpr, SLICES_2: tl.constexpr, PER_SAMPLE: tl.constexpr,
-    SLICE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    slices, per_sample, slice_voxels, AFFINE: tl.constexpr, SLICES_2: tl.constexpr, C: tl.constexpr, LANES:
+    tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     statistic = tl.program_id(0)
     channel, piece = tl.arange(0, LANES), tl.arange(0, SLICES_2)
-    inside = (piece < SLICES)[:, None] & (channel < C)[None, :]
-    offset = (statistic * SLICES + piece)[:, None] * C + channel[None, :]
+    inside = (piece < slices)[:, None] & (channel < C)[None, :]
+    offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
     means = tl.load(partial_mean + offset, mask=inside, other=0.0)
     m2 = tl.load(partial_m2 + offset, mask=inside, other=0.0)
-    counts = tl.minimum(SLICE, voxels - (piece % PER_SAMPLE) * SLICE).to(tl.float32)
+    counts = tl.minimum(slice_voxels, voxels - (piece % per_sample) * slice_voxels).to(tl.float32)
     counts = tl.where(inside, counts[:, None], 0.0)
-    count = (voxels * samples).to(tl.float32)
+    count = voxels * samples * 1.0  # either number may be a constant
 
     channel_mean = tl.sum(means * counts, 0) / count
     group_mean = _over_group(channel_mean, channel, C, GROUP) / GROUP
@@ -295,14 +295,14 @@ def _gradient_sums(
 def _finish_backward(
     partial_g, partial_gx, weight, mean, variance, grad_weight, grad_bias, by_grad, by_x, constant, voxels, samples,
     eps,
-    AFFINE: tl.constexpr, SLICES: tl.constexpr, SLICES_2: tl.constexpr, PER_SAMPLE: tl.constexpr,
-    SLICE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    slices, per_sample, slice_voxels, AFFINE: tl.constexpr, SLICES_2: tl.constexpr, C: tl.constexpr, LANES:
+    tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dx = r w g - r mean(w g) - r xhat mean(w g xhat), as by_grad * g + by_x * x + constant."""
     statistic = tl.program_id(0)
     channel, piece = tl.arange(0, LANES), tl.arange(0, SLICES_2)
-    inside = (piece < SLICES)[:, None] & (channel < C)[None, :]
-    offset = (statistic * SLICES + piece)[:, None] * C + channel[None, :]
+    inside = (piece < slices)[:, None] & (channel < C)[None, :]
+    offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
     sum_g = tl.sum(tl.load(partial_g + offset, mask=inside, other=0.0), 0)
     sum_gx = tl.sum(tl.load(partial_gx + offset, mask=inside, other=0.0), 0)
 
@@ -312,7 +312,7 @@ def _finish_backward(
         w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
     m = tl.load(mean + out, mask=channel < C, other=0.0)
     r = 1.0 / tl.sqrt(tl.load(variance + out, mask=channel < C, other=1.0) + eps)
-    count = (voxels * samples).to(tl.float32) * GROUP
+    count = voxels * samples * GROUP * 1.0  # either number may be a constant
     mean_g = _over_group(w * sum_g, channel, C, GROUP) / count
     mean_gx = _over_group(w * sum_gx, channel, C, GROUP) / count
     tl.store(grad_weight + out, sum_gx, mask=channel < C)

@@ -1,0 +1,202 @@
+"""The Triton kernels of dense convolution, norm and activation, pooling and upsampling, in Triton's interpreter on the
+CPU.
+
+The interpreter must be chosen before Triton is imported, so one subprocess (this file run as a script) computes all
+cases and prints their relative errors against PyTorch. The compiled kernels run where there is a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nnunet_lgms.blocks.norm import InstanceNorm3d
+
+LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
+CONV = {2: F.conv2d, 3: F.conv3d}
+CONVOLUTIONS = {  # input shape, output channels, kernel
+    "wide": ((2, 16, 3, 4, 5), 16, (3, 3, 3)),
+    "narrow": ((2, 4, 3, 5, 5), 16, (3, 3, 3)),
+    "one_channel": ((1, 1, 4, 5, 3), 16, (3, 3, 3)),
+    "thick_slices": ((1, 16, 4, 5, 6), 4, (1, 3, 3)),
+    "flat_x": ((2, 8, 4, 5, 5), 8, (3, 3, 1)),
+    "flat_y": ((2, 8, 4, 5, 5), 8, (3, 1, 3)),
+    "2d": ((2, 12, 7, 9), 20, (3, 3)),
+    "point": ((2, 32, 5, 5), 64, (1, 1)),
+}
+NORMS = {  # input shape, norm, activation, mean of the input
+    "instance_silu": ((2, 16, 5, 6, 7), InstanceNorm3d(16), "silu", 1),
+    "instance_large_mean": ((2, 4, 3, 3, 3), InstanceNorm3d(4), "relu", 30),
+    "group_gelu": ((2, 12, 9, 10), nn.GroupNorm(4, 12), "gelu", 1),
+    "batch_none": ((3, 12, 9, 10), nn.BatchNorm2d(12), "none", 1),
+    "gelu_before_batch": ((3, 8, 9, 10), nn.BatchNorm2d(8), "gelu_first", 1),
+    "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first", 1),
+}
+UPSAMPLINGS = {  # input shape, scale, voxels cropped
+    "2x": ((2, 3, 3, 4, 5), (2, 2, 2), 0),
+    "anisotropic_cropped": ((2, 4, 3, 4, 5), (1, 2, 2), 1),
+    "factors_3_and_4": ((1, 3, 4, 3), (4, 3), 1),
+    "single_pixel": ((1, 3, 1, 1), (2, 2), 1),
+}
+POOLINGS = {  # input shape, stride
+    "2x": ((2, 8, 4, 6, 8), (2, 2, 2)),
+    "rounded_up": ((2, 5, 5, 7, 3), (2, 2, 2)),
+    "anisotropic": ((1, 4, 3, 5, 5), (1, 2, 2)),
+    "2d": ((2, 12, 7, 9), (2, 2)),
+}
+
+
+def relative(actual, expected):
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def draw(shape, device, mean=0.0):
+    return (torch.randn(shape) + mean).to(device).to(memory_format=LAYOUT[len(shape)])
+
+
+def convolution_errors(shape, out_channels, kernel, device):
+    from nnunet_lgms.ops import conv_triton
+
+    x, weight = (
+        draw(shape, device).requires_grad_(),
+        torch.randn(out_channels, shape[1], *kernel).to(device).requires_grad_(),
+    )
+    expected = CONV[len(kernel)](x.double(), weight.double(), padding=[k // 2 for k in kernel])
+    grad = draw(expected.shape, device)
+    grad_x, grad_weight = torch.autograd.grad(expected, (x, weight), grad.double())
+    x, weight = x.detach(), weight.detach()
+    mirrored = weight.flip(tuple(range(2, weight.ndim))).transpose(0, 1)
+    return [
+        relative(conv_triton.convolve(x, weight), expected.detach()),
+        relative(conv_triton.convolve(grad, mirrored), grad_x),
+        relative(conv_triton.correlate(x, grad, kernel), grad_weight),
+    ]
+
+
+def norm_errors(shape, norm, activation, mean, device):
+    from nnunet_lgms.ops import norm_act, norm_act_triton
+
+    x, residual, grad = draw(shape, device, mean).requires_grad_(), draw(shape, device), draw(shape, device)
+    norm = norm.to(device).double().train()  # never PyTorch's instance norm: its gradient is wrong for a batch of one
+    if norm.weight is not None:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    kind, groups = norm_act._kind(norm)
+    weight, bias = (None if p is None else p.detach().float() for p in (norm.weight, norm.bias))
+    expected = norm_act.norm_act(x.double(), norm, activation, residual.double())
+    wanted = [x, *norm.parameters()]
+    gradients = torch.autograd.grad(expected, wanted, grad.double())
+    x = x.detach()
+    out, mean, variance = norm_act_triton.forward(x, weight, bias, residual, kind, groups, norm.eps, activation)
+    actual = norm_act_triton.backward(grad, x, weight, bias, mean, variance, kind, groups, norm.eps, activation)
+    actual = [actual[0], actual[1].sum(0), actual[2].sum(0)][: len(wanted)]
+    return [relative(out, expected.detach()), *map(relative, actual, gradients)]
+
+
+def upsampling_errors(shape, scale, crop, device):
+    from nnunet_lgms.ops import upsample, upsample_triton
+
+    size = [n * s - (crop if s > 1 else 0) for n, s in zip(shape[2:], scale, strict=True)]
+    x = draw(shape, device).requires_grad_()
+    expected = upsample.linear_upsample(x.double(), scale, size)
+    grad = draw(expected.shape, device)
+    (grad_x,) = torch.autograd.grad(expected, x, grad.double())
+    return [
+        relative(upsample_triton.upsample(x.detach(), scale, size), expected.detach()),
+        relative(upsample_triton.transposed(grad, scale, shape[2:]), grad_x),
+    ]
+
+
+def pooling_errors(shape, stride, device):
+    from nnunet_lgms.ops import max_pool, max_pool_triton
+
+    x = torch.randint(0, 5, shape).float().to(device).to(memory_format=LAYOUT[len(shape)]).requires_grad_()  # many ties
+    expected = max_pool.max_pool(x, stride)
+    grad = draw(expected.shape, device)
+    (grad_x,) = torch.autograd.grad(expected, x, grad)
+    return [
+        relative(max_pool_triton.pool(x.detach(), stride), expected.detach()),
+        relative(max_pool_triton.pool_backward(grad, x.detach(), stride), grad_x),
+    ]
+
+
+GROUPS = {
+    "convolution": (CONVOLUTIONS, convolution_errors),
+    "norm": (NORMS, norm_errors),
+    "upsampling": (UPSAMPLINGS, upsampling_errors),
+    "pooling": (POOLINGS, pooling_errors),
+}
+CASES = [(group, case) for group, (cases, _) in GROUPS.items() for case in cases]
+
+
+def errors(group, case, device):
+    torch.manual_seed(0)
+    cases, compute = GROUPS[group]
+    return compute(*cases[case], device)
+
+
+def network_errors():
+    """Output and gradient of a small network with every kernel on, against the same network with every kernel off."""
+    from nnunet_lgms import LGMSNet
+    from nnunet_lgms.ops import conv, max_pool, norm_act, upsample
+
+    found = []
+    for conv_op, shape in ((nn.Conv2d, (2, 3, 12, 10)), (nn.Conv3d, (1, 1, 5, 6, 4))):
+        torch.manual_seed(0)
+        network = LGMSNet(shape[1], 2, 3, [8, 8, 8], conv_op, 3, [1, 2, 2], encoder_blocks=["LMS", "LMS", "GMS"])
+        state = {key: value.clone() for key, value in network.state_dict().items()}
+        x = draw(shape, "cpu")
+        results = []
+        for on in (True, False):
+            network.load_state_dict(state)
+            network.zero_grad()
+            for module in (conv, max_pool, norm_act, upsample):
+                module.use_kernels = lambda x, on=on: on
+            conv.HALF, conv.MIN_VOXELS, conv.compute_dtype = (torch.float32,), 0, lambda x: x.dtype
+            out = network(x)
+            out.square().mean().backward()
+            gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+            buffers = torch.cat([b.flatten().double() for b in network.buffers()])
+            results.append((out.detach(), gradient, buffers))
+        found.append([relative(a, b) for a, b in zip(*results, strict=True)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of this Triton cannot count loops with this NumPy")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("group", "case"), CASES)
+def test_interpreted_kernels_match_float64(interpreted, group, case):
+    assert max(interpreted[f"{group} {case}"]) < 2e-5
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_interpreted_kernels_leave_the_network_as_it_is(interpreted, dim):
+    assert max(interpreted["network"][dim - 2]) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "case"), CASES)
+def test_compiled_kernels_match_float64(group, case):
+    limit = 2e-3 if group == "convolution" else 2e-5  # Triton multiplies float32 in tf32
+    assert max(errors(group, case, "cuda")) < limit
+
+
+if __name__ == "__main__":
+    table = {f"{group} {case}": errors(group, case, "cpu") for group, case in CASES}
+    table["network"] = network_errors()
+    print(json.dumps(table))
