@@ -126,9 +126,16 @@ def convert(
         result = Conversion(folder, tuple(case.identifier for case in good), tuple(problems), tuple(remarks))
         _write_record(partial_folder, settings, result)
         os.rename(partial_folder, folder)
-    except (OSError, ValueError):
+    except ValueError:
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise
+    except OSError as error:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"{folder} could not be written ({reason}) and nothing of it remains: make room there, or set nnUNet_raw to "
+            f"another disk, and run the command again."
+        ) from error
     return result
 
 
