@@ -133,8 +133,8 @@ def convert(
         shutil.rmtree(partial_folder, ignore_errors=True)
         reason = error.strerror or str(error)
         raise OSError(
-            f"{folder} could not be written ({reason}) and nothing of it remains: make room there, or set nnUNet_raw to "
-            f"another disk, and run the command again."
+            f"{folder} could not be written ({reason}) and nothing of it remains: make room there, or set nnUNet_raw "
+            f"to another disk, and run the command again."
         ) from error
     return result
 
