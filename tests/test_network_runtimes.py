@@ -194,10 +194,10 @@ def test_every_parameter_is_saved_once(dim):
 N_PROCESSES = 2
 
 
-def ddp_network(dim: int, deep_supervision: bool) -> nn.Module:
+def ddp_network(deep_supervision: bool) -> nn.Module:
     """Statistics of a batch differ between half a batch and a whole one, so BatchNorm keeps its running ones here."""
     torch.manual_seed(0)
-    network = tiny_network(dim, deep_supervision=deep_supervision).double()
+    network = tiny_network(3, deep_supervision=deep_supervision).double()
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -210,11 +210,11 @@ def ddp_loss(out: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     return sum(w * o.square().mean() for w, o in zip(weights, outputs, strict=True))
 
 
-def ddp_batch(dim: int) -> torch.Tensor:
-    return torch.randn(4, 1, *ODD[dim], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def ddp_batch() -> torch.Tensor:
+    return torch.randn(4, 1, *ODD[3], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def ddp_process(rank: int, port: int, dim: int, deep_supervision: bool, path: str) -> None:
+def ddp_process(rank: int, port: int, deep_supervision: bool, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -223,8 +223,8 @@ def ddp_process(rank: int, port: int, dim: int, deep_supervision: bool, path: st
         world_size=N_PROCESSES,
         timeout=timedelta(seconds=60),
     )
-    network = DistributedDataParallel(ddp_network(dim, deep_supervision))
-    part = ddp_batch(dim).chunk(N_PROCESSES)[rank]
+    network = DistributedDataParallel(ddp_network(deep_supervision))
+    part = ddp_batch().chunk(N_PROCESSES)[rank]
     for _ in range(2):  # a parameter without a gradient stops DDP at the second step
         network.zero_grad()
         ddp_loss(network(part)).backward()
@@ -237,16 +237,16 @@ def ddp_process(rank: int, port: int, dim: int, deep_supervision: bool, path: st
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])
-def test_ddp_gives_the_gradients_of_the_whole_batch(dim, deep_supervision, tmp_path):
+def test_ddp_gives_the_gradients_of_the_whole_batch(deep_supervision, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     path = tmp_path / "gradients.pt"
-    arguments = (port, dim, deep_supervision, str(path))
+    arguments = (port, deep_supervision, str(path))
     torch.multiprocessing.spawn(ddp_process, arguments, nprocs=N_PROCESSES)
 
-    network = ddp_network(dim, deep_supervision)
-    ddp_loss(network(ddp_batch(dim))).backward()
+    network = ddp_network(deep_supervision)
+    ddp_loss(network(ddp_batch())).backward()
     heads = sum(p.grad is None for p in network.parameters())
     assert heads == (0 if deep_supervision else 2 * 3)
     for gradient, p in zip(torch.load(path), network.parameters(), strict=True):
