@@ -25,6 +25,7 @@ TRAINER = "nnUNetTrainerLGMSNet_tiny"
 PLANS = "tinyPlans"
 CASES = ["hippocampus_001", "hippocampus_014", "hippocampus_025", "hippocampus_038", "hippocampus_056"]
 TEST_CASE = "hippocampus_046"
+ONE_PROCESS = ["-device", "cpu", "-npp", 1, "-nps", 1]  # for reading and for writing
 
 
 class Study:
@@ -98,7 +99,7 @@ def shrink(plans: dict) -> dict:
         "data_identifier": "tinyPlans_3d_lowres",
         "spacing": [2.0, 2.0, 2.0],
         "median_image_size_in_voxels": [18, 25, 18],
-        "patch_size": [19, 27, 19],
+        "patch_size": [23, 31, 23],
         "lgmsnet": {},
         "next_stage": "3d_cascade_fullres",
     }
@@ -180,7 +181,7 @@ def test_predict_from_the_model_folder_alone(study, tmp_path):
     output = tmp_path / "out"
     away = {name: str(tmp_path / "none") for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     images = study.raw / DATASET / "imagesTs"
-    study("predict_from_modelfolder", "-i", images, "-o", output, "-m", model, "-f", 0, "-device", "cpu", **away)
+    study("predict_from_modelfolder", "-i", images, "-o", output, "-m", model, "-f", 0, *ONE_PROCESS, **away)
     check_prediction(output / f"{TEST_CASE}.nii.gz", images / f"{TEST_CASE}_0000.nii.gz")
 
 
@@ -200,7 +201,7 @@ def test_exported_model_predicts_elsewhere(study, tmp_path):
     shutil.copy(study.raw / DATASET / "imagesTr" / name, images / name)
     # nnUNetv2_predict looks the dataset's name up in the three folders
     select[1] = DATASET
-    study("predict", "-i", images, "-o", output, *select, "-device", "cpu", "-npp", 1, "-nps", 1, **elsewhere)
+    study("predict", "-i", images, "-o", output, *select, *ONE_PROCESS, **elsewhere)
     check_prediction(output / validated.name, images / name)
     assert np.mean(read(output / validated.name) == read(validated)) > 0.999
 
@@ -214,7 +215,7 @@ def test_cascade(study, tmp_path):
     assert stem.shape[1] == 3  # the image, and one channel for each label of the stage before
 
     images = study.raw / DATASET / "imagesTs"
-    shared = ["-d", 4, "-tr", TRAINER, "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1]
+    shared = ["-d", 4, "-tr", TRAINER, "-p", PLANS, "-device", "cpu", "-npp", 0, "-nps", 0]
     lowres, output = tmp_path / "lowres", tmp_path / "out"
     study("predict", "-i", images, "-o", lowres, "-c", "3d_lowres", "-f", "all", *shared)
     cascade = ["-c", "3d_cascade_fullres", "-f", 0, "-prev_stage_predictions", lowres]
