@@ -1,80 +1,27 @@
-"""Time and memory of LGMSNet against nnU-Net's own networks on one GPU, side by side in one run.
+"""Time and memory of one network's training and inference step on a GPU.
 
-    python benchmarks/gpu.py                      every row of the table, JSON + Markdown + plot to benchmarks/results/
-    python benchmarks/gpu.py --only 3d --networks lgmsnet plain
-    python benchmarks/gpu.py --worker 3d lgmsnet --profile    one network in this process, with its most expensive kernels
+    python benchmarks/gpu.py 3d lgmsnet [--eager] [--profile]
+    python benchmarks/gpu.py 3d plain
 
-Every network runs in a process of its own with an empty compile cache, so that "first step" is what a user waits for. A
-training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Only the network is
-compiled, as in nnU-Net. Times are medians of CUDA events after warm-up; ratios are against PlainConvUNet of the same run.
+A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Only the
+network is compiled, as in nnU-Net. Times are medians of CUDA events after warm-up, with the 5th and 95th percentile;
+the first step includes compilation. `--profile` lists the most expensive kernels. Prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from networks import NETWORKS, build, loss_function, parameters
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-RESULTS = Path(__file__).parent / "results"
-CASES = {
-    "3d": {"input": (2, 1, 128, 128, 128), "classes": 4},
-    "2d": {"input": (16, 3, 256, 256), "classes": 1},
+CASES = {  # stages: what nnU-Net plans for the patch
+    "3d": {"input": (2, 1, 128, 128, 128), "classes": 4, "n_stages": 6},
+    "2d": {"input": (16, 3, 256, 256), "classes": 1, "n_stages": 7},
 }
-
-
-def build(name: str, dim: int, input_channels: int, classes: int) -> nn.Module:
-    """The network by its name in the table."""
-    if name == "lgmsnet":
-        from nnunet_lgms import LGMSNet
-
-        return LGMSNet.paper(input_channels, classes, dim=dim)
-
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-
-    # What nnU-Net plans for these patches: six stages for 128^3, seven for 256^2.
-    n_stages = 6 if dim == 3 else 7
-    conv_op = nn.Conv3d if dim == 3 else nn.Conv2d
-    shared = {
-        "input_channels": input_channels,
-        "num_classes": classes,
-        "n_stages": n_stages,
-        "features_per_stage": [min(32 * 2**i, 320 if dim == 3 else 512) for i in range(n_stages)],
-        "conv_op": conv_op,
-        "kernel_sizes": 3,
-        "strides": [1] + [2] * (n_stages - 1),
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d if dim == 3 else nn.InstanceNorm2d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
-    }
-    if name == "plain":
-        network = PlainConvUNet(**shared, n_conv_per_stage=2, n_conv_per_stage_decoder=2)
-    elif name == "resenc_m":
-        blocks = [1, 3, 4, 6, 6, 6, 6][:n_stages]
-        network = ResidualEncoderUNet(**shared, n_blocks_per_stage=blocks, n_conv_per_stage_decoder=1)
-    else:
-        raise ValueError(f"There is no network {name!r} in this benchmark: choose lgmsnet, plain or resenc_m.")
-    network.apply(network.initialize)
-    return network
-
-
-def loss_function(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0].float(), target.float())
-    return F.cross_entropy(logits, target)
 
 
 def median_ms(step, seconds: float = 3.0, warmup: int = 5) -> tuple[float, float, float]:
@@ -99,8 +46,7 @@ def measure(case: str, name: str, compiled: bool, profile: bool) -> dict:
     shape, classes = CASES[case]["input"], CASES[case]["classes"]
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    network = build(name, len(shape) - 2, shape[1], classes).cuda()
-    parameters = sum(p.numel() for p in network.parameters())
+    network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).cuda()
     model = torch.compile(network) if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
     scaler = torch.GradScaler("cuda")
@@ -142,7 +88,9 @@ def measure(case: str, name: str, compiled: bool, profile: bool) -> dict:
         "case": case,
         "network": name,
         "compiled": compiled,
-        "parameters": parameters,
+        "parameters": parameters(network),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
         "train_ms": train_ms,
         "infer_ms": infer_ms,
         "train_gib": train_gib,
@@ -166,10 +114,15 @@ def show_profile(step, rows: int = 45) -> None:
         print(f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x  {e.key[:110]}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--worker", nargs=2)
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--eager", action="store_true")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of one network on a GPU.")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--profile", action="store_true", help="list the most expensive kernels")
     args = parser.parse_args()
-    print("RESULT", json.dumps(measure(*args.worker, compiled=not args.eager, profile=args.profile)), flush=True)
+    print(json.dumps(measure(args.case, args.network, not args.eager, args.profile)))
+
+
+if __name__ == "__main__":
+    main()

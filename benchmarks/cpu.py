@@ -1,0 +1,139 @@
+"""Training and inference step of LGMSNet against nnU-Net's own U-Net on the CPU, in turns in one process.
+
+    python benchmarks/cpu.py [--threads 2] [--rounds 7] [--output benchmarks/results]
+
+The two networks take turns, so that other work on the machine slows both; a ratio is the median of the rounds' ratios.
+U-Nets have the number of stages that nnU-Net plans for the patch. float32, no compilation, as nnU-Net does on the CPU.
+Writes cpu.json and cpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from networks import build, loss_function, parameters
+from torch import nn
+from tqdm import tqdm
+
+import nnunet_lgms
+
+ROWS = {
+    "training step, 3D 2 x 32^3": {"input": (2, 1, 32, 32, 32), "classes": 3, "n_stages": 4, "train": True},
+    "training step, 2D 16 x 64^2": {"input": (16, 3, 64, 64), "classes": 1, "n_stages": 5, "train": True},
+    "inference, 3D 96^3": {"input": (1, 1, 96, 96, 96), "classes": 14, "n_stages": 6, "train": False},
+    "inference, 2D 256^2": {"input": (1, 3, 256, 256), "classes": 1, "n_stages": 7, "train": False},
+}
+
+
+class Step:
+    """One network's step on one input."""
+
+    def __init__(self, name: str, row: dict):
+        shape = row["input"]
+        torch.manual_seed(0)
+        self.network = build(name, len(shape) - 2, shape[1], row["classes"], row["n_stages"]).train(row["train"])
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9)
+        self.data = torch.randn(shape)
+        self.target = torch.randint(0, max(row["classes"], 2), (shape[0], *shape[2:]))
+        self.train = row["train"]
+
+    def __call__(self) -> float:
+        """Seconds of one step."""
+        begin = time.perf_counter()
+        if self.train:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss_function(self.network(self.data), self.target).backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.optimizer.step()
+        else:
+            with torch.inference_mode():
+                self.network(self.data)
+        return time.perf_counter() - begin
+
+
+def measure(row: dict, rounds: int) -> dict:
+    """Seconds of both networks, round by round, and the ratio."""
+    steps = {name: Step(name, row) for name in ("lgmsnet", "plain")}
+    for step in steps.values():
+        step()
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(step())
+    ratios = [a / b for a, b in zip(times["lgmsnet"], times["plain"], strict=True)]
+    return {
+        "seconds": times,
+        "median": {name: statistics.median(t) for name, t in times.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "parameters": {name: parameters(step.network) for name, step in steps.items()},
+    }
+
+
+def markdown(result: dict) -> str:
+    lines = [
+        "# LGMSNet against nnU-Net's PlainConvUNet on the CPU",
+        "",
+        f"{result['date']}, {result['threads']} threads of {result['cpu']}, torch {result['torch']}, nnunet-lgms "
+        f"{result['version']}, float32. Median of {result['rounds']} rounds in turns; the ratio's range in brackets.",
+        "",
+        "| | LGMSNet ms | PlainConvUNet ms | ratio | parameters (M) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        ours, theirs = (row["median"][n] * 1e3 for n in ("lgmsnet", "plain"))
+        millions = " / ".join(f"{row['parameters'][n] / 1e6:.2f}" for n in ("lgmsnet", "plain"))
+        low, high = row["ratio_range"]
+        lines.append(
+            f"| {name} | {ours:.0f} | {theirs:.0f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {millions} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(path: Path, text: str) -> None:
+    """Writes to a temporary file, then replaces."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="LGMSNet against PlainConvUNet on the CPU.")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "cpu": processor(),
+        "torch": torch.__version__,
+        "version": nnunet_lgms.__version__,
+        "rows": {name: measure(row, args.rounds) for name, row in tqdm(ROWS.items(), unit="row")},
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    write(args.output / "cpu.json", json.dumps(result, indent=1))
+    write(args.output / "cpu.md", markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
