@@ -6,13 +6,11 @@ cases and prints their relative errors against PyTorch. The compiled kernels run
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import run_interpreted
 from torch import nn
 
 from nnunet_lgms.blocks.norm import InstanceNorm3d
@@ -170,13 +168,7 @@ def network_errors():
 
 @pytest.fixture(scope="module")
 def interpreted():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("the interpreter of this Triton cannot count loops with this NumPy")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_interpreted(__file__)
 
 
 @pytest.mark.parametrize(("group", "case"), CASES)

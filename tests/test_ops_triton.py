@@ -5,12 +5,10 @@ cases and prints the errors.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import run_interpreted
 
 from nnunet_lgms.ops import backend, depthwise, multi_kernel_depthwise
 
@@ -47,13 +45,7 @@ def errors(kernels, device, batch, channels, sizes, spatial, dtype, bias, flip, 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("the interpreter of this Triton cannot count loops with this NumPy")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("case", INTERPRETED)

@@ -6,6 +6,7 @@ Decided once, when the package is imported, so that `torch.compile` sees constan
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -32,6 +33,13 @@ def use_kernels(x: Tensor) -> bool:
 def channels_last(x: Tensor) -> bool:
     """Whether x (B, C, *spatial) is stored with its channels innermost."""
     return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and (x.shape[1] == 1 or not x.is_contiguous())
+
+
+def empty_in_layout_of(reference: Tensor, size: Sequence[int]) -> Tensor:
+    """Uninitialised (B, C, *size) with batch, channels, dtype, device and memory format of `reference`."""
+    memory_format = CHANNELS_LAST[reference.ndim] if channels_last(reference) else torch.contiguous_format
+    shape = (*reference.shape[:2], *size)
+    return torch.empty(shape, dtype=reference.dtype, device=reference.device, memory_format=memory_format)
 
 
 def in_layout_of(reference: Tensor, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, use_kernels
+from nnunet_lgms.ops.backend import HALF, use_kernels
 
 MODE = {2: "bilinear", 3: "trilinear"}
 
@@ -73,8 +73,3 @@ _transposed.register_autograd(
 def _fits_kernels(x: Tensor, size: Sequence[int]) -> bool:
     """float16, bfloat16 or float32, and offsets that fit 32 bits."""
     return x.dtype in (*HALF, torch.float32) and x.shape[0] * x.shape[1] * math.prod(size) < 2**31
-
-
-def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
-    memory_format = CHANNELS_LAST[x.ndim] if channels_last(x) else torch.contiguous_format
-    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)

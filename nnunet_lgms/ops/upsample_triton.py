@@ -13,20 +13,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.backend import channels_last
-from nnunet_lgms.ops.upsample import _empty
+from nnunet_lgms.ops.backend import channels_last, empty_in_layout_of
 
 BLOCK = 1024  # elements of a program
 
 
 def upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
     """(B, C, *spatial) -> (B, C, *size)."""
-    return _launch(_gather, x, _empty(x, size), scale)
+    return _launch(_gather, x, empty_in_layout_of(x, size), scale)
 
 
 def transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
     """Gradient of the output -> gradient of the input, (B, C, *size)."""
-    return _launch(_gather_transposed, grad, _empty(grad, size), scale)
+    return _launch(_gather_transposed, grad, empty_in_layout_of(grad, size), scale)
 
 
 def _launch(kernel, source: Tensor, target: Tensor, scale: Sequence[int]) -> Tensor:
