@@ -2,11 +2,10 @@
 but no numbers, and every byte that is alive is counted.
 
 What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum. Autocast does not work on
-meta tensors, and this package's GPU kernels keep less for the backward pass than PyTorch's operators do, so
+meta tensors, and a compiled step keeps less for the backward pass than PyTorch's operators do one by one, so
 :class:`OnGPU` repeats both. :data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces,
-blocks that the allocator cannot fill) and for what compilation saves by fusing; ``benchmarks/memory.py`` measures
-steps, writes them beside the estimates and fits the constants. Without Triton, or with ``NNUNET_LGMS_KERNELS=off``, a
-step needs more.
+blocks that the allocator cannot fill) and for what compilation does otherwise; ``benchmarks/memory.py`` measures steps,
+writes them beside the estimates and fits the constants.
 """
 
 from __future__ import annotations
@@ -45,10 +44,12 @@ class Calibration:
     context: int
 
 
-# Not fitted yet: the count itself, and round figures for workspaces and CUDA. See benchmarks/memory.py --calibrate.
+# Not fitted yet: no GPU has confirmed the count. Until one has (benchmarks/memory.py --calibrate), planning is careful:
+# with nothing fused, as PyTorch's operators keep tensors, the activations of that script's 14 plans count 1.39 to 1.48
+# times as much.
 CALIBRATION = {
-    2: Calibration(activations=1.0, fixed=64 * 2**20, context=600 * 2**20),
-    3: Calibration(activations=1.0, fixed=64 * 2**20, context=600 * 2**20),
+    2: Calibration(activations=1.48, fixed=64 * 2**20, context=600 * 2**20),
+    3: Calibration(activations=1.48, fixed=64 * 2**20, context=600 * 2**20),
 }
 
 
@@ -176,7 +177,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Unsaved(torch.autograd.Function):
-    """The memory of an activation that the kernels compute together with the norm: nothing is kept for it."""
+    """The memory of an activation that is computed together with the norm, twice: nothing is kept for it."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -205,8 +206,8 @@ class OnGPU(TorchFunctionMode):
     """On any device, the dtypes and the kept tensors of nnU-Net's step on a GPU.
 
     Convolutions and products work in float16 and losses in float32, as under ``torch.autocast("cuda")``. Norms stay in
-    the dtype that comes and keep their input only, activations keep nothing, and pooling keeps no indices: that is how
-    this package's kernels work, and what compilation makes of the rest.
+    the dtype that comes and keep their input only, activations keep nothing, and pooling keeps no indices: compilation
+    fuses norm and activation and computes them again, and so do this package's kernels (NNUNET_LGMS_KERNELS=all).
     """
 
     HALF = {"conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm"}
