@@ -150,6 +150,18 @@ def test_recipe_is_the_papers():
     assert make_trainer("nnUNetTrainerLGMSNet_nnUNetDA").num_epochs == 500
 
 
+def test_demo_fits_two_cores():
+    trainer = make_trainer("nnUNetTrainerLGMSNet_demo")
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert trainer.batch_size == 1 and trainer.num_epochs * trainer.num_iterations_per_epoch == 400
+    image = torch.randn(1, 8, 12, 8)
+    rotation, dummy_2d, patch, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    transform = trainer.get_training_transforms(patch, rotation, None, mirror, dummy_2d)
+    sample = transform(image=image.clone(), segmentation=torch.zeros(1, 8, 12, 8))
+    assert torch.equal(sample["image"], image)
+    assert trainer.inference_allowed_mirroring_axes is None  # and none at prediction
+
+
 def test_rate_decays_every_iteration():
     trainer = make_trainer()
     trainer.num_epochs, trainer.num_iterations_per_epoch = 3, 4
