@@ -190,3 +190,11 @@ def test_any_valid_override_on_any_valid_plan(case):
     again = build_network(configuration, 1, 2, enable_deep_supervision=False).eval()
     again.load_state_dict(network.state_dict(), strict=True)
     torch.testing.assert_close(again(x), outputs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["strides", "kernel_sizes"])
+def test_a_plan_whose_stages_contradict_each_other_is_refused(key):
+    plan = manager((32, 32), 4)
+    plan.configuration["architecture"]["arch_kwargs"][key].pop()
+    with pytest.raises(ValueError, match=f"n_stages 4 but {key} "):
+        Topology.of(plan.configuration)

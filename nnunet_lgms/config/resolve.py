@@ -48,7 +48,7 @@ class Topology:
         """Reads a resolved configuration of an nnU-Net plan.
 
         Raises:
-            ValueError: the plan's network is no convolutional encoder with stages.
+            ValueError: the plan's network is no convolutional encoder with stages, or its stages contradict each other.
         """
         planned = configuration["architecture"]["arch_kwargs"]
         missing = [key for key in PLANNED if key not in planned]
@@ -58,6 +58,13 @@ class Topology:
                 f"The plan's network {name} has no {', '.join(missing)}: LGMSNet needs the plan of a convolutional "
                 f"U-Net; plan with nnU-Net's default or ResEnc planners."
             )
+        for key in ("strides", "kernel_sizes"):
+            if len(planned[key]) != planned["n_stages"]:
+                raise ValueError(
+                    f"The plan has n_stages {planned['n_stages']} but {key} {planned[key]}: give one entry for each "
+                    f"stage, "
+                    f"or plan again."
+                )
         dim = len(configuration["patch_size"])
         spacing = configuration.get("spacing")
         return cls(
