@@ -35,7 +35,7 @@ PICTURE = WORK / "hippocampus.png"
 
 def main() -> int:
     device = find_device()
-    environment = set_environment(device)
+    environment = set_environment()
     print("nnU-Net finds its folders through these variables:")
     for name, value in environment.items():
         print(f"  export {name}={shlex.quote(value)}")
@@ -75,26 +75,23 @@ def find_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def set_environment(device: str) -> dict[str, str]:
-    """nnU-Net's variables for the demo, set for all of its commands; numbers of processes that are set stay."""
+def set_environment() -> dict[str, str]:
+    """nnU-Net's variables for the demo, set for all of its commands; a number of processes that is set stays."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # On the CPU training takes all cores; its small batches are then best prepared in the same process.
-    augmentation = 0 if device == "cpu" else min(cpus, 12)
     environment = {name: str(WORK / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     environment["nnUNet_def_n_proc"] = os.environ.get("nnUNet_def_n_proc", str(min(cpus, 8)))
-    environment["nnUNet_n_proc_DA"] = os.environ.get("nnUNet_n_proc_DA", str(augmentation))
     os.environ.update(environment, PYTHONUNBUFFERED="1")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         Path(environment[name]).mkdir(parents=True, exist_ok=True)
     return environment
 
 
-def nnunet(command: str, *args: str | Path) -> None:
+def nnunet(command: str, *args: str | Path, **environment: str) -> None:
     """Runs ``nnUNetv2_<command>`` of this Python's environment and shows the line, so that it can be typed."""
     program = Path(sys.executable).with_name(f"nnUNetv2_{command}")
     line = [program.name, *map(str, args)]
-    print(f"$ {shlex.join(line)}", flush=True)
-    subprocess.run([str(program), *line[1:]], check=True)
+    print("$", *(f"{name}={value}" for name, value in environment.items()), shlex.join(line), flush=True)
+    subprocess.run([str(program), *line[1:]], check=True, env={**os.environ, **environment})
 
 
 def copy_raw() -> None:
@@ -112,7 +109,10 @@ def preprocess(processes: str) -> None:
 
 def train(device: str) -> None:
     go_on = ["--c"] if (MODEL / f"fold_{FOLD}" / "checkpoint_latest.pth").exists() else []
-    nnunet("train", str(DATASET_ID), CONFIGURATION, FOLD, "-tr", TRAINER, "-device", device, *go_on)
+    # Training on the CPU takes all cores: its small batches are best prepared in the same process. For this command
+    # alone, as nnU-Net cannot plan with 0 processes.
+    environment = {} if device == "cuda" or "nnUNet_n_proc_DA" in os.environ else {"nnUNet_n_proc_DA": "0"}
+    nnunet("train", str(DATASET_ID), CONFIGURATION, FOLD, "-tr", TRAINER, "-device", device, *go_on, **environment)
 
 
 def evaluate(processes: str) -> None:

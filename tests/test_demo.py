@@ -60,10 +60,11 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "PYTHONUNBUFFERED"):
         monkeypatch.setenv(variable, "")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
     module.commands = []
 
-    def nnunet(command: str, *args: str | Path) -> None:
+    def nnunet(command: str, *args: str | Path, **environment: str) -> None:
+        assert command == "train" or not environment, "nnU-Net cannot plan without processes for augmentation"
         module.commands.append(command)
         if command == "predict":
             shutil.copytree(module.RAW / "labelsTs", module.PREDICTIONS, dirs_exist_ok=True)
@@ -116,10 +117,10 @@ def test_demo_goes_on_where_it_failed(
 
 def test_interrupted_training_continues_from_its_checkpoint(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
-    monkeypatch.setattr(demo, "nnunet", lambda *line: lines.append(line))
+    monkeypatch.setattr(demo, "nnunet", lambda *line, **environment: lines.append((*line, environment)))
     demo.train("cpu")
     (demo.MODEL / f"fold_{demo.FOLD}").mkdir(parents=True)
     (demo.MODEL / f"fold_{demo.FOLD}" / "checkpoint_latest.pth").touch()
     demo.train("cpu")
     assert ["--c" in line for line in lines] == [False, True]
-    assert all(demo.TRAINER in line and "cpu" in line for line in lines)
+    assert all(demo.TRAINER in line and "cpu" in line and line[-1] == {"nnUNet_n_proc_DA": "0"} for line in lines)

@@ -215,7 +215,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
     size = shutil.disk_usage(folder).total / GIB
     if size < SHARED_MEMORY_WARNING_GIB:
         text = f"{folder} has {size:.2f} GiB, too little for nnU-Net's augmentation workers"
-        yield Finding(WARNING, "memory", text, "docker run --ipc=host …  # or: export nnUNet_n_proc_DA=0")
+        yield Finding(WARNING, "memory", text, "docker run --ipc=host …  # or: nnUNet_n_proc_DA=0 nnUNetv2_train …")
 
 
 def _has_cuda() -> bool:
