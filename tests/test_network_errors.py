@@ -92,7 +92,7 @@ def test_wrong_dimension_of_the_papers_network():
     [
         ((32, 32), 1, {}, "1"),
         ((32, 32), 3, {"strides": [[2, 2], [2, 2], [2, 2]]}, "[2, 2]"),
-        ((32, 32), 3, {"strides": [[1, 1], [2, 2]]}, "kernel_sizes"),
+        ((32, 32), 3, {"strides": [[1, 1], [2, 2]]}, "n_stages 3 but strides [[1, 1], [2, 2]]"),
         ((32, 32), 3, {"settings": {"widths": [16, 30, 64]}}, "30"),
         ((32, 32, 32), 4, {"settings": {"widths": [16, 32, 64, 130]}}, "130"),
     ],
