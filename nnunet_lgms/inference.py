@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,11 @@ def load_predictor(
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints where it looks for the trainer
             predictor = nnUNetPredictor(device=device, allow_tqdm=False)
             predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
+    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{checkpoint} of {folder} cannot be read ({' '.join(str(error).split())[:80]}): it is no checkpoint of "
+            "nnU-Net, or it was cut short."
+        ) from error
     except RuntimeError as error:
         if "trainer" not in str(error).lower():
             raise

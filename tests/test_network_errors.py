@@ -147,3 +147,25 @@ def test_checkpoint_that_is_not_the_authors(change, named):
 def test_checkpoint_of_data_parallel_is_read():
     network = load_official({f"module.{key}": value for key, value in official_state_dict().items()})
     assert network(torch.zeros(1, 3, 16, 16)).shape == (1, 2, 16, 16)
+
+
+@pytest.mark.parametrize("given", ["authors.pth", {"state_dict": {"stem.conv.0.weight": 1}, "epoch": 3}])
+def test_official_checkpoint_that_is_no_state_dict(given):
+    with pytest.raises(ValueError, match="takes a state dict"):
+        load_official(given)
+
+
+def test_mixed_precision_of_an_official_checkpoint_rounds_nothing():
+    state = official_state_dict()
+    state["stem.conv.0.weight"] = state["stem.conv.0.weight"].half()
+    assert {p.dtype for p in load_official(state).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "change", [{"patch_size": None}, {"architecture": None}, {"architecture": {"arch_kwargs": {}}}]
+)
+def test_plan_that_cannot_be_read(change):
+    manager = planned.manager((32, 32), 3)
+    manager.configuration.update(change)
+    with pytest.raises(ValueError, match="plan again|cannot be read"):
+        build_network(manager, 1, 2)

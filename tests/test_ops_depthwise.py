@@ -261,3 +261,11 @@ def test_bad_input_is_one_sentence(spoil, message):
         multi_kernel_depthwise(*spoil(*make("paper_2d", dtype=torch.float32)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_an_empty_batch_has_zero_gradients(dim):
+    x = torch.zeros(0, 4, *(6,) * dim, requires_grad=True)
+    weight = torch.randn(4, 1, *(5,) * dim, requires_grad=True)
+    multi_kernel_depthwise(x, [weight]).sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()

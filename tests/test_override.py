@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from planned import configuration
 
@@ -225,6 +226,14 @@ TRAINER = """
 """
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_is_no_plans_file_is_never_replaced(dataset, capsys, force):
+    before = (dataset / "dataset.json").read_bytes()
+    assert main(["override", "999", "--apply", "kernels_3", "--as", "dataset", *force]) == 2
+    assert "holds no plans and stays" in capsys.readouterr().err
+    assert (dataset / "dataset.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_from_override_to_prediction_by_the_printed_commands(tmp_path, clean_env, hippocampus):
     """Real MRI; raw and preprocessed data are gone when it predicts."""
@@ -262,7 +271,8 @@ def test_from_override_to_prediction_by_the_printed_commands(tmp_path, clean_env
     assert "kernels from 8 objects in 4 cases" in said
     (train,) = re.findall(r"^nnUNetv2_train .*3d_fullres.*$", said, re.M)
     env["nnUNet_n_proc_DA"] = "0"  # batches are made in the training process; nnU-Net's planner cannot count so low
-    sh(train.replace("nnUNetTrainerLGMSNet", "nnUNetTrainerLGMSNet_2steps") + " -device cpu")
+    assert train.endswith(" -device cpu") != torch.cuda.is_available()
+    sh(train.removesuffix(" -device cpu").replace("LGMSNet", "LGMSNet_2steps") + " -device cpu")
 
     (model,) = folders["nnUNet_results"].glob("Dataset999_Hippocampus/*__Auto__3d_fullres")
     model = shutil.move(model, tmp_path / "model")

@@ -81,6 +81,11 @@ def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(ValueError, match="cannot be read as the model's training images"):
         nnunet_lgms.predict(model, tmp_path / "text.png", device="cpu")
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "fold_0" / "checkpoint_final.pth").write_bytes(b"x")
+    with pytest.raises(ValueError, match="checkpoint_final.pth of .* cannot be read"):
+        nnunet_lgms.predict(broken, samples, device="cpu")
     monkeypatch.delenv("nnUNet_extTrainer")
     with pytest.raises(ValueError, match="nnUNet_extTrainer must name the folder"):
         nnunet_lgms.predict(model, samples, device="cpu")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from functools import reduce
 
+import torch
 from torch import Tensor, nn
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
@@ -80,8 +82,14 @@ def load_official(state_dict: Mapping[str, Tensor]) -> LGMSNet:
         the network in training mode, float32 or the checkpoint's own precision, without auxiliary heads.
 
     Raises:
-        ValueError: the names or shapes are not those of an LGMSNet checkpoint; the message names them.
+        ValueError: this is no state dict, or its names or shapes are not those of an LGMSNet checkpoint; the message
+            names them.
     """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(
+            f"load_official takes a state dict (names and tensors), not this {type(state_dict).__name__}: load the "
+            "file with torch.load(path, weights_only=True), and take the state dict out of what is around it."
+        )
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     network = _build(state_dict)
     renamed = dict(_rename_network(state_dict))
@@ -98,7 +106,8 @@ def load_official(state_dict: Mapping[str, Tensor]) -> LGMSNet:
                 f"The checkpoint's {key} has shape {tuple(value.shape)} where its other tensors ask for "
                 f"{tuple(expected[key].shape)}: the file mixes networks of different widths."
             )
-    network.to(renamed["encoder.stem.conv.weight"].dtype)
+    # The widest precision of the file: none of its tensors is rounded.
+    network.to(reduce(torch.promote_types, (value.dtype for value in renamed.values() if value.is_floating_point())))
     network.load_state_dict(renamed)
     return network
 

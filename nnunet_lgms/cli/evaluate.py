@@ -102,6 +102,8 @@ def raw_dataset(dataset: str) -> Path:
     path = Path(dataset)
     if path.is_file() or (path / "dataset.json").is_file():
         return path if path.is_dir() else path.parent
+    if path.is_dir() or path.name != dataset:
+        raise ValueError(f"{dataset} has no dataset.json: give a dataset's folder, its name, or its number.")
     raw = os.environ.get("nnUNet_raw")
     if not raw:
         raise ValueError(f"To find dataset {dataset}, the environment variable nnUNet_raw must name nnU-Net's folder.")

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.planning.memory import memory_remarks
     from nnunet_lgms.planning.override import override_plans
     from nnunet_lgms.planning.plans_files import (
+        check_writable,
         dataset_name,
         environment_folder,
         plans_file,
@@ -47,16 +48,16 @@ def run(args: argparse.Namespace) -> int:
     target = plans_file(dataset, name)
     if name == args.plans:
         raise ValueError(f"--as {name} would replace the plans that it starts from: choose another name.")
-    if target.exists() and not args.force:
-        raise ValueError(f"{target.name} exists in {dataset}: choose another name with --as, or add --force.")
+    check_writable(target, args.force)
 
     preprocessed = environment_folder("nnUNet_preprocessed") / dataset
     new = override_plans(plans, override, name, args.c, lambda: components_of(dataset, plans))
     remarks = memory_remarks(plans, new, args.c, read_dataset_json(dataset))
+    commands = nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed)
     write_plans(target, new, args.force)
     print(f"{target.name} written beside {args.plans}.json of {dataset}.")
     for remark in remarks:
         print(f"{remark}; for a smaller patch or batch: nnunet_lgms plan {args.dataset} --vram GB --apply {args.apply}")
     print("\nTrain and predict with:\n")
-    print(nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed))
+    print(commands)
     return 0

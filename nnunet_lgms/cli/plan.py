@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         levels = content["architecture"]["arch_kwargs"]["n_stages"]
         memory = planner.memory_of(content) / GIB
         print(f"  {configuration:20} {patch:>14} {content['batch_size']:>6} {levels:>7} {memory:>10.1f} GiB")
-    print("\nPreprocess, train and predict with:\n")
+    print("\nTrain and predict with (after preprocessing, where a line for it is given):\n")
     print(nnunet_commands(dataset, plans, list(plans["configurations"]), preprocessed))
     return 0
 

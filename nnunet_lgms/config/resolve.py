@@ -50,6 +50,17 @@ class Topology:
         Raises:
             ValueError: the plan's network is no convolutional encoder with stages, or its stages contradict each other.
         """
+        try:
+            return cls._read(configuration)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"The plan's configuration cannot be read ({type(error).__name__}: {error}): it needs patch_size, "
+                "spacing and an architecture with n_stages, strides and kernel_sizes, as nnU-Net plans them; plan "
+                "again."
+            ) from error
+
+    @classmethod
+    def _read(cls, configuration: Mapping[str, Any]) -> Topology:
         planned = configuration["architecture"]["arch_kwargs"]
         missing = [key for key in PLANNED if key not in planned]
         if missing:
@@ -62,8 +73,7 @@ class Topology:
             if len(planned[key]) != planned["n_stages"]:
                 raise ValueError(
                     f"The plan has n_stages {planned['n_stages']} but {key} {planned[key]}: give one entry for each "
-                    f"stage, "
-                    f"or plan again."
+                    "stage, or plan again."
                 )
         dim = len(configuration["patch_size"])
         spacing = configuration.get("spacing")

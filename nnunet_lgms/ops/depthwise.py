@@ -263,6 +263,8 @@ def _weight_grad_products(x: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> T
         return _weight_grad_products(x.unsqueeze(2), grad.unsqueeze(2), (1, *kernel)).squeeze(1)
     kz = kernel[0]
     dtype = _accumulator(x.dtype)
+    if not x.numel():  # an empty batch
+        return x.new_zeros(x.shape[1], *kernel, dtype=dtype)
     samples = max(1, CPU_CHUNK // (kz * x[0].numel()))  # bounds the kz copies of the gradient
     return sum(
         _weight_grad_chunk(xs.to(dtype), gs.to(dtype), kernel) for xs, gs in zip(x.split(samples), grad.split(samples))

@@ -95,14 +95,31 @@ def read_dataset_json(name: str) -> dict[str, Any]:
     raise ValueError(f"{name} has no dataset.json, neither in nnUNet_preprocessed nor in nnUNet_raw: put it there.")
 
 
+def check_writable(path: Path, force: bool) -> None:
+    """Refuses to write over what is there; plans may be replaced with ``force``, nothing else.
+
+    Raises:
+        ValueError: the file exists and ``force`` is not set, or it holds something other than plans.
+    """
+    if not path.exists():
+        return
+    try:
+        holds_plans = "plans_name" in json.loads(path.read_text("utf-8"))
+    except (ValueError, TypeError):
+        holds_plans = False
+    if not holds_plans:
+        raise ValueError(f"{path.name} in {path.parent.name} holds no plans and stays: choose another name with --as.")
+    if not force:
+        raise ValueError(f"{path.name} exists in {path.parent.name}: choose another name with --as, or add --force.")
+
+
 def write_plans(path: Path, plans: dict[str, Any], force: bool) -> None:
     """Writes a plans file whole or not at all.
 
     Raises:
-        ValueError: the file exists and ``force`` is not set.
+        ValueError: see :func:`check_writable`.
     """
-    if path.exists() and not force:
-        raise ValueError(f"{path.name} exists in {path.parent.name}: choose another name with --as, or add --force.")
+    check_writable(path, force)
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(plans, indent=4) + "\n", "utf-8")
 
