@@ -268,6 +268,9 @@ def test_folders_that_do_not_fit_are_refused(volumes: tuple[Path, Path], tmp_pat
     assert "write NAME=FOLDER" in _refused(capsys, predictions, references, "--labels", 1, "--compare", "x")
     (tmp_path / "empty").mkdir()
     assert "has no dataset.json" in _refused(capsys, predictions, references, "--dataset", tmp_path / "empty")
+    for folder in (predictions, references):
+        assert "is a folder of label files" in _refused(capsys, predictions, references, "--labels", 1, "-o", folder)
+    assert "at least 1" in _refused(capsys, predictions, references, "--labels", 1, "--workers", 0)
     assert "no label files" in _refused(capsys, tmp_path / "empty", references, "--labels", 1)
     assert "has no .nii.gz files" in _refused(capsys, predictions, tmp_path / "empty", "--labels", 1)
     (references / "case_4.nii.gz").unlink()

@@ -40,6 +40,14 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.evaluation.evaluate import evaluate
     from nnunet_lgms.evaluation.output import terminal_table, write_all
 
+    output = _output_folder(args)
+    for option, value, least in (
+        ("--workers", args.workers, 1),
+        ("--bootstrap", args.bootstrap, 1),
+        ("--worst", args.worst, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{option} {value} is not possible: give a number of at least {least}.")
     labels, reader, images = _what_to_evaluate(args)
     evaluation = evaluate(
         _models(args),
@@ -50,14 +58,20 @@ def run(args: argparse.Namespace) -> int:
         n_resamples=args.bootstrap,
         workers=args.workers,
     )
-    files = write_all(
-        evaluation, args.output or args.predictions / "evaluation", images=args.images or images, n_worst=args.worst
-    )
+    files = write_all(evaluation, output, images=args.images or images, n_worst=args.worst)
     for remark in evaluation.remarks:
         print(f"Note: {remark}")
     print(terminal_table(evaluation))
     print("Written:", *files)
     return 0
+
+
+def _output_folder(args: argparse.Namespace) -> Path:
+    """Where the tables go; nnU-Net keeps a summary.json of its own beside label files, which must not be lost."""
+    output = args.output or args.predictions / "evaluation"
+    if output.resolve() in (args.predictions.resolve(), args.references.resolve()):
+        raise ValueError(f"-o {output} is a folder of label files: give another one, such as {output / 'evaluation'}.")
+    return output
 
 
 def _models(args: argparse.Namespace) -> dict[str, Path]:
