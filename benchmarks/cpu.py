@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -24,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 import nnunet_lgms
+from nnunet_lgms.files import written_whole
 
 ROWS = {
     "training step, 3D 2 x 32^3": {"input": (2, 1, 32, 32, 32), "classes": 3, "n_stages": 4, "train": True},
@@ -106,13 +106,6 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write(path: Path, text: str) -> None:
-    """Writes to a temporary file, then replaces."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="LGMSNet against PlainConvUNet on the CPU.")
     parser.add_argument("--threads", type=int, default=2)
@@ -130,8 +123,10 @@ def main() -> None:
         "rows": {name: measure(row, args.rounds) for name, row in tqdm(ROWS.items(), unit="row")},
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    write(args.output / "cpu.json", json.dumps(result, indent=1))
-    write(args.output / "cpu.md", markdown(result))
+    with written_whole(args.output / "cpu.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    with written_whole(args.output / "cpu.md") as temporary:
+        temporary.write_text(markdown(result))
     print(markdown(result))
 
 

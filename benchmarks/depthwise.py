@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_lgms.files import written_whole
 from nnunet_lgms.ops import multi_kernel_depthwise
 
 CONV = {2: F.conv2d, 3: F.conv3d}
@@ -177,12 +177,6 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Depthwise operator against PyTorch, on a CUDA device.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -209,8 +203,10 @@ def main() -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     stem = "depthwise" if args.dtype == "float16" else f"depthwise_{args.dtype}"
-    write(args.output / f"{stem}.json", json.dumps(result, indent=1))
-    write(args.output / f"{stem}.md", markdown(result))
+    with written_whole(args.output / f"{stem}.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    with written_whole(args.output / f"{stem}.md") as temporary:
+        temporary.write_text(markdown(result))
     print(markdown(result))
 
 

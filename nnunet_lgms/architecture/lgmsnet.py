@@ -22,9 +22,9 @@ from nnunet_lgms.architecture.topology import (
     PAPER_GMS_RATIO,
     PAPER_LMS_KERNELS,
     PAPER_WIDTHS,
-    _is_int,
-    _per_axis,
     dimension,
+    is_int,
+    per_axis,
     resolve_levels,
 )
 from nnunet_lgms.blocks.norm import paper_norm
@@ -110,7 +110,7 @@ class LGMSNet(nn.Module):
             "n_heads": n_heads,
             "head_dim": head_dim,
         }.items():
-            if not _is_int(value) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}: LGMSNet needs a whole number of at least 1.")
         self.dim = dimension(conv_op)
         self.input_channels = input_channels
@@ -134,7 +134,7 @@ class LGMSNet(nn.Module):
             norm_op, norm_op_kwargs = paper_norm(self.dim)
         norm_op_kwargs = norm_op_kwargs or {}
         gms_kwargs = {
-            "patch": _per_axis(gms_patch, self.dim, "gms_patch"),
+            "patch": per_axis(gms_patch, self.dim, "gms_patch"),
             "n_heads": n_heads,
             "head_dim": head_dim,
         }

@@ -115,15 +115,15 @@ def resolve_levels(
     Raises:
         ValueError: an option cannot be built; the message names it, its value, what is allowed and the way out.
     """
-    if not _is_int(n_stages) or n_stages < 2:
+    if not is_int(n_stages) or n_stages < 2:
         raise ValueError(f"LGMSNet cannot have {n_stages!r} stages: a plan needs at least 2; use a larger patch size.")
 
     features = _per_level(features_per_stage, n_stages, "features_per_stage")
     for width in features:
-        if not _is_int(width) or width < 1:
+        if not is_int(width) or width < 1:
             raise ValueError(f"features_per_stage holds {width!r}: every width must be a positive whole number.")
-    kernels = [_per_axis(k, dim, "kernel_sizes") for k in _per_level(kernel_sizes, n_stages, "kernel_sizes")]
-    strides = [_per_axis(s, dim, "strides") for s in _per_level(strides, n_stages, "strides")]
+    kernels = [per_axis(k, dim, "kernel_sizes") for k in _per_level(kernel_sizes, n_stages, "kernel_sizes")]
+    strides = [per_axis(s, dim, "strides") for s in _per_level(strides, n_stages, "strides")]
     if any(s != 1 for s in strides[0]):
         raise ValueError(
             f"strides[0] is {list(strides[0])}: the first stage must keep the resolution; set it to {[1] * dim} and "
@@ -151,7 +151,7 @@ def resolve_levels(
         _check_blocks(decoder_blocks[i], DECODER_BLOCKS, f"decoder level {number}")
         if number < n_stages and not decoder_blocks[i]:
             raise ValueError(f"decoder level {number} has no block: name at least one of {', '.join(DECODER_BLOCKS)}.")
-        if not _is_int(n_blocks[i]) or n_blocks[i] < 1:
+        if not is_int(n_blocks[i]) or n_blocks[i] < 1:
             raise ValueError(f"n_blocks_per_stage holds {n_blocks[i]!r}: every stage needs at least 1 block.")
         # One rule for thick slices: an axis on which the plan has kernel 1 gets kernel 1 everywhere at that level.
         thick = [k == 1 for k in kernels[i]]
@@ -165,7 +165,7 @@ def resolve_levels(
                 lms_kernel_sizes=tuple(
                     tuple(
                         1 if t else k
-                        for t, k in zip(thick, _per_axis(kernel, dim, "lms_kernels", odd=True), strict=True)
+                        for t, k in zip(thick, per_axis(kernel, dim, "lms_kernels", odd=True), strict=True)
                     )
                     for kernel in lms_kernels[i]
                 ),
@@ -180,7 +180,7 @@ def resolve_levels(
     return levels
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -193,13 +193,13 @@ def _per_level(value: Any, n: int, name: str) -> list:
     return list(value)
 
 
-def _per_axis(value: Any, dim: int, name: str, odd: bool = False) -> tuple[int, ...]:
+def per_axis(value: Any, dim: int, name: str, odd: bool = False) -> tuple[int, ...]:
     """One positive whole number per axis: a number is repeated, a sequence must have ``dim`` entries."""
-    entries = (value,) * dim if _is_int(value) else value
+    entries = (value,) * dim if is_int(value) else value
     if (
         not isinstance(entries, Sequence)
         or len(entries) != dim
-        or not all(_is_int(e) and e >= 1 and (e % 2 or not odd) for e in entries)
+        or not all(is_int(e) and e >= 1 and (e % 2 or not odd) for e in entries)
     ):
         kind = "odd positive whole number" if odd else "positive whole number"
         raise ValueError(f"{name} holds {value!r}: give one {kind}, or one for each of the {dim} axes.")
@@ -212,7 +212,7 @@ def _lms_kernels_per_level(kernels: Any, n: int) -> list[Sequence[Any]]:
         raise ValueError(
             f"lms_kernels is {kernels!r}: give a list of odd kernels such as [3, 5, 7, 9], or one list per level."
         )
-    if all(_is_int(k) for k in kernels):
+    if all(is_int(k) for k in kernels):
         return [kernels] * n
     per_level = _per_level(kernels, n, "lms_kernels")
     for entry in per_level:
@@ -225,11 +225,11 @@ def _lms_kernels_per_level(kernels: Any, n: int) -> list[Sequence[Any]]:
 
 def _ratio_per_level(ratio: Any, n: int, name: str) -> list[tuple[int, int]]:
     """A pair Transformer:Conv holds at every level; otherwise one pair per level."""
-    is_pair = isinstance(ratio, Sequence) and len(ratio) == 2 and all(_is_int(r) for r in ratio)
+    is_pair = isinstance(ratio, Sequence) and len(ratio) == 2 and all(is_int(r) for r in ratio)
     pairs = [ratio] * n if is_pair else _per_level(ratio, n, name)
     for pair in pairs:
         valid = (
-            isinstance(pair, Sequence) and len(pair) == 2 and all(_is_int(r) and r >= 0 for r in pair) and sum(pair) > 0
+            isinstance(pair, Sequence) and len(pair) == 2 and all(is_int(r) and r >= 0 for r in pair) and sum(pair) > 0
         )
         if not valid:
             raise ValueError(

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops.backend import triton_module
+from nnunet_lgms.ops.backend import CHANNELS_LAST, triton_module
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Outputs along x that share one matrix product in the weight gradient on the CPU, and the most numbers that its copies
@@ -98,7 +98,7 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> Non
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    channels_last = CHANNELS_LAST[x.dim()]
     if not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
         return channels_last
     return torch.contiguous_format
