@@ -8,8 +8,6 @@ the environment variable NNUNET_LGMS_KERNELS is `off`, is `F.conv2d` / `F.conv3d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +34,8 @@ def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int
     """
     dtype = compute_dtype(x)
     if use_kernels(x) and channels_last(x) and dtype in HALF and _fits_kernels(x, weight, groups):
-        out = _convolve(x.to(dtype), _dense(weight.to(dtype), groups))
-        return out if bias is None else out + bias.to(dtype).view(1, -1, *(1,) * (x.ndim - 2))
+        bias = None if bias is None else bias.to(dtype)
+        return _convolve(x.to(dtype), _dense(weight.to(dtype), groups), bias)
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 
@@ -65,33 +63,38 @@ def _fits_kernels(x: Tensor, weight: Tensor, groups: int) -> bool:
 
 
 @triton_op("nnunet_lgms::same_conv", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from nnunet_lgms.ops import conv_triton
 
-    return conv_triton.convolve(x, weight)
-
-
-@triton_op("nnunet_lgms::same_conv_weight_grad", mutates_args=())
-def _correlate(x: Tensor, grad: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Gradient of the weight, (C_out, C_in, *k) in float32."""
-    from nnunet_lgms.ops import conv_triton
-
-    return conv_triton.correlate(x, grad, kernel)
+    return conv_triton.convolve(x, weight, bias)
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
 
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
+    axes = tuple(range(2, x.ndim))
     grad = grad.contiguous(memory_format=CHANNELS_LAST[x.ndim])
-    grad_x = grad_weight = None
+    grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _convolve(grad, weight.flip(tuple(range(2, x.ndim))).transpose(0, 1))
+        grad_x = _convolve(grad, weight.flip(axes).transpose(0, 1), None)
     if ctx.needs_input_grad[1]:
-        grad_weight = _correlate(x, grad, list(weight.shape[2:])).to(weight.dtype)
-    return grad_x, grad_weight
+        grad_weight = _weight_gradient(grad, x, weight)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_bias = grad.sum((0, *axes), dtype=torch.float32).to(grad.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """cuDNN's; of the three products of a convolution it is the one that cuDNN does well on narrow maps."""
+    one, padding = [1] * (x.ndim - 2), [k // 2 for k in weight.shape[2:]]
+    mask = [False, True, False]
+    backward = torch.ops.aten.convolution_backward
+    return backward(grad, x, weight, None, one, padding, one, False, [0] * len(one), 1, mask)[1]
 
 
 _convolve.register_autograd(_backward, setup_context=_setup)

@@ -5,9 +5,7 @@ often a voxel is loaded, 27 times if every output asks for its own neighbours. S
 of TY x TX neighbouring outputs: their inputs along x, TX + KX - 1 voxels with all channels, are one contiguous run of
 memory (K numbers), their results N = TY * TX * C_out numbers, and the weights a K x N band matrix for each of the KZ *
 (TY + KY - 1) input rows. With 2 x 2 tiles and a 3^3 kernel an output costs 3 loads of 4 voxels in place of 9 of 3, and
-K = 4 * C_in is a power of two. The input gradient is the same product with mirrored weights. The weight gradient is
-the transposed product, runs^T x output gradient, summed over slices of the map into a workspace, and then along the
-band; no atomics, so gradients repeat bit for bit. All sums are in float32.
+K = 4 * C_in is a power of two. The input gradient is the same product with mirrored weights. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -24,10 +22,10 @@ from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import CHANNELS_LAST
 
-BLOCK = 128  # tiles of a program, or of one of its steps
+BLOCK = 128  # tiles of a program
 MAX_N = 64  # results of a tile, beyond that it shrinks
 STAGES = 3
-CORRELATE_PROGRAMS = 6  # per multiprocessor
+WARPS = 4
 
 
 class _Tiling(NamedTuple):
@@ -84,47 +82,23 @@ def _band(weight: Tensor, t: _Tiling) -> Tensor:
     return band.reshape(t.rows, t.run * t.c_in, t.ty * t.tx * t.c_out).contiguous()
 
 
-def _unband(band: Tensor, kernel: Sequence[int], t: _Tiling) -> Tensor:
-    """Transpose of `_band`: sums a gradient along the band."""
-    band = band.view(t.kz, t.ty + t.ky - 1, t.run, t.c_in, t.ty, t.tx, t.c_out)
-    taps = [
-        band[:, oy : oy + t.ky, ox : ox + t.kx, :, oy, ox] for oy in range(t.ty) for ox in range(t.tx)
-    ]  # each (KZ, KY, KX, C_in, C_out)
-    return torch.stack(taps).sum(0).permute(4, 3, 0, 1, 2).reshape(t.c_out, t.c_in, *kernel)
-
-
 def _volume(x: Tensor, t: _Tiling) -> tuple[int, int, int, int]:
     """Tiles in all, and the sizes D, H, W."""
     depth, height, width = (1,) * (5 - x.ndim) + tuple(x.shape[2:])
     return x.shape[0] * depth * -(-height // t.ty) * -(-width // t.tx), depth, height, width
 
 
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C_in, *spatial) channels-last, weight (C_out, C_in, *k) -> (B, C_out, *spatial) channels-last."""
     t = _Tiling.of(weight.shape[2:], weight.shape[1], weight.shape[0])
     tiles, depth, height, width = _volume(x, t)
     shape = (x.shape[0], t.c_out, *x.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.ndim])
     wrap_triton(_convolve_kernel)[(triton.cdiv(tiles, BLOCK),)](
-        x, _band(weight, t), out, tiles, depth, height, width, **t.constants(), num_warps=4, num_stages=STAGES
-    )
+        x, _band(weight, t), bias, out, tiles, depth, height, width, BIAS=bias is not None, **t.constants(),
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
     return out
-
-
-def correlate(x: Tensor, grad: Tensor, kernel: Sequence[int]) -> Tensor:
-    """x and grad (B, C, *spatial), both channels-last -> (C_out, C_in, *k) in float32."""
-    t = _Tiling.of(kernel, x.shape[1], grad.shape[1])
-    tiles, depth, height, width = _volume(x, t)
-    blocks = triton.cdiv(tiles, BLOCK)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    steps = triton.cdiv(blocks, max(1, CORRELATE_PROGRAMS * processors // t.rows))
-    slices = triton.cdiv(blocks, steps)
-    shape = (slices, t.rows, t.run * t.c_in, t.ty * t.tx * t.c_out)
-    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-    wrap_triton(_correlate_kernel)[(t.rows, slices)](
-        x, grad, partial, tiles, steps, depth, height, width, **t.constants(), num_warps=4, num_stages=STAGES
-    )
-    return _unband(partial.sum(0), kernel, t)
 
 
 @triton.jit
@@ -165,8 +139,9 @@ def _results(tile, tiles, D, H, W, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl
 
 @triton.jit
 def _convolve_kernel(
-    x, band, out, tiles, D, H, W, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr,
-    KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    x, band, bias, out, tiles, D, H, W, BIAS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k, n = tl.arange(0, K), tl.arange(0, N)
@@ -178,27 +153,7 @@ def _convolve_kernel(
         runs = _runs(x, row, tile, tiles, D, H, W, C_IN, KZ, KY, KX, TY, TX, K)
         w = tl.load(band + (row * height + k)[:, None] * width + n[None, :], mask=in_band, other=0.0)
         total = tl.dot(runs, w, total)
+    if BIAS:
+        total += tl.load(bias + n % C_OUT).to(tl.float32)[None, :]
     offset, inside = _results(tile, tiles, D, H, W, C_OUT, TY, TX, N)
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _correlate_kernel(
-    x, grad, partial, tiles, steps, D, H, W, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr, KY:
-    tl.constexpr,
-    KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, piece = tl.program_id(0), tl.program_id(1)
-    k, n = tl.arange(0, K), tl.arange(0, N)
-    width: tl.constexpr = TY * TX * C_OUT
-    height: tl.constexpr = (TX + KX - 1) * C_IN
-    total = tl.zeros((K, N), tl.float32)
-    for step in range(steps):
-        tile = (piece * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        runs = _runs(x, row, tile, tiles, D, H, W, C_IN, KZ, KY, KX, TY, TX, K)
-        offset, inside = _results(tile, tiles, D, H, W, C_OUT, TY, TX, N)
-        g = tl.load(grad + offset, mask=inside, other=0.0)
-        total = tl.dot(tl.trans(runs), g, total)
-    out = (piece * tl.num_programs(0) + row) * height + k
-    in_band = (k < height)[:, None] & (n < width)[None, :]
-    tl.store(partial + out[:, None] * width + n[None, :], total, mask=in_band)

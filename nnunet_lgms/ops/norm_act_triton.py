@@ -1,9 +1,9 @@
 """Triton kernels of norm and activation over channels-last maps, seen as (B, V, C): V voxels, C channels innermost.
 
-Forward: `_moments` (mean and centred second moment of a slice of voxels, per channel), `_finish_forward` (joins the
-slices, gives one scale and shift per sample and channel), `_apply`. Backward: `_gradient_sums`, `_finish_backward`,
-`_apply_gradient`. Slices are joined in a fixed order, so results repeat bit for bit. All sums are in float32, moments
-about the first voxel of their slice: a large mean costs no digits.
+Forward: `_moments` (mean and centred second moment of a slice of voxels, per channel), `_join_moments` (of all slices
+and of the channels of a group), `_apply`. Backward: `_gradient_sums`, `_join_gradient_sums`, `_apply_gradient`. Slices
+are joined in a fixed order, so results repeat bit for bit. All sums are in float32, moments about the first voxel of
+their slice: a large mean costs no digits.
 """
 
 from __future__ import annotations
@@ -40,11 +40,9 @@ class _Plan:
         self.sample_stride = 0 if kind == "batch" else self.channels
         self.tiles_grid = (tiles, self.batch)
         self.slices_grid = (self.slices, self.batch)
-        self.finish = {
+        self.join = {
             "slices": self.slices * self.joined_samples,
             "SLICES_2": triton.next_power_of_2(self.slices * self.joined_samples),
-            "per_sample": self.slices,
-            "slice_voxels": self.steps * self.rows,
             "C": self.channels,
             "LANES": self.lanes,
             "GROUP": self.group_channels,
@@ -68,20 +66,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, variance); see `norm_act.py`."""
     plan = _Plan(x, kind, groups)
+    affine = {"EPS": eps, "AFFINE": weight is not None}
     code = CODES[activation]
     partial = plan.empty(x, 2, plan.batch * plan.slices)
     wrap_triton(_moments)[plan.slices_grid](x, *partial, plan.voxels, plan.steps, ACT=code, **plan.tile)
-    mean, variance, scale, shift = plan.empty(x, 4, plan.statistics)
-    wrap_triton(_finish_forward)[(plan.statistics,)](
-        *partial, weight, bias, mean, variance, scale, shift, plan.voxels, plan.joined_samples, eps,
-        AFFINE=weight is not None, **plan.finish,
-    )  # fmt: skip
+    mean, variance = plan.empty(x, 2, plan.statistics)
+    wrap_triton(_join_moments)[(plan.statistics,)](
+        *partial, mean, variance, plan.voxels, plan.joined_samples, plan.slices, plan.steps * plan.rows, **plan.join
+    )
     out = torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
     wrap_triton(_apply)[plan.tiles_grid](
-        x, scale, shift, residual, out, plan.voxels, plan.sample_stride,
-        ACT=code, RESIDUAL=residual is not None, **plan.tile,
+        x, mean, variance, weight, bias, residual, out, plan.voxels, plan.sample_stride,
+        RESIDUAL=residual is not None, ACT=code, **affine, **plan.tile,
     )  # fmt: skip
     return out, mean, variance
 
@@ -100,22 +98,22 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; see `norm_act.py`."""
     plan = _Plan(x, kind, groups)
+    affine = {"EPS": eps, "AFFINE": weight is not None}
     code = CODES[activation]
-    affine = weight is not None
     partial = plan.empty(x, 2, plan.batch * plan.slices)
     wrap_triton(_gradient_sums)[plan.slices_grid](
-        grad, x, weight, bias, mean, variance, *partial, plan.voxels, plan.steps, plan.sample_stride, eps,
-        ACT=code, AFFINE=affine, **plan.tile,
+        grad, x, mean, variance, weight, bias, *partial, plan.voxels, plan.steps, plan.sample_stride,
+        ACT=code, **affine, **plan.tile,
     )  # fmt: skip
-    grad_weight, grad_bias, by_grad, by_x, constant = plan.empty(x, 5, plan.statistics)
-    wrap_triton(_finish_backward)[(plan.statistics,)](
-        *partial, weight, mean, variance, grad_weight, grad_bias, by_grad, by_x, constant, plan.voxels,
-        plan.joined_samples, eps, AFFINE=affine, **plan.finish,
+    grad_weight, grad_bias, mean_g, mean_gx = plan.empty(x, 4, plan.statistics)
+    wrap_triton(_join_gradient_sums)[(plan.statistics,)](
+        *partial, weight, grad_weight, grad_bias, mean_g, mean_gx, plan.voxels, plan.joined_samples,
+        AFFINE=weight is not None, **plan.join,
     )  # fmt: skip
     out = torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim])
     wrap_triton(_apply_gradient)[plan.tiles_grid](
-        grad, x, weight, bias, mean, variance, by_grad, by_x, constant, out, plan.voxels, plan.sample_stride, eps,
-        ACT=code, AFFINE=affine, **plan.tile,
+        grad, x, mean, variance, weight, bias, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
+        ACT=code, **affine, **plan.tile,
     )  # fmt: skip
     return out, grad_weight, grad_bias
 
@@ -166,16 +164,16 @@ def _slope_after(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def _affine(weight, bias, mean, variance, statistics, channel, C: tl.constexpr, eps, AFFINE: tl.constexpr):
+def _affine(mean, variance, weight, bias, statistics, channel, C: tl.constexpr, EPS: tl.constexpr,
+            AFFINE: tl.constexpr):  # fmt: skip
     """Mean, reciprocal deviation, scale and shift per channel."""
-    m = tl.load(mean + statistics + channel, mask=channel < C, other=0.0)
-    r = 1.0 / tl.sqrt(tl.load(variance + statistics + channel, mask=channel < C, other=1.0) + eps)
+    inside = channel < C
+    m = tl.load(mean + statistics + channel, mask=inside, other=0.0)
+    r = 1.0 / tl.sqrt(tl.load(variance + statistics + channel, mask=inside, other=1.0) + EPS)
+    scale, shift = r, -m * r
     if AFFINE:
-        scale = r * tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
-        shift = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32) - m * scale
-    else:
-        scale = r
-        shift = -m * r
+        scale = r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - m * scale
     return m, r, scale, shift
 
 
@@ -212,10 +210,9 @@ def _over_group(value, channel, C: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _finish_forward(
-    partial_mean, partial_m2, weight, bias, mean, variance, scale, shift, voxels, samples, eps,
-    slices, per_sample, slice_voxels, AFFINE: tl.constexpr, SLICES_2: tl.constexpr, C: tl.constexpr, LANES:
-    tl.constexpr, GROUP: tl.constexpr,
+def _join_moments(
+    partial_mean, partial_m2, mean, variance, voxels, samples, per_sample, slice_voxels, slices,
+    SLICES_2: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     statistic = tl.program_id(0)
     channel, piece = tl.arange(0, LANES), tl.arange(0, SLICES_2)
@@ -232,29 +229,18 @@ def _finish_forward(
     spread = means - group_mean[None, :]
     centred = tl.sum(tl.where(inside, m2 + counts * spread * spread, 0.0), 0)
     group_variance = _over_group(centred, channel, C, GROUP) / (count * GROUP)
-
-    r = 1.0 / tl.sqrt(group_variance + eps)
-    b = -group_mean * r
-    if AFFINE:
-        w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
-        r = r * w
-        b = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32) - group_mean * r
-    out = statistic * C + channel
-    tl.store(mean + out, group_mean, mask=channel < C)
-    tl.store(variance + out, group_variance, mask=channel < C)
-    tl.store(scale + out, r, mask=channel < C)
-    tl.store(shift + out, b, mask=channel < C)
+    tl.store(mean + statistic * C + channel, group_mean, mask=channel < C)
+    tl.store(variance + statistic * C + channel, group_variance, mask=channel < C)
 
 
 @triton.jit
 def _apply(
-    x, scale, shift, residual, out, voxels, sample_stride, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-    C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    x, mean, variance, weight, bias, residual, out, voxels, sample_stride, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
-    a = tl.load(scale + sample * sample_stride + channel, mask=channel < C, other=0.0)
-    b = tl.load(shift + sample * sample_stride + channel, mask=channel < C, other=0.0)
+    _, _, a, b = _affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
@@ -267,13 +253,13 @@ def _apply(
 
 @triton.jit
 def _gradient_sums(
-    grad, x, weight, bias, mean, variance, partial_g, partial_gx, voxels, steps, sample_stride, eps,
-    ACT: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    grad, x, mean, variance, weight, bias, partial_g, partial_gx, voxels, steps, sample_stride, ACT: tl.constexpr,
+    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g, the gradient behind the activation, and of g times the normalised x."""
+    """Sums of g, the gradient behind the norm, and of g times the normalised x."""
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
-    m, r, a, b = _affine(weight, bias, mean, variance, sample * sample_stride, channel, C, eps, AFFINE)
+    m, r, a, b = _affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
     begin = tl.program_id(0) * steps * ROWS
     sum_g = tl.zeros((ROWS, LANES), tl.float32)
     sum_gx = tl.zeros((ROWS, LANES), tl.float32)
@@ -292,48 +278,41 @@ def _gradient_sums(
 
 
 @triton.jit
-def _finish_backward(
-    partial_g, partial_gx, weight, mean, variance, grad_weight, grad_bias, by_grad, by_x, constant, voxels, samples,
-    eps,
-    slices, per_sample, slice_voxels, AFFINE: tl.constexpr, SLICES_2: tl.constexpr, C: tl.constexpr, LANES:
-    tl.constexpr, GROUP: tl.constexpr,
+def _join_gradient_sums(
+    partial_g, partial_gx, weight, grad_weight, grad_bias, mean_g, mean_gx, voxels, samples, slices,
+    AFFINE: tl.constexpr, SLICES_2: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dx = r w g - r mean(w g) - r xhat mean(w g xhat), as by_grad * g + by_x * x + constant."""
+    """Sums over all slices, and the means of w g and of w g xhat over what shares a statistic."""
     statistic = tl.program_id(0)
     channel, piece = tl.arange(0, LANES), tl.arange(0, SLICES_2)
     inside = (piece < slices)[:, None] & (channel < C)[None, :]
     offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
     sum_g = tl.sum(tl.load(partial_g + offset, mask=inside, other=0.0), 0)
     sum_gx = tl.sum(tl.load(partial_gx + offset, mask=inside, other=0.0), 0)
-
     out = statistic * C + channel
-    w = tl.full((LANES,), 1.0, tl.float32)
-    if AFFINE:
-        w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
-    m = tl.load(mean + out, mask=channel < C, other=0.0)
-    r = 1.0 / tl.sqrt(tl.load(variance + out, mask=channel < C, other=1.0) + eps)
-    count = voxels * samples * GROUP * 1.0  # either number may be a constant
-    mean_g = _over_group(w * sum_g, channel, C, GROUP) / count
-    mean_gx = _over_group(w * sum_gx, channel, C, GROUP) / count
     tl.store(grad_weight + out, sum_gx, mask=channel < C)
     tl.store(grad_bias + out, sum_g, mask=channel < C)
-    tl.store(by_grad + out, r * w, mask=channel < C)
-    tl.store(by_x + out, -r * r * mean_gx, mask=channel < C)
-    tl.store(constant + out, r * (m * r * mean_gx - mean_g), mask=channel < C)
+    if AFFINE:
+        w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
+        sum_g, sum_gx = w * sum_g, w * sum_gx
+    count = voxels * samples * GROUP * 1.0  # either number may be a constant
+    tl.store(mean_g + out, _over_group(sum_g, channel, C, GROUP) / count, mask=channel < C)
+    tl.store(mean_gx + out, _over_group(sum_gx, channel, C, GROUP) / count, mask=channel < C)
 
 
 @triton.jit
 def _apply_gradient(
-    grad, x, weight, bias, mean, variance, by_grad, by_x, constant, out, voxels, sample_stride, eps,
-    ACT: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    grad, x, mean, variance, weight, bias, mean_g, mean_gx, out, voxels, sample_stride, ACT: tl.constexpr,
+    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """dx = r (w g - mean(w g) - xhat mean(w g xhat)), through the activation in front of the norm if there is one."""
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     statistics = sample * sample_stride
-    m, r, a, b = _affine(weight, bias, mean, variance, statistics, channel, C, eps, AFFINE)
-    p = tl.load(by_grad + statistics + channel, mask=channel < C, other=0.0)
-    q = tl.load(by_x + statistics + channel, mask=channel < C, other=0.0)
-    s = tl.load(constant + statistics + channel, mask=channel < C, other=0.0)
+    m, r, a, b = _affine(mean, variance, weight, bias, statistics, channel, C, EPS, AFFINE)
+    # per channel: dx = a g + by_x x + constant
+    by_x = -r * r * tl.load(mean_gx + statistics + channel, mask=channel < C, other=0.0)
+    constant = -m * by_x - r * tl.load(mean_g + statistics + channel, mask=channel < C, other=0.0)
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
@@ -341,7 +320,7 @@ def _apply_gradient(
     value = _before(raw, ACT)
     g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
     g = g * _slope_after(value * a[None, :] + b[None, :], ACT)
-    g = g * p[None, :] + value * q[None, :] + s[None, :]
+    g = g * a[None, :] + value * by_x[None, :] + constant[None, :]
     if ACT == 4:
         g = g * (_normal_cdf(raw) + raw * _normal_density(raw))
     tl.store(out + offset, g.to(out.dtype.element_ty), mask=inside)
