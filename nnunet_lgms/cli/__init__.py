@@ -57,14 +57,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown command {command!r}; {hint}")
         args = build_parser(command).parse_args(argv)
         return import_module(f"{__name__}.{args.command}").run(args)
-    except SystemExit as stop:  # argparse: --help, --version, a wrong option
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:  # `nnunet_lgms … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at exit
         return 1
     except (ValueError, OSError, RequirementError) as error:
         print(f"nnunet_lgms: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # argparse: --help, --version, a wrong option
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("nnunet_lgms: interrupted", file=sys.stderr)
         return 130

@@ -4,6 +4,10 @@ nnU-Net finds them through ``trainers/``, which only imports them: the modules o
 ``sys.modules`` after the search, and compilation and pickling need theirs to stay.
 """
 
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+
 import numpy as np
 import torch
 from batchgeneratorsv2.helpers.scalar_type import RandomScalar
@@ -15,8 +19,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_lgms.config import settings_of
+from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
+from nnunet_lgms.nnunet.checks import check_cases, check_preprocessed, check_references, check_room
+from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
 
@@ -40,6 +47,10 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
     Patch and batch size, foreground oversampling and the choice between Dice per batch or per sample are the plan's.
     The published network has no deep supervision, so it is off; ``{"lgmsnet": {"deep_supervision": true}}`` in the
     plan's configuration turns it on, with nnU-Net's weights.
+
+    Checkpoints appear whole or not at all, so a training that is killed at any moment goes on with ``--c``. What is
+    wrong with the plans, the preprocessed data or the disk is said in one sentence before the first step where that is
+    cheap to see (:class:`TrainingError`).
     """
 
     def __init__(
@@ -50,13 +61,27 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature, to the letter
     ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            raise TrainingError(f"nnUNet_results cannot be written: {error}; set it to another folder.") from error
         self.num_epochs = 500
         self.initial_lr = 0.02
         self.momentum = 0.9
         self.weight_decay = 1e-4
-        self.enable_deep_supervision = settings_of(self.configuration_manager).deep_supervision
+        with said_in_one_sentence():
+            self.enable_deep_supervision = settings_of(self.configuration_manager).deep_supervision
         self.iteration = 0  # within the epoch
+
+    def initialize(self):
+        with said_in_one_sentence():
+            check_preprocessed(Path(self.preprocessed_dataset_folder), self._preprocessing())
+        super().initialize()
+
+    def _preprocessing(self) -> str:
+        """The command that makes this configuration's data."""
+        dataset, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
+        return f"nnUNetv2_preprocess -d {dataset} -plans_name {plans} -c {self.configuration_name}"
 
     @staticmethod
     def build_network_architecture(
@@ -67,7 +92,97 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """LGMSNet in the planned topology, for training and for prediction (see :func:`build_network`)."""
-        return build_network(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
+        with said_in_one_sentence():
+            return build_network(
+                configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            )
+
+    def do_split(self):
+        """The cases of training and validation, as nnU-Net splits them, after a look at their files."""
+        base, folder = Path(self.preprocessed_dataset_folder_base), Path(self.preprocessed_dataset_folder)
+        references, ending = base / "gt_segmentations", self.dataset_json["file_ending"]
+        splits, again = base / "splits_final.json", self._preprocessing()
+        with said_in_one_sentence():
+            if self.fold == "all" or not splits.is_file():
+                # nnU-Net takes the files in the folder for all there are, and splits those once and for all
+                check_cases(folder, [file.name[: -len(ending)] for file in references.glob(f"*{ending}")], again)
+            try:
+                training, validation = super().do_split()
+            except ValueError as error:
+                raise ValueError(
+                    f"{splits} cannot be read ({error}): remove it, and nnU-Net writes its own again."
+                    if splits.is_file()
+                    else f"nnU-Net cannot make five folds ({error}): train fold all, or write {splits} yourself."
+                ) from error
+            previous = self.folder_with_segs_from_previous_stage
+            check_cases(
+                folder,
+                {*training, *validation},
+                again,
+                Path(previous) if previous else None,
+                self.configuration_manager.previous_stage_name or "",
+            )
+            check_references(references, validation, ending, again)
+        return training, validation
+
+    def on_train_start(self):
+        if not self.was_initialized:
+            self.initialize()
+        output = Path(self.output_folder)
+        if self.local_rank == 0:
+            weights = sum(p.numel() * p.element_size() for p in self.network.parameters())
+            with said_in_one_sentence():
+                # weights and momentum; the best, the latest, and one that is being written
+                check_room(output, 2 * 3 * weights)
+            for left_behind in output.glob(".*.checkpoint_*.pth"):  # by a training killed while it wrote
+                left_behind.unlink()
+        super().on_train_start()
+
+    def on_epoch_end(self):
+        try:
+            super().on_epoch_end()
+        except OSError as error:  # the progress plot; checkpoints say so themselves
+            raise TrainingError(f"{self.output_folder} cannot be written ({error}); {self._how_to_go_on()}") from error
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net's, but the file appears whole or not at all: ``--c`` loads it whatever happens while writing."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        try:
+            with written_whole(Path(filename)) as temporary:
+                super().save_checkpoint(str(temporary))
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())  # on the disk before it takes the old one's place
+        except (OSError, RuntimeError) as error:  # PyTorch's writer says RuntimeError for a full disk
+            reason = " ".join(str(error).split())[:120]
+            raise TrainingError(f"{filename} cannot be written ({reason}); {self._how_to_go_on()}") from error
+
+    def _how_to_go_on(self) -> str:
+        return "the checkpoints before are still there: make room, then continue with --c."
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """As nnU-Net's; a training that stopped between its latest and its best checkpoint makes up for the latter."""
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except (RuntimeError, EOFError, UnpicklingError, KeyError, OSError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).split())[:120]
+            raise TrainingError(
+                f"{filename_or_checkpoint} is of another network than these plans describe ({reason}): continue with "
+                "the plans that it was trained with, or train anew."
+                if "state_dict" in reason
+                else f"{filename_or_checkpoint} cannot be read ({reason}), it is damaged or was cut short: remove it, "
+                "and --c goes on from another checkpoint if there is one."
+            ) from error
+        # nnU-Net saves the latest before it looks whether the epoch was the best
+        averages = self.logger.get_value("ema_fg_dice", step=None)
+        if averages and (self._best_ema is None or averages[-1] > self._best_ema):
+            self._best_ema = averages[-1]
+            self.current_epoch -= 1  # save_checkpoint adds one
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
+            self.current_epoch += 1
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(
