@@ -1,11 +1,16 @@
-"""Files that are either there as a whole or not at all."""
+"""Files that are either there as a whole or not at all, and JSON files that others wrote."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+# No file of ours or of nnU-Net's comes near it, and walking through what does would exhaust Python's stack.
+DEEPEST_JSON = 64
 
 
 @contextmanager
@@ -26,3 +31,40 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: the file is not JSON, or is nested more than ``DEEPEST_JSON`` deep; one sentence.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+    except RecursionError:
+        raise ValueError(_too_deep(path)) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): correct it, or write it anew.") from None
+    level = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [item for value in level for item in _items(value)]
+        if not level:
+            return content
+    raise ValueError(_too_deep(path))
+
+
+def shown(value: Any, longest: int = 80) -> str:
+    """``repr`` of what somebody else wrote, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def _items(value: Any) -> list:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _too_deep(path: Path) -> str:
+    return f"{path} is nested more than {DEEPEST_JSON} deep, which no file of nnU-Net's is: write it anew."

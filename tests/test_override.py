@@ -206,10 +206,174 @@ def test_bad_input_is_one_sentence(dataset, capsys, arguments, said):
 
 def test_what_is_no_override(dataset, tmp_path, capsys):
     path = tmp_path / "x.json"
-    for content, said in [("{", "not JSON"), ('{"lms_kernels": [3]}', "holds lms_kernels"), ("[]", "holds list")]:
+    for content, said in [("{", "not JSON"), ('{"lms_kernels": [3]}', "holds 'lms_kernels'"), ("[]", "holds list")]:
         path.write_text(content)
         assert main(["override", "999", "--apply", str(path)]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"lgmsnet": {"depths": 100000}}', "depths is 100000: allowed is whole numbers from 1 to 64"),
+        ('{"lgmsnet": {"widths": 4000000000}}', "widths is 4000000000: allowed is whole numbers from 1 to 4096"),
+        ('{"lgmsnet": {"\\ud800": 1}}', "no setting '\\ud800'; known are"),
+        ('{"lgmsnet": {"block_by_level": {"\\ud800": 1}}}', "block_by_level is {'\\ud800': 1}"),
+        ('{"lgmsnet": {"a\\nb": 1}}', "no setting 'a\\nb'"),
+        ('{"lgmsnet": {"widths": ' + "[" * 100 + "]" * 100 + "}}", "nested more than 64 deep"),
+        ("[" * 100_000, "nested more than 64 deep"),
+        ('{"lgmsnet": {"requires": "' + "9" * 300 + '"}}', "requires is '999"),
+        ('{"lgmsnet": {"widths": ' + str([-1] * 10_000) + "}}", "..."),
+        ('{"lgmsnet": {"block_by_level": {"decoder": "' + "Conv+" * 5000 + 'Conv"}}}', "block_by_level is"),
+        ('{"' + "x" * 5000 + '": 1}', "holds 'xxx"),
+        ("\x00", "is not JSON"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_hostile_overrides_are_one_short_sentence(dataset, tmp_path, capsys, content, said):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    assert main(["override", "999", "--apply", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and len(error) < 500 + len(str(path))
+
+
+def test_an_override_with_a_byte_order_mark_is_read(dataset, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"lgmsnet": {"lms_kernels": [3]}}', "utf-8-sig")
+    assert main(["override", "999", "--apply", str(path), "--as", "New", "-c", "2d"]) == 0
+    assert kernels(dataset, "2d") == [[(3, 3)]] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["-x", "--force", "a\nb", "a;rm -rf x", "$(id)", "a b", "..", "../a", "/tmp/a", "a/b", "", ".a", "x" * 300]
+)
+def test_names_of_plans_are_plain(dataset, capsys, name):
+    before = sorted(dataset.parent.parent.rglob("*"))
+    assert main(["override", "999", "--apply", "kernels_3", f"--as={name}"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot name a plans file" in error and error.count("\n") == 1
+    assert sorted(dataset.parent.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Dataset999_Tiny/../../x",
+        "Dataset/../../x",
+        "../Dataset999_Tiny",
+        "Dataset999_a\nb",
+        "²",
+        "DatasetX",
+        "Dataset999",
+    ],
+)
+@pytest.mark.parametrize("command", ["override", "plan", "profile"])
+def test_names_of_datasets_stay_in_their_folder(dataset, capsys, command, name):
+    before = sorted(dataset.parent.parent.rglob("*"))
+    assert main([command, name, *(["--apply", "kernels_3"] if command == "override" else [])]) == 2
+    error = capsys.readouterr().err
+    assert "names no dataset" in error and error.count("\n") == 1
+    assert sorted(dataset.parent.parent.rglob("*")) == before
+
+
+def without(*path: str):
+    def change(plans: dict) -> None:
+        for key in path[:-1]:
+            plans = plans[key]
+        del plans[path[-1]]
+
+    return change
+
+
+def with_value(value, *path: str):
+    def change(plans: dict) -> None:
+        for key in path[:-1]:
+            plans = plans[key]
+        plans[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (with_value({}, "configurations"), "have no configuration"),
+        (with_value(None, "configurations", "2d"), "configuration '2d' is None"),
+        (with_value(None, "configurations", "2d", "lgmsnet"), '2d: "lgmsnet" is None'),
+        (with_value("2d", "configurations", "2d", "inherits_from"), "in a circle, '2d' from '2d'"),
+        (with_value("gone", "configurations", "2d", "inherits_from"), "inherits from 'gone', which the plans do not"),
+        (without("configurations", "2d", "batch_size"), "'2d' has no batch_size"),
+        (with_value(10**12, "configurations", "2d", "batch_size"), "has batch_size 1000000000000"),
+        (without("configurations", "2d", "data_identifier"), "'2d' has no data_identifier"),
+        (with_value("../x", "configurations", "2d", "data_identifier"), "has data_identifier '../x'"),
+        (without("configurations", "2d", "architecture"), "2d: nnU-Net cannot read the configuration"),
+        (without("configurations", "2d", "patch_size"), "2d: The plan's configuration cannot be read"),
+        (with_value([0, 0], "configurations", "2d", "patch_size"), "2d: The plan has patch_size [0, 0]"),
+        (with_value([64, 1.5], "configurations", "2d", "patch_size"), "2d: The plan has patch_size [64, 1.5]"),
+        (with_value([64, -1], "configurations", "2d", "patch_size"), "2d: The plan has patch_size [64, -1]"),
+        (with_value([64], "configurations", "2d", "patch_size"), "2d: The plan has patch_size [64]"),
+        (with_value([2**15] * 2, "configurations", "2d", "patch_size"), "268435456 voxels in all"),
+        (with_value([1.0] * 3, "configurations", "2d", "spacing"), "2d: The plan has spacing [1.0, 1.0, 1.0]"),
+        (with_value([1.0, float("nan")], "configurations", "2d", "spacing"), "2d: The plan has spacing [1.0, nan]"),
+        (with_value([1.0, 0], "configurations", "2d", "spacing"), "2d: The plan has spacing [1.0, 0]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_broken_plans_are_one_sentence(dataset, tmp_path, capsys, change, said):
+    path = dataset / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    change(plans)
+    path.write_text(json.dumps(plans))
+    assert override(tmp_path, {"lms_kernels": [3]}) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and len(error) < 600
+    assert not (dataset / "New.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (without("labels"), "has no labels"),
+        (with_value([], "labels"), "has labels []"),
+        (with_value({"background": 0, "a": "x"}, "labels"), "has labels {'background': 0, 'a': 'x'}"),
+        (with_value({"background": 1, "a": 2}, "labels"), "has labels"),
+        (with_value({"background": 0, "a": [1, 2]}, "labels"), "nnU-Net refuses the labels"),
+        (with_value("../*", "file_ending"), "has file_ending '../*'"),
+        (without("channel_names"), "names no channels"),
+        (with_value({}, "channel_names"), "has channel_names {}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_broken_dataset_json_is_one_sentence(dataset, tmp_path, capsys, change, said):
+    path = dataset / "dataset.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    assert override(tmp_path, {"lms_kernels": [3]}) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    path.write_text("[1")
+    assert override(tmp_path, {"lms_kernels": [3]}) == 2
+    assert "dataset.json is not JSON" in capsys.readouterr().err
+
+
+def test_auto_names_the_segmentation_that_cannot_be_read(dataset, capfd):
+    (dataset / "gt_segmentations" / "b.nii.gz").touch()
+    assert main(["override", "999", "--apply", "kernels_auto"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "b.nii.gz cannot be read" in error and "give kernels as numbers" in error
+
+
+def test_printed_commands_are_safe_to_paste(dataset, capsys):
+    path = dataset / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["2d; touch x"] = plans["configurations"].pop("2d")
+    path.write_text(json.dumps(plans))
+    assert main(["override", "999", "--apply", "kernels_3"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nnUNetv2")]
+    assert any("2d; touch x" in shlex.split(line) for line in said)
+    assert not any("touch" in shlex.split(line) for line in said)
 
 
 TRAINER = """

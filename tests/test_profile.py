@@ -253,6 +253,11 @@ def test_plan_command(dataset, capsys):
     [
         (["998", "--vram", "0.5"], "--vram 0.5 is too small"),
         (["998", "--vram", "-1"], "--vram -1 is no amount"),
+        (["998", "--vram", "0"], "--vram 0 is no amount"),
+        (["998", "--vram", "nan"], "--vram nan is no amount"),
+        (["998", "--vram", "inf"], "--vram inf is no amount"),
+        (["998", "--as=-x"], "'-x' cannot name a plans file"),
+        (["998", "--as", "dataset", "--force"], "holds no plans and stays"),
         (["997", "--vram", "8"], "'997' names no dataset"),
         (["998", "--vram", "8", "--apply", "nothing"], "There is no override 'nothing'"),
     ],
@@ -262,6 +267,23 @@ def test_plan_says_what_is_wrong(dataset, capsys, arguments, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not list(dataset.glob("nnUNetLGMSNet*"))
+
+
+def test_plan_says_when_the_dataset_is_the_limit(dataset, capsys):
+    assert main(["plan", "998", "--vram", "8", "--as", "Card"]) == 0
+    assert "the dataset sets the limit" not in capsys.readouterr().out
+    path = dataset.parents[1] / "nnUNet_raw" / NAME / "dataset.json"
+    path.write_text(json.dumps({**DATASET, "numTraining": 3}))
+    assert main(["plan", "998", "--vram", "80", "--as", "Dataset3"]) == 0
+    said = capsys.readouterr().out
+    assert "3d_fullres: the dataset sets the limit, not the card: patches cover at most the median image" in said
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"spacings": []}'])
+def test_plan_refuses_half_a_fingerprint(dataset, capsys, content):
+    (dataset / "dataset_fingerprint.json").write_text(content)
+    assert main(["plan", "998", "--vram", "8"]) == 2
+    assert "is no whole fingerprint of nnU-Net's: remove it" in capsys.readouterr().err
 
 
 # --- the profile ------------------------------------------------------------------------------------------------------

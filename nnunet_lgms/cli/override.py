@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 
@@ -44,20 +45,22 @@ def run(args: argparse.Namespace) -> int:
     override = read_override(args.apply)
     dataset = dataset_name(args.dataset)
     plans = read_plans(dataset, args.plans)
-    name = (args.name or f"{args.plans}_{Path(args.apply).stem}").removesuffix(".json")
+    name = (f"{args.plans}_{Path(args.apply).stem}" if args.name is None else args.name).removesuffix(".json")
     target = plans_file(dataset, name)
     if name == args.plans:
         raise ValueError(f"--as {name} would replace the plans that it starts from: choose another name.")
     check_writable(target, args.force)
 
     preprocessed = environment_folder("nnUNet_preprocessed") / dataset
+    description = read_dataset_json(dataset)
     new = override_plans(plans, override, name, args.c, lambda: components_of(dataset, plans))
-    remarks = memory_remarks(plans, new, args.c, read_dataset_json(dataset))
+    remarks = memory_remarks(plans, new, args.c, description)
     commands = nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed)
     write_plans(target, new, args.force)
     print(f"{target.name} written beside {args.plans}.json of {dataset}.")
+    smaller = f"nnunet_lgms plan {args.dataset} --vram GB --apply {shlex.quote(args.apply)}"
     for remark in remarks:
-        print(f"{remark}; for a smaller patch or batch: nnunet_lgms plan {args.dataset} --vram GB --apply {args.apply}")
+        print(f"{remark}; for a smaller patch or batch: {smaller}")
     print("\nTrain and predict with:\n")
     print(commands)
     return 0

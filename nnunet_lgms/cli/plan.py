@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
+from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,11 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
+    from nnunet_lgms.dataset_json import n_channels, read_dataset_json
     from nnunet_lgms.parallel import default_workers
     from nnunet_lgms.planning.auto_kernels import components_of
     from nnunet_lgms.planning.commands import nnunet_commands
     from nnunet_lgms.planning.planner import GIB, PLANS_NAME, LGMSNetPlanner
     from nnunet_lgms.planning.plans_files import (
+        check_writable,
         dataset_id,
         dataset_name,
         environment_folder,
@@ -46,12 +50,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{dataset} is not in nnUNet_raw, where planning reads it: put it there or correct nnUNet_raw."
         )
-    name = (args.name or f"{PLANS_NAME}_{vram:g}G").removesuffix(".json")
+    description = read_dataset_json(raw)
+    n_channels(description)
+    if not isinstance(description.get("numTraining"), int):
+        raise ValueError(f"dataset.json of {dataset} has no numTraining, the number of training cases: add it.")
+    name = (f"{PLANS_NAME}_{vram:g}G" if args.name is None else args.name).removesuffix(".json")
     target = plans_file(dataset, name)
-    if target.exists() and not args.force:
-        raise ValueError(f"{target.name} exists in {dataset}: choose another name with --as, or add --force.")
+    check_writable(target, args.force)
     if not (preprocessed / "dataset_fingerprint.json").is_file():
         extract_fingerprint_dataset(dataset_id(dataset), num_processes=default_workers(), clean=False)
+    _check_fingerprint(preprocessed / "dataset_fingerprint.json")
 
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints every configuration as one long line
         planner = LGMSNetPlanner(dataset, vram, settings, name)
@@ -72,15 +80,31 @@ def run(args: argparse.Namespace) -> int:
         levels = content["architecture"]["arch_kwargs"]["n_stages"]
         memory = planner.memory_of(content) / GIB
         print(f"  {configuration:20} {patch:>14} {content['batch_size']:>6} {levels:>7} {memory:>10.1f} GiB")
+    limits = {c: planner.limits_of(plans["configurations"][c]) for c in own}
+    for limit in sorted({limit for limit in limits.values() if limit}):
+        print(f"\n{', '.join(c for c in own if limits[c] == limit)}: {limit}.")
     print("\nTrain and predict with (after preprocessing, where a line for it is given):\n")
     print(nnunet_commands(dataset, plans, list(plans["configurations"]), preprocessed))
     return 0
 
 
+def _check_fingerprint(path: Path) -> None:
+    """nnU-Net's fingerprint has what planning reads; a killed extraction leaves half of it."""
+    from nnunet_lgms.files import read_json
+
+    needed = {"spacings", "shapes_after_crop", "foreground_intensity_properties_per_channel"}
+    try:
+        content = read_json(path)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or needed - content.keys() or not content["spacings"]:
+        raise ValueError(f"{path} is no whole fingerprint of nnU-Net's: remove it, and it is extracted again.")
+
+
 def _vram(given: float | None) -> float:
     import torch
 
-    if given is not None and given <= 0:
+    if given is not None and not (math.isfinite(given) and given > 0):
         raise ValueError(f"--vram {given:g} is no amount of memory: give the card's GiB, such as 8 or 24.")
     if given is None and torch.cuda.is_available():
         return float(round(torch.cuda.get_device_properties(0).total_memory / 2**30))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
-from numbers import Number
+from math import ceil, isfinite, prod
+from numbers import Number, Real
 from typing import Any
 
 import numpy as np
 
 from nnunet_lgms.architecture.topology import (
     PAPER_LMS_KERNELS,
+    is_int,
     paper_decoder_blocks,
     paper_encoder_block,
     paper_features,
@@ -23,8 +24,11 @@ from nnunet_lgms.architecture.topology import (
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM, GroupNorm, paper_norm
 from nnunet_lgms.config.levels import spread
 from nnunet_lgms.config.settings import AUTO, LGMSSettings
+from nnunet_lgms.files import shown
 
 PLANNED = ("n_stages", "strides", "kernel_sizes")
+# More than any card holds; with limits here, nothing further on can overflow.
+MAX_AXIS, MAX_VOXELS, MAX_STAGES = 2**16, 2**28, 32
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,12 @@ class Topology:
         """Reads a resolved configuration of an nnU-Net plan.
 
         Raises:
-            ValueError: the plan's network is no convolutional encoder with stages, or its stages contradict each other.
+            ValueError: the plan's network is no convolutional encoder with stages, its stages contradict each other, or
+                a size or spacing cannot be one.
         """
         try:
             return cls._read(configuration)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The plan's configuration cannot be read ({type(error).__name__}: {error}): it needs patch_size, "
                 "spacing and an architecture with n_stages, strides and kernel_sizes, as nnU-Net plans them; plan "
@@ -66,22 +71,30 @@ class Topology:
         if missing:
             name = configuration["architecture"]["network_class_name"]
             raise ValueError(
-                f"The plan's network {name} has no {', '.join(missing)}: LGMSNet needs the plan of a convolutional "
-                f"U-Net; plan with nnU-Net's default or ResEnc planners."
+                f"The plan's network {shown(name)} has no {', '.join(missing)}: LGMSNet needs the plan of a "
+                f"convolutional U-Net; plan with nnU-Net's default or ResEnc planners."
+            )
+        if not is_int(planned["n_stages"]) or not 1 <= planned["n_stages"] <= MAX_STAGES:
+            raise ValueError(
+                f"The plan has n_stages {shown(planned['n_stages'])}: allowed are 1 to {MAX_STAGES}; plan again."
             )
         for key in ("strides", "kernel_sizes"):
             if len(planned[key]) != planned["n_stages"]:
                 raise ValueError(
-                    f"The plan has n_stages {planned['n_stages']} but {key} {planned[key]}: give one entry for each "
-                    "stage, or plan again."
+                    f"The plan has n_stages {planned['n_stages']} but {key} {shown(planned[key])}: give one entry for "
+                    "each stage, or plan again."
                 )
-        dim = len(configuration["patch_size"])
-        spacing = configuration.get("spacing")
+        patch_size = _sizes(configuration["patch_size"], None, "patch_size")
+        if len(patch_size) not in (2, 3) or prod(patch_size) > MAX_VOXELS:
+            raise ValueError(
+                f"The plan has patch_size {list(patch_size)}: allowed are 2 or 3 axes and {MAX_VOXELS} voxels in all; "
+                "plan again."
+            )
         return cls(
-            tuple(int(n) for n in configuration["patch_size"]),
-            tuple(_per_axis(s, dim) for s in planned["strides"]),
-            tuple(_per_axis(k, dim) for k in planned["kernel_sizes"]),
-            None if spacing is None else tuple(float(s) for s in spacing),
+            patch_size,
+            tuple(_sizes(s, len(patch_size), "strides") for s in planned["strides"]),
+            tuple(_sizes(k, len(patch_size), "kernel_sizes") for k in planned["kernel_sizes"]),
+            _spacing(configuration.get("spacing"), len(patch_size)),
         )
 
     @property
@@ -109,6 +122,30 @@ class Topology:
         are 1 as well, whatever the setting.
         """
         return tuple(2 * size + 1 for size in self.map_size(level))
+
+
+def _sizes(given: Any, dim: int | None, name: str) -> tuple[int, ...]:
+    """One positive whole number per axis; a single number holds for all axes, where their number is known."""
+    values = (given,) * dim if dim is not None and is_int(given) else tuple(given)
+    if len(values) != (dim or len(values)) or not all(is_int(v) and 1 <= v <= MAX_AXIS for v in values):
+        axes = "" if dim is None else f", one for each of the {dim} axes of the patch"
+        raise ValueError(
+            f"The plan has {name} {shown(given)}: allowed are whole numbers from 1 to {MAX_AXIS}{axes}; plan again."
+        )
+    return tuple(int(v) for v in values)
+
+
+def _spacing(given: Any, dim: int) -> tuple[float, ...] | None:
+    """mm per axis; None where the plan has none."""
+    if given is None:
+        return None
+    values = tuple(given)
+    if len(values) != dim or not all(isinstance(v, Real) and isfinite(v) and v > 0 for v in values):
+        raise ValueError(
+            f"The plan has spacing {shown(given)}: allowed are positive numbers of mm, one for each of the {dim} axes "
+            "of the patch; plan again."
+        )
+    return tuple(float(v) for v in values)
 
 
 def network_kwargs(settings: LGMSSettings, topology: Topology) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pydantic import (
 
 from nnunet_lgms import __version__
 from nnunet_lgms.config.levels import ByLevel, PerLevel
+from nnunet_lgms.files import shown
 
 KEY = "lgmsnet"
 
@@ -34,6 +35,9 @@ READABLE_SINCE = "0.1.0"
 
 AUTO = "auto"
 MAX_LMS_GROUPS = 8
+
+# Far above what anybody trains, and low enough that a slip such as 100000 repetitions is refused instead of built.
+MAX_WIDTH, MAX_DEPTH, MAX_KERNEL, MAX_HEADS, MAX_HEAD_DIM, MAX_MLP_RATIO = 4096, 64, 511, 256, 1024, 64
 
 
 def _odd(value: int) -> int:
@@ -55,22 +59,27 @@ def _not_both_zero(value: list[int]) -> list[int]:
     return value
 
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-OddKernel = Annotated[int, Field(strict=True, ge=1), AfterValidator(_odd)]
+def _count(largest: int) -> Any:
+    return Annotated[int, Field(strict=True, ge=1, le=largest)]
+
+
+Width, Depth, Heads, HeadDim = map(_count, (MAX_WIDTH, MAX_DEPTH, MAX_HEADS, MAX_HEAD_DIM))
+OddKernel = Annotated[_count(MAX_KERNEL), AfterValidator(_odd)]
 AxisKernels = Annotated[list[OddKernel], Field(min_length=2, max_length=3)]
 FlatGroups = Annotated[list[OddKernel], Field(min_length=1, max_length=MAX_LMS_GROUPS)]
 Groups = Annotated[list[OddKernel | AxisKernels], Field(min_length=1, max_length=MAX_LMS_GROUPS)]
-GroupChannels = Annotated[list[Count], Field(min_length=1, max_length=MAX_LMS_GROUPS)]
+GroupChannels = Annotated[list[Width], Field(min_length=1, max_length=MAX_LMS_GROUPS)]
 Ratio = Annotated[
-    list[Annotated[int, Field(strict=True, ge=0)]],
+    list[Annotated[int, Field(strict=True, ge=0, le=MAX_WIDTH)]],
     Field(min_length=2, max_length=2),
     BeforeValidator(_ratio_from_text),
     AfterValidator(_not_both_zero),
 ]
-AxisPatch = Annotated[list[Count], Field(min_length=2, max_length=3)]
-Factor = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Patch = _count(MAX_KERNEL)
+AxisPatch = Annotated[list[Patch], Field(min_length=2, max_length=3)]
+Factor = Annotated[float, Field(strict=True, gt=0, le=MAX_MLP_RATIO)]
 EncoderBlock = Literal["LMS", "GMS", "Conv"]
-DecoderBlocks = Annotated[str, StringConstraints(pattern=r"^(Fusion|GMS|Conv)(\+(Fusion|GMS|Conv))*$")]
+DecoderBlocks = Annotated[str, StringConstraints(pattern=r"^(Fusion|GMS|Conv)(\+(Fusion|GMS|Conv)){0,15}$")]
 
 
 def _setting(default: Any, allowed: str, description: str) -> Any:
@@ -100,10 +109,12 @@ class LGMSSettings(_Strict):
     requires: str | None = _setting(
         None, f'a version such as "{READABLE_SINCE}"', "lowest version of this plugin that can read these settings"
     )
-    widths: PerLevel[Count] | None = _setting(
-        None, "whole numbers, per level", "channels of a level; null: 16, 32, 64, then 128"
+    widths: PerLevel[Width] | None = _setting(
+        None, f"whole numbers from 1 to {MAX_WIDTH}, per level", "channels of a level; null: 16, 32, 64, then 128"
     )
-    depths: PerLevel[Count] = _setting(1, "whole numbers from 1, per level", "repetitions of the encoder's block")
+    depths: PerLevel[Depth] = _setting(
+        1, f"whole numbers from 1 to {MAX_DEPTH}, per level", "repetitions of the encoder's block"
+    )
     block_by_level: BlocksByLevel = _setting(
         BlocksByLevel(),
         'a table with "encoder" and "decoder": each "LMS", "GMS", "Conv" (encoder) or "Fusion", "GMS", "Conv", joined '
@@ -112,8 +123,8 @@ class LGMSSettings(_Strict):
     )
     lms_kernels: Literal["auto"] | FlatGroups | ByLevel[Groups] = _setting(
         [3, 5, 7, 9],
-        f"a list of 1 to {MAX_LMS_GROUPS} odd whole numbers, or per level a list of such numbers or of one number per "
-        'axis, or "auto"',
+        f"a list of 1 to {MAX_LMS_GROUPS} odd whole numbers up to {MAX_KERNEL}, or per level a list of such numbers "
+        'or of one number per axis, or "auto"',
         'depthwise kernel of each channel group of an LMS block; "auto": from the sizes of the objects in the dataset',
     )
     lms_group_channels: GroupChannels | ByLevel[GroupChannels | None] | None = _setting(
@@ -123,16 +134,20 @@ class LGMSSettings(_Strict):
     )
     gms_ratio: PerLevel[Ratio] = _setting(
         [3, 1],
-        '"a:b" or [a, b] with whole numbers, not both 0, per level',
+        f'"a:b" or [a, b] with whole numbers up to {MAX_WIDTH}, not both 0, per level',
         "Transformer:Conv, how a GMS block splits its channels",
     )
-    gms_patch: Count | AxisPatch = _setting(
-        2, "a whole number, or one per axis", "pixels of an attention patch; p per axis make p^d sequences"
+    gms_patch: Patch | AxisPatch = _setting(
+        2,
+        f"a whole number from 1 to {MAX_KERNEL}, or one per axis",
+        "pixels of an attention patch; p per axis make p^d sequences",
     )
-    heads: Count = _setting(4, "a whole number from 1", "attention heads")
-    head_dim: Count = _setting(8, "a whole number from 1", "channels of an attention head")
+    heads: Heads = _setting(4, f"a whole number from 1 to {MAX_HEADS}", "attention heads")
+    head_dim: HeadDim = _setting(8, f"a whole number from 1 to {MAX_HEAD_DIM}", "channels of an attention head")
     mlp_ratio: PerLevel[Factor] = _setting(
-        2, "positive numbers, per level", "hidden channels of the feed-forward part over the level's width"
+        2,
+        f"positive numbers up to {MAX_MLP_RATIO}, per level",
+        "hidden channels of the feed-forward part over the level's width",
     )
     norm: Literal["paper", "batch", "instance", "group"] = _setting(
         "paper",
@@ -152,8 +167,10 @@ class LGMSSettings(_Strict):
                 names the value, what is allowed, and the way out.
         """
         if not isinstance(value, Mapping):
-            raise ValueError(f'"{KEY}" is {value!r}: it must be a table of settings; docs/plans.md lists them.')
+            raise ValueError(f'"{KEY}" is {shown(value)}: it must be a table of settings; docs/plans.md lists them.')
         check_required_version(value.get("requires"))
+        if strange := [key for key in value if not (isinstance(key, str) and key.isidentifier())]:
+            raise ValueError(_unknown(strange[0], list(cls.model_fields)))
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
@@ -173,13 +190,15 @@ def check_required_version(required: Any) -> None:
     if required is None:
         return
     try:
-        newer = Version(required) > Version(__version__)
-    except (InvalidVersion, TypeError):
-        raise ValueError(f'lgmsnet.requires is {required!r}: give a version such as "{READABLE_SINCE}".') from None
-    if newer:
+        if not isinstance(required, str) or len(required) > 40:
+            raise InvalidVersion
+        required_version = Version(required)
+    except InvalidVersion:
+        raise ValueError(f'lgmsnet.requires is {shown(required)}: give a version such as "{READABLE_SINCE}".') from None
+    if required_version > Version(__version__):
         raise ValueError(
-            f"These plans need nnunet_lgms {required} or newer, but {__version__} is installed: "
-            f"pip install --upgrade 'nnunet-lgms>={required}'"
+            f"These plans need nnunet_lgms {required_version} or newer, but {__version__} is installed: "
+            f"pip install --upgrade 'nnunet-lgms>={required_version}'"
         )
 
 
@@ -189,13 +208,16 @@ def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         model = BlocksByLevel if path[0] == "block_by_level" and len(path) > 1 else LGMSSettings
-        known = list(model.model_fields)
-        near = get_close_matches(path[-1], known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-        return f"lgmsnet has no setting {'.'.join(path)!r}; {hint}"
+        return _unknown(".".join(path), list(model.model_fields))
     key = path[0]
-    field = LGMSSettings.model_fields[key]
-    return f"lgmsnet.{key} is {given[key]!r}: allowed is {field.json_schema_extra['allowed']}; see docs/plans.md."
+    allowed = LGMSSettings.model_fields[key].json_schema_extra["allowed"]
+    return f"lgmsnet.{key} is {shown(given[key])}: allowed is {allowed}; see docs/plans.md."
+
+
+def _unknown(name: Any, known: list[str]) -> str:
+    near = get_close_matches(str(name)[:80].rsplit(".", 1)[-1], known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+    return f"lgmsnet has no setting {shown(name)}; {hint}"
 
 
 def settings_table() -> str:

@@ -121,19 +121,37 @@ def measure_components(plans: dict[str, Any], dataset_json: dict[str, Any], file
         plans: nnU-Net's plans, for reader, labels and order of axes.
         dataset_json: the dataset's description.
         files: segmentations; at most ``MAX_CASES`` of them are read.
+
+    Raises:
+        ValueError: a file cannot be read, or has no usable spacing; the message names it.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plans)
-    labels = manager.get_label_manager(dataset_json)
-    regions = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    reader = manager.image_reader_writer_class()
+    try:
+        labels = manager.get_label_manager(dataset_json)
+        regions = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+        reader = manager.image_reader_writer_class()
+        axes = [int(axis) for axis in manager.transpose_forward]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ValueError(
+            f'"lms_kernels": "auto" reads the segmentations as the plans say, and these do not ({reason}): plan again.'
+        ) from None
     files = _sample(sorted(files), MAX_CASES)
     edges = []
     for path in tqdm(files, desc="measuring objects"):
-        segmentation, properties = reader.read_seg(str(path))
-        segmentation = segmentation[0].transpose(manager.transpose_forward)
-        spacing = np.array(properties["spacing"], dtype=float)[manager.transpose_forward]
+        try:
+            segmentation, properties = reader.read_seg(str(path))
+            segmentation = segmentation[0].transpose(axes)
+            spacing = np.array(properties["spacing"], dtype=float)[axes]
+        except Exception as error:  # readers raise whatever their libraries raise
+            raise ValueError(
+                f"{path} cannot be read ({' '.join(str(error).split())[:200]}): preprocess again, or give kernels as "
+                "numbers."
+            ) from error
+        if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+            raise ValueError(f"{path} has the spacing {spacing.tolist()} mm: correct its header.")
         for region in regions:
             edges += [voxels * spacing for voxels in _component_boxes(np.isin(segmentation, region))]
     return Components(np.array(edges).reshape(-1, 3), len(files))

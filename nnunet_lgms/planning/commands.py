@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ def nnunet_commands(dataset: str, plans: dict[str, Any], configurations: Sequenc
     nnU-Net's default device is the GPU; without one the lines say so, or they would end in an error.
     """
     device = "" if torch.cuda.is_available() else " -device cpu"
-    number, name = dataset_id(dataset), plans["plans_name"]
+    number, name = dataset_id(dataset), shlex.quote(plans["plans_name"])
     manager = PlansManager(plans)
     blocks = []
     for configuration in configurations:
         data = preprocessed / manager.get_configuration(configuration).data_identifier
+        configuration = shlex.quote(configuration)
         lines = [] if data.is_dir() else [f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {configuration}"]
         lines.append(f"nnUNetv2_train {number} {configuration} 0 -p {name} -tr {TRAINER}{device}")
         where = f"-i INPUT -o OUTPUT -d {number} -c {configuration} -f 0"

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nnunet_lgms.config import LGMSSettings, settings_of
 from nnunet_lgms.config.resolve import Topology
+from nnunet_lgms.dataset_json import n_channels
 from nnunet_lgms.planning.override import build_on_meta
 
 CLEARLY_MORE = 1.1
@@ -111,7 +112,7 @@ def memory_remarks(
     """A line for every configuration whose training step needs clearly more memory in ``new`` plans than in ``old``."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
+    channels = n_channels(dataset_json)
     classes = len(dataset_json["labels"])
     own = [name for name, content in new["configurations"].items() if "inherits_from" not in content]
     remarks = []

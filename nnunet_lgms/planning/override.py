@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,7 +14,11 @@ from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.config import KEY, LGMSSettings
 from nnunet_lgms.config.resolve import Topology, lms_levels, network_kwargs
 from nnunet_lgms.config.settings import AUTO, READABLE_SINCE
+from nnunet_lgms.files import shown
 from nnunet_lgms.planning.auto_kernels import Components, choose_kernels
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,10 +60,11 @@ def override_plans(
     new["plans_name"] = plans_name
     components = None
     for name in _targets(plans, configurations):
-        configuration = manager.get_configuration(name).configuration
         try:
+            configuration = _resolved(manager, name)
             topology = Topology.of(configuration)
-            settings = LGMSSettings.from_plan(merge(configuration.get(KEY, {}), override))
+            base = LGMSSettings.from_plan(configuration.get(KEY, {})).explicit()
+            settings = LGMSSettings.from_plan(merge(base, override))
             if settings.lms_kernels == AUTO:
                 components = components or measure()
                 say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
@@ -66,7 +72,7 @@ def override_plans(
             build_on_meta(settings, topology)
         except ValueError as error:
             others = [c for c in _targets(plans, None) if c != name]
-            hint = f" To leave {name} as it is, add -c {' '.join(others)}." if others and not configurations else ""
+            hint = f" To leave {name} as it is, add -c {shlex.join(others)}." if others and not configurations else ""
             raise ValueError(f"{name}: {error}{hint}") from None
         new["configurations"][name][KEY] = stored(settings)
     return new
@@ -102,11 +108,20 @@ def stored(settings: LGMSSettings) -> dict[str, Any]:
     return {**settings.explicit(), "requires": READABLE_SINCE}
 
 
+def _resolved(manager: PlansManager, name: str) -> dict[str, Any]:
+    """A configuration with what it inherits; plans of nnU-Net's first releases get today's names."""
+    try:
+        return manager.get_configuration(name).configuration
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"nnU-Net cannot read the configuration ({reason}): plan again.") from None
+
+
 def _targets(plans: dict[str, Any], configurations: Sequence[str] | None) -> list[str]:
     there = plans["configurations"]
     if configurations:
         unknown = [name for name in configurations if name not in there]
         if unknown:
-            raise ValueError(f"The plans have no configuration {unknown[0]!r}: there are {', '.join(there)}.")
+            raise ValueError(f"The plans have no configuration {shown(unknown[0])}: there are {', '.join(there)}.")
         return list(configurations)
     return [name for name, content in there.items() if "inherits_from" not in content or KEY in content]

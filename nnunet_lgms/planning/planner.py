@@ -15,7 +15,8 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunet_lgms.config import KEY, LGMSSettings
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.config.settings import AUTO
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.dataset_json import n_channels
+from nnunet_lgms.files import read_json, written_whole
 from nnunet_lgms.planning.auto_kernels import Components
 from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, estimate_training_memory, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta, stored, with_auto_kernels
@@ -100,6 +101,24 @@ class LGMSNetPlanner(ExperimentPlanner):
             self._settings_for(topology), topology, batch_size, self._n_channels(), self._n_classes()
         )
 
+    def limits_of(self, configuration: Mapping[str, Any]) -> str | None:
+        """Says so where the dataset, not the card, decides patch and batch; None where the card does.
+
+        nnU-Net lets no patch grow beyond the median image and no batch beyond 5 % of the dataset's voxels.
+        """
+        patch_size, architecture = configuration["patch_size"], configuration["architecture"]
+        largest_batch = 1 / self.static_estimate_VRAM_usage(
+            patch_size, self._n_channels(), self._n_classes(), "", architecture["arch_kwargs"], ()
+        )
+        if largest_batch < configuration["batch_size"] + 1:
+            return None
+        median = [round(float(n)) for n in configuration["median_image_size_in_voxels"]][-len(patch_size) :]
+        return (
+            f"the dataset sets the limit, not the card: patches cover at most the median image "
+            f"({'x'.join(map(str, median))}), batches at most {self.max_dataset_covered:.0%} of all voxels (nnU-Net's "
+            "rules)"
+        )
+
     def get_plans_for_configuration(self, spacing, *args: Any, **kwargs: Any) -> dict:
         """nnU-Net's configuration with LGMSNet's settings."""
         self._spacing = tuple(float(s) for s in spacing)
@@ -113,7 +132,7 @@ class LGMSNetPlanner(ExperimentPlanner):
         recursive_fix_for_json_export(plans)
         path = plans_file(self.dataset_name, self.plans_identifier)
         if path.is_file():
-            earlier = json.loads(path.read_text("utf-8"))["configurations"]
+            earlier = read_json(path).get("configurations", {})
             plans["configurations"].update({k: v for k, v in earlier.items() if k not in plans["configurations"]})
         Path(path.parent).mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:
@@ -146,7 +165,7 @@ class LGMSNetPlanner(ExperimentPlanner):
         return with_auto_kernels(self.settings, topology, self._components, say=lambda line: None)
 
     def _n_channels(self) -> int:
-        return len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
+        return n_channels(self.dataset_json)
 
     def _n_classes(self) -> int:
         return len(self.dataset_json["labels"])

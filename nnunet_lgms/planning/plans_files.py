@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import nnunet_lgms
+from nnunet_lgms import dataset_json
+from nnunet_lgms.architecture.topology import is_int
 from nnunet_lgms.config import KEY
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import read_json, shown, written_whole
+
+#: what a new plans file may be called: safe in a path, in a shell and as an argument
+PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}")
+MAX_BATCH = 4096
+#: what nnU-Net's commands and this package's read of a configuration, beside its topology
+NEEDED = {
+    "batch_size": f"a whole number from 1 to {MAX_BATCH}",
+    "data_identifier": "the name of a folder of preprocessed data",
+}
 
 
 def environment_folder(variable: str) -> Path:
@@ -29,16 +42,22 @@ def dataset_name(dataset: str | int) -> str:
     """``4``, ``"4"`` or ``"Dataset004_Hippocampus"`` -> ``"Dataset004_Hippocampus"``.
 
     Raises:
-        ValueError: nnU-Net knows no such dataset.
+        ValueError: nnU-Net knows no such dataset, or the name is none that it would give.
     """
     environment_folder("nnUNet_preprocessed")
     environment_folder("nnUNet_raw")
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-    try:
-        return maybe_convert_to_dataset_name(int(dataset) if str(dataset).isdigit() else dataset)
-    except RuntimeError as error:
-        raise ValueError(f"{dataset!r} names no dataset: {' '.join(str(error).split())}") from None
+    if str(dataset).isdecimal() and len(str(dataset)) <= 9:
+        try:
+            return str(maybe_convert_to_dataset_name(int(dataset)))
+        except RuntimeError as error:
+            raise ValueError(f"{dataset!r} names no dataset: {' '.join(str(error).split())}") from None
+    if not re.fullmatch(r"Dataset[0-9]{3,9}_[^/\\\x00-\x1f]{1,200}", str(dataset)):
+        raise ValueError(
+            f"{shown(dataset)} names no dataset: give nnU-Net's number, or a name such as Dataset004_Hippocampus."
+        )
+    return str(dataset)
 
 
 def dataset_id(name: str) -> int:
@@ -52,10 +71,11 @@ def plans_file(name: str, plans_name: str) -> Path:
     Raises:
         ValueError: ``plans_name`` cannot be the name of a plans file.
     """
-    if not plans_name or Path(plans_name).name != plans_name or plans_name.startswith(".") or "__" in plans_name:
+    if not PLAIN_NAME.fullmatch(plans_name) or "__" in plans_name:
         raise ValueError(
-            f"{plans_name!r} cannot name a plans file: give a plain name without folders and without '__', which "
-            f"nnU-Net uses to separate trainer, plans and configuration; for example nnUNetPlans_k3."
+            f"{shown(plans_name)} cannot name a plans file: give a plain name of letters, digits, '_', '-', '.' and "
+            "'+', without folders and without '__', which nnU-Net uses to separate trainer, plans and configuration; "
+            "for example nnUNetPlans_k3."
         )
     return environment_folder("nnUNet_preprocessed") / name / f"{plans_name.removesuffix('.json')}.json"
 
@@ -64,7 +84,8 @@ def read_plans(name: str, plans_name: str) -> dict[str, Any]:
     """The plans of a dataset.
 
     Raises:
-        ValueError: there are none of that name, or the file is no plans file.
+        ValueError: there are none of that name, the file is no plans file, or one of its configurations cannot be
+            used.
     """
     path = plans_file(name, plans_name)
     if not path.is_file():
@@ -77,21 +98,71 @@ def read_plans(name: str, plans_name: str) -> dict[str, Any]:
                 else f"run nnUNetv2_plan_and_preprocess -d {dataset_id(name)}."
             )
         )
-    if not _is_plans(path):
+    plans = read_json(path)
+    if not _holds_plans(plans):
         raise ValueError(f"{path} is not a plans file of nnU-Net: it must be a table with 'configurations'.")
-    return json.loads(path.read_text("utf-8"))
+    try:
+        check_configurations(plans)
+    except ValueError as error:
+        raise ValueError(f"{path.name} of {name}: {error}") from None
+    return plans
+
+
+def check_configurations(plans: Mapping[str, Any]) -> None:
+    """Every configuration of the plans can be resolved as nnU-Net does it, and has what a training reads.
+
+    Raises:
+        ValueError: one cannot; the message names it.
+    """
+    there = plans["configurations"]
+    if not there:
+        raise ValueError("the plans have no configuration: plan again.")
+    for name, content in there.items():
+        if not isinstance(content, Mapping):
+            raise ValueError(f"configuration {shown(name)} is {shown(content)}: it must be a table; plan again.")
+    for name in there:
+        resolved: dict[str, Any] = {}
+        heir, seen = name, []
+        while heir is not None:
+            if heir in seen:
+                chain = " from ".join(map(shown, [*seen, heir]))
+                raise ValueError(f"configurations inherit in a circle, {chain}: correct inherits_from.")
+            if not isinstance(heir, str) or heir not in there:
+                raise ValueError(
+                    f"configuration {shown(name)} inherits from {shown(heir)}, which the plans do not have: there are "
+                    f"{shown(', '.join(there))}."
+                )
+            seen.append(heir)
+            resolved = {**there[heir], **resolved}
+            heir = there[heir].get("inherits_from")
+        _check_configuration(name, resolved)
+
+
+def _check_configuration(name: str, configuration: Mapping[str, Any]) -> None:
+    batch, data = configuration.get("batch_size"), configuration.get("data_identifier")
+    fits = {
+        "batch_size": is_int(batch) and 1 <= batch <= MAX_BATCH,
+        "data_identifier": isinstance(data, str) and PLAIN_NAME.fullmatch(data) is not None,
+    }
+    for key, allowed in NEEDED.items():
+        if not fits[key]:
+            given = f"{key} {shown(configuration[key])}" if key in configuration else f"no {key}"
+            raise ValueError(f"configuration {shown(name)} has {given}: it needs {allowed}; plan again.")
 
 
 def read_dataset_json(name: str) -> dict[str, Any]:
     """The dataset's description: nnU-Net's copy beside the preprocessed data, or else the raw one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or nnU-Net cannot work with it.
     """
     for variable in ("nnUNet_preprocessed", "nnUNet_raw"):
         path = environment_folder(variable) / name / "dataset.json"
         if path.is_file():
-            return json.loads(path.read_text("utf-8"))
+            description = dataset_json.read_dataset_json(path)
+            _check_labels(description, path)
+            dataset_json.n_channels(description)
+            return description
     raise ValueError(f"{name} has no dataset.json, neither in nnUNet_preprocessed nor in nnUNet_raw: put it there.")
 
 
@@ -104,10 +175,10 @@ def check_writable(path: Path, force: bool) -> None:
     if not path.exists():
         return
     try:
-        holds_plans = "plans_name" in json.loads(path.read_text("utf-8"))
-    except (ValueError, TypeError):
-        holds_plans = False
-    if not holds_plans:
+        content = read_json(path)
+    except ValueError:
+        content = None
+    if not (isinstance(content, dict) and "plans_name" in content):
         raise ValueError(f"{path.name} in {path.parent.name} holds no plans and stays: choose another name with --as.")
     if not force:
         raise ValueError(f"{path.name} exists in {path.parent.name}: choose another name with --as, or add --force.")
@@ -145,19 +216,28 @@ def read_override(name_or_path: str) -> dict[str, Any]:
         near = get_close_matches(Path(name_or_path).stem, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"by name there are {', '.join(known)}."
         raise ValueError(f"There is no override {name_or_path!r}; {hint}")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+    content = read_json(path)
     if not isinstance(content, dict) or list(content) != [KEY]:
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        found = ", ".join(map(shown, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} holds {found or "nothing"}: an override is {{"{KEY}": {{...}}}} and nothing else.')
     return content[KEY]
 
 
+def _check_labels(description: dict[str, Any], path: Path) -> None:
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    try:
+        LabelManager(description["labels"], description.get("regions_class_order"))
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"nnU-Net refuses the labels in {path}: {' '.join(str(error).split())}") from None
+
+
 def _is_plans(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        return _holds_plans(read_json(path))
+    except (ValueError, OSError):
         return False
+
+
+def _holds_plans(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("configurations"), dict)

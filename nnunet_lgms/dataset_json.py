@@ -1,0 +1,76 @@
+"""nnU-Net's ``dataset.json``, checked before anything is built on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
+
+from nnunet_lgms.files import read_json, shown
+
+MAX_LABEL = 2**15 - 1  # nnU-Net keeps segmentations as int16
+
+LabelValue = Annotated[int, Field(ge=0, le=MAX_LABEL)]
+Region = Annotated[list[LabelValue], Field(min_length=1)]
+Channels = Annotated[dict[str, Any], Field(min_length=1)]
+
+
+def _has_background(labels: dict[str, Any]) -> dict[str, Any]:
+    if labels.get("background") not in (0, [0]):
+        raise ValueError("no background")
+    return labels
+
+
+class DatasetJson(BaseModel):
+    """What this package reads of it; the rest is nnU-Net's matter."""
+
+    labels: Annotated[dict[str, LabelValue | Region], Field(min_length=2), AfterValidator(_has_background)]
+    file_ending: Annotated[str, StringConstraints(pattern=r"^(\.[A-Za-z0-9]+)+$")]
+    channel_names: Channels | None = None
+    modality: Channels | None = None
+
+
+ALLOWED = {
+    "labels": 'a table {"background": 0, "lesion": 1, …} with whole numbers, or lists of them for regions',
+    "file_ending": 'an ending such as ".nii.gz" or ".png"',
+    "channel_names": 'a table {"0": "CT", …}',
+    "modality": 'a table {"0": "CT", …}',
+}
+
+
+def read_dataset_json(path: Path) -> dict[str, Any]:
+    """Content of a ``dataset.json``.
+
+    Args:
+        path: of the file, or of its folder.
+
+    Raises:
+        ValueError: there is none, or it is not as nnU-Net describes it; the message names file, entry and value.
+    """
+    file = path / "dataset.json" if path.is_dir() else path
+    try:
+        content = read_json(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): it must be a dataset.json of nnU-Net.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no dataset.json of nnU-Net: it holds {shown(content)} instead of a table.")
+    try:
+        checked = DatasetJson.model_validate(content)
+    except ValidationError as error:
+        key = str(error.errors(include_url=False)[0]["loc"][0])
+        given = f"has {key} {shown(content[key])}" if key in content else f"has no {key}"
+        raise ValueError(f"{file} {given}: a dataset.json of nnU-Net needs {ALLOWED[key]}.") from None
+    return {**content, "labels": checked.labels}
+
+
+def n_channels(dataset_json: dict[str, Any]) -> int:
+    """Channels of an image.
+
+    Raises:
+        ValueError: the description names none.
+    """
+    channels = dataset_json.get("channel_names") or dataset_json.get("modality")
+    if not channels:
+        raise ValueError(f"The dataset.json names no channels: it needs channel_names, {ALLOWED['channel_names']}.")
+    return len(channels)
