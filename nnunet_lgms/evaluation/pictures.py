@@ -43,7 +43,7 @@ def distribution(metric: str, unit: str, values: Mapping[str, np.ndarray], label
         axes.set_ylim(-0.03, 1.03)
     if len(values) > 1:
         axes.legend(fontsize="small")
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def case_picture(
@@ -73,7 +73,7 @@ def case_picture(
             x, y = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
             axes.contour(x, y, np.pad(mask, 1), levels=[0.5], colors=[colour], linewidths=1.3)
     axes.set_axis_off()
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def _background(image: np.ndarray | None, position: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -87,7 +87,8 @@ def _background(image: np.ndarray | None, position: int, shape: tuple[int, ...])
     return np.clip((picture[0] - low) / max(high - low, 1e-6), 0, 1)
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
+    """A figure as PNG inside an HTML page."""
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
