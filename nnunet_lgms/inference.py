@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from nnunet_lgms.dataset_json import n_channels, read_dataset_json
+from nnunet_lgms.files import read_json, shown
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,10 @@ def predict(
     samples, properties = (
         _from_array(image, spacing) if isinstance(image, np.ndarray) else _from_files(image, predictor)
     )
-    expected = len(predictor.dataset_json["channel_names"])
+    if not np.isfinite(samples).all():
+        name = "The image" if isinstance(image, np.ndarray) else f"The image {image}"
+        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
+    expected = n_channels(predictor.dataset_json)
     if len(samples) != expected:
         raise ValueError(f"The image has {len(samples)} channel(s), the model in {model_folder} expects {expected}.")
     labels = predictor.predict_single_npy_array(samples, properties)
@@ -69,32 +74,69 @@ def load_predictor(
     Raises:
         ValueError: the folder is no trained model, a fold is missing, or its trainer cannot be found.
     """
-    import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunet_lgms.checkpoint import read_checkpoint
 
     folder = Path(model_folder)
     trained = trained_folds(folder, checkpoint)
     folds = trained if folds is None else [str(fold) for fold in folds]
     if missing := [fold for fold in folds if fold not in trained]:
         raise ValueError(f"{folder} has no fold_{missing[0]}/{checkpoint}; trained are: {', '.join(trained)}.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
+    read_dataset_json(folder)
+    read_json(folder / "plans.json")
+    for fold in folds:
+        read_checkpoint(folder / f"fold_{fold}" / checkpoint)  # nnU-Net runs what a file tells it to
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints where it looks for the trainer
             predictor = nnUNetPredictor(device=device, allow_tqdm=False)
             predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
-    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{checkpoint} of {folder} cannot be read ({' '.join(str(error).split())[:80]}): it is no checkpoint of "
-            "nnU-Net, or it was cut short."
+            f"{folder} is not as nnU-Net trained it ({type(error).__name__}: {' '.join(str(error).split())[:80]}): "
+            "plans.json, dataset.json and the checkpoint must be those of one training."
         ) from error
     except RuntimeError as error:
-        if "trainer" not in str(error).lower():
+        reason = " ".join(str(error).split())[:120]
+        if "state_dict" in reason:
+            raise ValueError(
+                f"The weights of {folder} are of another network than its plans.json describes ({reason}): take the "
+                "plans that it was trained with."
+            ) from error
+        if "trainer" not in reason.lower():
             raise
         raise ValueError(
             f"The trainer of {folder} cannot be found: the environment variable nnUNet_extTrainer must name the folder "
-            f"of its module ({' '.join(str(error).split())[:120]})."
+            f"of its module ({reason})."
         ) from error
     return predictor
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The named device, or the GPU if there is one, or else the CPU.
+
+    Raises:
+        ValueError: PyTorch does not know the device, or does not find it on this machine.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"The device {shown(device)} is not known: use cuda, cuda:0, mps or cpu.") from None
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (wanted.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(wanted.type, False):
+        raise ValueError(
+            f"The device {wanted} is not on this machine: use {' or '.join(d for d in there if there[d])}."
+        )
+    return wanted
 
 
 def trained_folds(model_folder: Path, checkpoint: str = "checkpoint_final.pth") -> list[str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
+import torch
 from conftest import ROOT
+from hostile import RunsCode
 from PIL import Image
 
 import nnunet_lgms
@@ -84,11 +86,41 @@ def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "fold_0" / "checkpoint_final.pth").write_bytes(b"x")
-    with pytest.raises(ValueError, match="checkpoint_final.pth of .* cannot be read"):
+    with pytest.raises(ValueError, match="checkpoint_final.pth cannot be read .* it was cut short"):
         nnunet_lgms.predict(broken, samples, device="cpu")
+    for wrong, at in ((np.nan, (0, 3, 4)), (np.inf, ())):
+        samples[at] = wrong
+        with pytest.raises(ValueError, match="The image holds NaN or infinity, which would make every label backgr"):
+            nnunet_lgms.predict(model, samples, device="cpu")
+    samples[:] = 0
+    with pytest.raises(ValueError, match="The device 'tpu' is not known: use cuda, cuda:0, mps or cpu"):
+        nnunet_lgms.predict(model, samples, device="tpu")
+    with pytest.raises(ValueError, match="The device (cuda:99|xla) is not on this machine: use cpu"):
+        nnunet_lgms.predict(model, samples, device="cuda:99")
+    with pytest.raises(ValueError, match="The device xla is not on this machine: use cpu"):
+        nnunet_lgms.predict(model, samples, device="xla")
     monkeypatch.delenv("nnUNet_extTrainer")
     with pytest.raises(ValueError, match="nnUNet_extTrainer must name the folder"):
         nnunet_lgms.predict(model, samples, device="cpu")
+
+
+def test_no_code_in_a_model_is_run(model: Path, tmp_path: Path):
+    path = model / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(path, weights_only=False), "x": RunsCode(tmp_path / "made")}, path)
+    with pytest.raises(ValueError, match="holds '?.*mkdir.*would run code when loaded: it is not opened"):
+        nnunet_lgms.predict(model, np.zeros((1, 32, 32), np.float32), device="cpu")
+    assert not (tmp_path / "made").exists()
+
+
+def test_plans_of_another_network_are_refused(model: Path):
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["2d"]["lgmsnet"] = {"widths": 32}
+    (model / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(ValueError, match="are of another network than its plans.json describes"):
+        nnunet_lgms.predict(model, np.zeros((1, 32, 32), np.float32), device="cpu")
+    (model / "plans.json").write_text("{")
+    with pytest.raises(ValueError, match="plans.json is not JSON"):
+        nnunet_lgms.predict(model, np.zeros((1, 32, 32), np.float32), device="cpu")
 
 
 def _validation(model: Path, dataset: Path, cases, fold: int = 0) -> None:

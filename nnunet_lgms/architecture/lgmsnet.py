@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -28,6 +29,7 @@ from nnunet_lgms.architecture.topology import (
     resolve_levels,
 )
 from nnunet_lgms.blocks.norm import paper_norm
+from nnunet_lgms.files import shown
 from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels
 
 
@@ -111,7 +113,7 @@ class LGMSNet(nn.Module):
             "head_dim": head_dim,
         }.items():
             if not is_int(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}: LGMSNet needs a whole number of at least 1.")
+                raise ValueError(f"{name} is {shown(value)}: LGMSNet needs a whole number of at least 1.")
         self.dim = dimension(conv_op)
         self.input_channels = input_channels
         levels = resolve_levels(
@@ -130,9 +132,14 @@ class LGMSNet(nn.Module):
             decoder_mlp_ratio=decoder_mlp_ratio,
             n_blocks_per_stage=n_blocks_per_stage,
         )
+        if norm_op is None and norm_op_kwargs:
+            raise ValueError(
+                f"norm_op_kwargs is {shown(norm_op_kwargs)}, but norm_op is None: name the norm that they belong to."
+            )
         if norm_op is None:
             norm_op, norm_op_kwargs = paper_norm(self.dim)
         norm_op_kwargs = norm_op_kwargs or {}
+        _check_norm(norm_op, norm_op_kwargs, self.dim)
         gms_kwargs = {
             "patch": per_axis(gms_patch, self.dim, "gms_patch"),
             "n_heads": n_heads,
@@ -170,7 +177,7 @@ class LGMSNet(nn.Module):
         """(B, input_channels, *spatial) of any size -> (B, num_classes, *spatial); a list with deep supervision.
 
         Raises:
-            ValueError: the input has the wrong number of axes or channels.
+            ValueError: the input has the wrong number of axes or channels, an axis without voxels, or whole numbers.
         """
         if x.ndim != self.dim + 2:
             axes = "(B, C, H, W)" if self.dim == 2 else "(B, C, D, H, W)"
@@ -180,7 +187,25 @@ class LGMSNet(nn.Module):
                 f"This LGMSNet was built for {self.input_channels} input channel(s), not for {x.shape[1]}: the data "
                 "must have the channels of the training data."
             )
+        if 0 in x.shape or not x.is_floating_point():
+            raise ValueError(
+                f"LGMSNet takes floating-point maps of at least one sample and one voxel per axis, not {x.dtype} of "
+                f"shape {tuple(x.shape)}: convert or crop the data before."
+            )
         if use_kernels(x):
             # Tensor cores want channels innermost; any other layout costs two transposes around every convolution.
             x = x.contiguous(memory_format=CHANNELS_LAST[x.ndim])
         return self.decoder(self.encoder(x))
+
+
+def _check_norm(norm_op: type[nn.Module], norm_op_kwargs: dict, dim: int) -> None:
+    """Tries a norm on a small map: one for another number of axes would only fail in the first forward pass."""
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            norm_op(8, **norm_op_kwargs)(torch.zeros(2, 8, *(2,) * dim))
+    except Exception as error:  # a norm of the user's own may raise anything
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(
+            f"norm_op {shown(norm_op)} with {shown(norm_op_kwargs)} does not take {dim}D maps ({reason}): choose one "
+            f"that is called as norm_op(channels, **norm_op_kwargs), such as torch.nn.InstanceNorm{dim}d."
+        ) from error

@@ -11,13 +11,17 @@ import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM
+from nnunet_lgms.checkpoint import read_checkpoint
+from nnunet_lgms.files import shown
 
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LMS_LEVELS = (1, 2, 3)
 GMS_LEVELS = (4, 5)
 LMS_KERNEL_NAMES = ("local_dwc", "global_dwc_s", "global_dwc_m", "global_dwc_l")
@@ -71,27 +75,27 @@ def rename_block(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tenso
     return {_rename(key, "", BLOCK_NAMES[kind], ""): value for key, value in state_dict.items()}
 
 
-def load_official(state_dict: Mapping[str, Tensor]) -> LGMSNet:
+def load_official(checkpoint: str | Path | Mapping[str, Tensor]) -> LGMSNet:
     """Builds the :class:`LGMSNet` that a checkpoint of the authors describes and loads the weights.
 
     Args:
-        state_dict: parameters and buffers by the authors' names, as ``torch.load(path, weights_only=True)`` gives
-            them. A prefix "module." (DataParallel) is accepted.
+        checkpoint: a file, which is read without running code (:func:`nnunet_lgms.checkpoint.read_checkpoint`), or
+            what is in it: parameters and buffers by the authors' names. A prefix "module." (DataParallel) is accepted.
 
     Returns:
         the network in training mode, float32 or the checkpoint's own precision, without auxiliary heads.
 
     Raises:
-        ValueError: this is no state dict, or its names or shapes are not those of an LGMSNet checkpoint; the message
-            names them.
+        ValueError: this is no state dict, its names or shapes are not those of an LGMSNet checkpoint, or its tensors
+            cannot be weights; the message names them.
+        FileNotFoundError: there is no such file.
     """
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(
-            f"load_official takes a state dict (names and tensors), not this {type(state_dict).__name__}: load the "
-            "file with torch.load(path, weights_only=True), and take the state dict out of what is around it."
-        )
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    network = _build(state_dict)
+    if isinstance(checkpoint, str | Path):
+        checkpoint = read_checkpoint(checkpoint)
+    state_dict = _checked(checkpoint)
+    # without memory until every shape is known to fit: shapes in a file are only claims
+    with torch.device("meta"):
+        network = _build(state_dict)
     renamed = dict(_rename_network(state_dict))
     expected = network.state_dict()
     missing, unexpected = sorted(expected.keys() - renamed.keys()), sorted(renamed.keys() - expected.keys())
@@ -108,8 +112,37 @@ def load_official(state_dict: Mapping[str, Tensor]) -> LGMSNet:
             )
     # The widest precision of the file: none of its tensors is rounded.
     network.to(reduce(torch.promote_types, (value.dtype for value in renamed.values() if value.is_floating_point())))
+    network.to_empty(device="cpu")
     network.load_state_dict(renamed)
     return network
+
+
+def _checked(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without DataParallel's prefix; only names and tensors that can be weights."""
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
+    ):
+        raise ValueError(
+            f"load_official takes a state dict (names and tensors), not this {type(state_dict).__name__}: take the "
+            "state dict out of what is around it."
+        )
+    for key, value in state_dict.items():
+        counts = key.endswith("num_batches_tracked")
+        fits = value.dtype in ((torch.int64,) if counts else WEIGHT_DTYPES)
+        fits = fits and value.layout is torch.strided and not value.is_meta
+        # a view may claim terabytes of a few bytes
+        if not fits or value.untyped_storage().nbytes() < value.nbytes or not value.isfinite().all():
+            raise ValueError(
+                f"The checkpoint's {shown(key)} is {value.dtype}, or holds NaN or infinity, or no numbers at all: "
+                "weights are finite floating-point numbers; the file is damaged or not the authors'."
+            )
+    renamed = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    if len(renamed) != len(state_dict):
+        twice = next(key for key in state_dict if f"module.{key}" in state_dict)
+        raise ValueError(
+            f"The checkpoint has {shown(twice)} twice, with and without 'module.': keep the one that was trained."
+        )
+    return renamed
 
 
 def _get(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
@@ -118,7 +151,10 @@ def _get(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
             f"This is not an LGMSNet checkpoint: it has no {key!r} (it begins with {list(state_dict)[:3]}); give the "
             "state dict of the authors' LGMSNet, not a file around it."
         )
-    return state_dict[key]
+    value = state_dict[key]
+    if value.ndim < 2 or not value.numel():
+        raise ValueError(f"The checkpoint's {key} has shape {tuple(value.shape)}, which no weight of LGMSNet has.")
+    return value
 
 
 def _lms_prefixes(state_dict: Mapping[str, Tensor], level: int) -> list[str]:
@@ -187,7 +223,7 @@ def _build(state_dict: Mapping[str, Tensor]) -> LGMSNet:
 def _gms_split(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[tuple[int, int], Fraction]:
     """((Transformer, Conv) channels, feed-forward channels over the width) of a GMS block."""
     width = _get(state_dict, f"{prefix}.conv1.0.weight").shape[0]
-    mlp, transformer = _get(state_dict, f"{prefix}.transformer.layers.0.1.net.1.weight").shape
+    mlp, transformer = _get(state_dict, f"{prefix}.transformer.layers.0.1.net.1.weight").shape[:2]
     return (transformer, width - transformer), Fraction(mlp, width)
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+
+from nnunet_lgms.files import shown
 
 ENCODER_BLOCKS = ("LMS", "GMS", "Conv")
 DECODER_BLOCKS = ("Fusion", "GMS", "Conv")
@@ -86,11 +89,12 @@ def dimension(conv_op: type[_ConvNd]) -> int:
     Raises:
         ValueError: it is neither ``nn.Conv2d`` nor ``nn.Conv3d``.
     """
-    if conv_op not in DIMENSIONS:
-        raise ValueError(
-            f"LGMSNet cannot be built from {conv_op!r}: conv_op must be torch.nn.Conv2d or torch.nn.Conv3d."
-        )
-    return DIMENSIONS[conv_op]
+    for known, dim in DIMENSIONS.items():
+        if conv_op is known:
+            return dim
+    raise ValueError(
+        f"LGMSNet cannot be built from {shown(conv_op)}: conv_op must be torch.nn.Conv2d or torch.nn.Conv3d."
+    )
 
 
 def resolve_levels(
@@ -116,12 +120,14 @@ def resolve_levels(
         ValueError: an option cannot be built; the message names it, its value, what is allowed and the way out.
     """
     if not is_int(n_stages) or n_stages < 2:
-        raise ValueError(f"LGMSNet cannot have {n_stages!r} stages: a plan needs at least 2; use a larger patch size.")
+        raise ValueError(
+            f"LGMSNet cannot have {shown(n_stages)} stages: a plan needs at least 2; use a larger patch size."
+        )
 
     features = _per_level(features_per_stage, n_stages, "features_per_stage")
     for width in features:
         if not is_int(width) or width < 1:
-            raise ValueError(f"features_per_stage holds {width!r}: every width must be a positive whole number.")
+            raise ValueError(f"features_per_stage holds {shown(width)}: every width must be a positive whole number.")
     kernels = [per_axis(k, dim, "kernel_sizes") for k in _per_level(kernel_sizes, n_stages, "kernel_sizes")]
     strides = [per_axis(s, dim, "strides") for s in _per_level(strides, n_stages, "strides")]
     if any(s != 1 for s in strides[0]):
@@ -129,13 +135,15 @@ def resolve_levels(
             f"strides[0] is {list(strides[0])}: the first stage must keep the resolution; set it to {[1] * dim} and "
             "put the stride into the second stage."
         )
-    encoder_blocks = encoder_blocks or [paper_encoder_block(i + 1) for i in range(n_stages)]
+    if encoder_blocks is None:
+        encoder_blocks = [paper_encoder_block(i + 1) for i in range(n_stages)]
     encoder_blocks = _per_level(encoder_blocks, n_stages, "encoder_blocks")
-    decoder_blocks = decoder_blocks or [paper_decoder_blocks(i + 1) for i in range(n_stages - 1)]
+    if decoder_blocks is None:
+        decoder_blocks = [paper_decoder_blocks(i + 1) for i in range(n_stages - 1)]
     decoder_blocks = [*_per_level(decoder_blocks, n_stages - 1, "decoder_blocks"), ()]
     lms_kernels = _lms_kernels_per_level(lms_kernels, n_stages)
-    groups = [None] * n_stages if lms_group_channels is None else list(lms_group_channels)
-    groups = _per_level(groups, n_stages, "lms_group_channels")
+    groups = [None] * n_stages if lms_group_channels is None else lms_group_channels
+    groups = [_group_channels(g) for g in _per_level(groups, n_stages, "lms_group_channels")]
     ratios = _ratio_per_level(gms_ratio, n_stages, "gms_ratio")
     decoder_ratios = (
         ratios if decoder_gms_ratio is None else _ratio_per_level(decoder_gms_ratio, n_stages, "decoder_gms_ratio")
@@ -152,7 +160,7 @@ def resolve_levels(
         if number < n_stages and not decoder_blocks[i]:
             raise ValueError(f"decoder level {number} has no block: name at least one of {', '.join(DECODER_BLOCKS)}.")
         if not is_int(n_blocks[i]) or n_blocks[i] < 1:
-            raise ValueError(f"n_blocks_per_stage holds {n_blocks[i]!r}: every stage needs at least 1 block.")
+            raise ValueError(f"n_blocks_per_stage holds {shown(n_blocks[i])}: every stage needs at least 1 block.")
         # One rule for thick slices: an axis on which the plan has kernel 1 gets kernel 1 everywhere at that level.
         thick = [k == 1 for k in kernels[i]]
         uses_gms = encoder_blocks[i] == "GMS", "GMS" in decoder_blocks[i]
@@ -169,7 +177,7 @@ def resolve_levels(
                     )
                     for kernel in lms_kernels[i]
                 ),
-                lms_group_channels=None if groups[i] is None else tuple(groups[i]),
+                lms_group_channels=groups[i],
                 encoder_block=encoder_blocks[i],
                 n_blocks=n_blocks[i],
                 decoder_blocks=tuple(decoder_blocks[i]),
@@ -184,17 +192,26 @@ def is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def plain(value: Any) -> Any:
+    """NumPy's arrays and numbers, and tensors, as Python's lists and numbers, also inside lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _per_level(value: Any, n: int, name: str) -> list:
     """One entry per level: a number is repeated, a sequence must have ``n`` entries."""
+    value = plain(value)
     if isinstance(value, Real):
         return [value] * n
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != n:
-        raise ValueError(f"{name} is {value!r}: give one entry for each of the {n} levels that it covers.")
+        raise ValueError(f"{name} is {shown(value)}: give one entry for each of the {n} levels that it covers.")
     return list(value)
 
 
 def per_axis(value: Any, dim: int, name: str, odd: bool = False) -> tuple[int, ...]:
     """One positive whole number per axis: a number is repeated, a sequence must have ``dim`` entries."""
+    value = plain(value)
     entries = (value,) * dim if is_int(value) else value
     if (
         not isinstance(entries, Sequence)
@@ -202,15 +219,16 @@ def per_axis(value: Any, dim: int, name: str, odd: bool = False) -> tuple[int, .
         or not all(is_int(e) and e >= 1 and (e % 2 or not odd) for e in entries)
     ):
         kind = "odd positive whole number" if odd else "positive whole number"
-        raise ValueError(f"{name} holds {value!r}: give one {kind}, or one for each of the {dim} axes.")
+        raise ValueError(f"{name} holds {shown(value)}: give one {kind}, or one for each of the {dim} axes.")
     return tuple(int(e) for e in entries)
 
 
 def _lms_kernels_per_level(kernels: Any, n: int) -> list[Sequence[Any]]:
     """A flat list of whole numbers holds at every level; otherwise one list of kernels per level."""
+    kernels = plain(kernels)
     if not isinstance(kernels, Sequence) or isinstance(kernels, str) or not kernels:
         raise ValueError(
-            f"lms_kernels is {kernels!r}: give a list of odd kernels such as [3, 5, 7, 9], or one list per level."
+            f"lms_kernels is {shown(kernels)}: give a list of odd kernels such as [3, 5, 7, 9], or one list per level."
         )
     if all(is_int(k) for k in kernels):
         return [kernels] * n
@@ -218,13 +236,14 @@ def _lms_kernels_per_level(kernels: Any, n: int) -> list[Sequence[Any]]:
     for entry in per_level:
         if not isinstance(entry, Sequence) or isinstance(entry, str) or not entry:
             raise ValueError(
-                f"lms_kernels holds {entry!r} for a level: give a list of odd kernels such as [3, 5, 7, 9]."
+                f"lms_kernels holds {shown(entry)} for a level: give a list of odd kernels such as [3, 5, 7, 9]."
             )
     return per_level
 
 
 def _ratio_per_level(ratio: Any, n: int, name: str) -> list[tuple[int, int]]:
     """A pair Transformer:Conv holds at every level; otherwise one pair per level."""
+    ratio = plain(ratio)
     is_pair = isinstance(ratio, Sequence) and len(ratio) == 2 and all(is_int(r) for r in ratio)
     pairs = [ratio] * n if is_pair else _per_level(ratio, n, name)
     for pair in pairs:
@@ -233,13 +252,26 @@ def _ratio_per_level(ratio: Any, n: int, name: str) -> list[tuple[int, int]]:
         )
         if not valid:
             raise ValueError(
-                f"{name} holds {pair!r}: a ratio Transformer:Conv is two whole numbers such as [3, 1], not both 0."
+                f"{name} holds {shown(pair)}: a ratio Transformer:Conv is two whole numbers such as [3, 1], not both 0."
             )
     return [tuple(pair) for pair in pairs]
 
 
+def _group_channels(given: Any) -> tuple[int, ...] | None:
+    """Channels of a level's LMS groups; whether they fill the level is the block's matter."""
+    if given is None:
+        return None
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given or not all(is_int(g) for g in given):
+        raise ValueError(
+            f"lms_group_channels holds {shown(given)}: give a list of whole numbers, one per kernel, or None."
+        )
+    return tuple(given)
+
+
 def _gms_split(features: int, ratio: tuple[int, int], mlp_ratio: Real, level: int, used: bool) -> GMSSplit:
     """Channels of a GMS block's branches; a level without one is not held to divide."""
+    if not isinstance(mlp_ratio, Real) or isinstance(mlp_ratio, bool) or not isfinite(mlp_ratio) or mlp_ratio <= 0:
+        raise ValueError(f"mlp_ratio is {shown(mlp_ratio)} at level {level}: give a positive number such as 2.")
     transformer = Fraction(features * ratio[0], sum(ratio))
     hidden = Fraction(mlp_ratio).limit_denominator(10**6) * features
     if used and transformer.denominator != 1:
@@ -256,6 +288,8 @@ def _gms_split(features: int, ratio: tuple[int, int], mlp_ratio: Real, level: in
 
 
 def _check_blocks(names: Sequence[str], allowed: Sequence[str], where: str) -> None:
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        raise ValueError(f"{where} has {shown(names)}: give a list of blocks out of {', '.join(allowed)}.")
     unknown = [name for name in names if name not in allowed]
-    if unknown or isinstance(names, str):
-        raise ValueError(f"{where} names the block {unknown or names!r}: allowed are {', '.join(allowed)}.")
+    if unknown:
+        raise ValueError(f"{where} names the block {shown(unknown)}: allowed are {', '.join(allowed)}.")
