@@ -80,8 +80,10 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
-        dataset, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
-        return f"nnUNetv2_preprocess -d {dataset} -plans_name {plans} -c {self.configuration_name}"
+        number = int(self.plans_manager.dataset_name[len("Dataset") :].split("_")[0])
+        return (
+            f"nnUNetv2_preprocess -d {number} -plans_name {self.plans_manager.plans_name} -c {self.configuration_name}"
+        )
 
     @staticmethod
     def build_network_architecture(

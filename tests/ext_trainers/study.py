@@ -1,0 +1,24 @@
+"""Trainers that a study's tests interrupt."""
+
+import os
+import time
+from pathlib import Path
+
+from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
+
+
+class nnUNetTrainerLGMSNet_2epochs(nnUNetTrainerLGMSNet):
+    """Two epochs of two steps. While the file STUDY_TEST_HOLDS exists, fold 1 waits after its first epoch."""
+
+    def initialize(self):
+        super().initialize()
+        self.num_epochs = 2
+        self.num_iterations_per_epoch = 2
+        self.num_val_iterations_per_epoch = 1
+        self.save_every = 1
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        hold = os.environ.get("STUDY_TEST_HOLDS")
+        while hold and self.fold == 1 and self.current_epoch == 1 and Path(hold).exists():
+            time.sleep(0.2)
