@@ -17,15 +17,16 @@ from nnunet_lgms.blocks.norm import InstanceNorm3d
 
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 CONV = {2: F.conv2d, 3: F.conv3d}
-CONVOLUTIONS = {  # input shape, output channels, kernel
-    "wide": ((2, 16, 3, 4, 5), 16, (3, 3, 3)),
-    "narrow": ((2, 4, 3, 5, 5), 16, (3, 3, 3)),
-    "one_channel": ((1, 1, 4, 5, 3), 16, (3, 3, 3)),
-    "thick_slices": ((1, 16, 4, 5, 6), 4, (1, 3, 3)),
-    "flat_x": ((2, 8, 4, 5, 5), 8, (3, 3, 1)),
-    "flat_y": ((2, 8, 4, 5, 5), 8, (3, 1, 3)),
-    "2d": ((2, 12, 7, 9), 20, (3, 3)),
-    "point": ((2, 32, 5, 5), 64, (1, 1)),
+CONVOLUTIONS = {  # input shape, output channels, kernel, groups
+    "wide": ((2, 16, 3, 4, 5), 16, (3, 3, 3), 1),
+    "narrow": ((2, 4, 3, 5, 5), 16, (3, 3, 3), 1),
+    "one_channel": ((1, 1, 4, 5, 3), 16, (3, 3, 3), 1),
+    "thick_slices": ((1, 16, 4, 5, 6), 4, (1, 3, 3), 1),
+    "flat_x": ((2, 8, 4, 5, 5), 8, (3, 3, 1), 1),
+    "flat_y": ((2, 8, 4, 5, 5), 8, (3, 1, 3), 1),
+    "2d": ((2, 12, 7, 9), 20, (3, 3), 1),
+    "two_groups": ((2, 8, 3, 5, 6), 12, (3, 3, 3), 2),
+    "point": ((2, 32, 5, 5), 64, (1, 1), 1),
 }
 NORMS = {  # input shape, norm, activation, mean of the input
     "instance_silu": ((2, 16, 5, 6, 7), InstanceNorm3d(16), "silu", 1),
@@ -58,18 +59,18 @@ def draw(shape, device, mean=0.0):
     return (torch.randn(shape) + mean).to(device).to(memory_format=LAYOUT[len(shape)])
 
 
-def convolution_errors(shape, out_channels, kernel, device):
+def convolution_errors(shape, out_channels, kernel, groups, device):
     from nnunet_lgms.ops import conv_triton
 
     x = draw(shape, device).requires_grad_()
-    weight, bias = torch.randn(out_channels, shape[1], *kernel).to(device), torch.randn(out_channels).to(device)
-    expected = CONV[len(kernel)](x.double(), weight.double(), bias.double(), padding=[k // 2 for k in kernel])
+    weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device)
+    bias, padding = torch.randn(out_channels).to(device), [k // 2 for k in kernel]
+    expected = CONV[len(kernel)](x.double(), weight.double(), bias.double(), padding=padding, groups=groups)
     grad = draw(expected.shape, device)
     (grad_x,) = torch.autograd.grad(expected, x, grad.double())
-    mirrored = weight.flip(tuple(range(2, weight.ndim))).transpose(0, 1)
     return [
-        relative(conv_triton.convolve(x.detach(), weight, bias), expected.detach()),
-        relative(conv_triton.convolve(grad, mirrored, None), grad_x),
+        relative(conv_triton.convolve(x.detach(), weight, bias, groups, False), expected.detach()),
+        relative(conv_triton.convolve(grad, weight, None, groups, True), grad_x),
     ]
 
 
@@ -81,14 +82,14 @@ def norm_errors(shape, norm, activation, mean, device):
     if norm.weight is not None:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-    kind, groups = norm_act._kind(norm)
+    spec = norm_act.NormSpec.of(norm)
     weight, bias = (None if p is None else p.detach().float() for p in (norm.weight, norm.bias))
     expected = norm_act.norm_act(x.double(), norm, activation, residual.double())
     wanted = [x, *norm.parameters()]
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     x = x.detach()
-    out, mean, variance = norm_act_triton.forward(x, weight, bias, residual, kind, groups, norm.eps, activation)
-    actual = norm_act_triton.backward(grad, x, weight, bias, mean, variance, kind, groups, norm.eps, activation)
+    out, mean, variance = norm_act_triton.forward(x, weight, bias, residual, *spec, activation)
+    actual = norm_act_triton.backward(grad, x, weight, bias, mean, variance, *spec, activation)
     actual = [actual[0], actual[1].sum(0), actual[2].sum(0)][: len(wanted)]
     return [relative(out, expected.detach()), *map(relative, actual, gradients)]
 
@@ -120,7 +121,21 @@ def pooling_errors(shape, stride, device):
     ]
 
 
+LAYOUTS = {"3d": ((2, 5, 3, 4, 7),), "2d": ((3, 16, 9, 8),)}  # shape
+
+
+def layout_errors(shape, device):
+    from nnunet_lgms.ops import layout_triton
+
+    x = torch.randn(shape).to(device)
+    last = layout_triton.channels_last(x)
+    first = layout_triton.channels_first(last)
+    assert last.is_contiguous(memory_format=LAYOUT[x.ndim]) and first.is_contiguous()
+    return [relative(last, x), relative(first, x)]
+
+
 GROUPS = {
+    "layout": (LAYOUTS, layout_errors),
     "convolution": (CONVOLUTIONS, convolution_errors),
     "norm": (NORMS, norm_errors),
     "upsampling": (UPSAMPLINGS, upsampling_errors),
@@ -138,7 +153,7 @@ def errors(group, case, device):
 def network_errors():
     """Output and gradient of a small network with every kernel on, against the same network with every kernel off."""
     from nnunet_lgms import LGMSNet
-    from nnunet_lgms.ops import conv, max_pool, norm_act, upsample
+    from nnunet_lgms.ops import conv, layout, max_pool, norm_act, upsample
 
     found = []
     for conv_op, shape in ((nn.Conv2d, (2, 3, 12, 10)), (nn.Conv3d, (1, 1, 5, 6, 4))):
@@ -150,7 +165,7 @@ def network_errors():
         for on in (True, False):
             network.load_state_dict(state)
             network.zero_grad()
-            for module in (conv, max_pool, norm_act, upsample):
+            for module in (conv, layout, max_pool, norm_act, upsample):
                 module.use_kernels = lambda x, on=on: on
             conv.HALF, conv.MIN_VOXELS, conv.compute_dtype = (torch.float32,), 0, lambda x: x.dtype
             out = network(x)

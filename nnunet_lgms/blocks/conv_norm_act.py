@@ -48,4 +48,8 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last."""
-        return norm_act(same_conv(x, self.conv.weight, self.conv.bias), self.norm, self.activation, residual)
+        return self.normalise(same_conv(x, self.conv.weight, self.conv.bias), residual)
+
+    def normalise(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Norm, activation and residual of what the convolution gave, (B, out, *spatial)."""
+        return norm_act(x, self.norm, self.activation, residual)

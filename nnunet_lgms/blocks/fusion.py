@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.blocks.conv_norm_act import same_padding
 from nnunet_lgms.ops.conv import same_conv
 from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.ops.recompute import inverted_bottleneck
 
 EXPANSION = 4
 
@@ -58,6 +59,6 @@ class FusionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, *spatial) -> (B, C, *spatial)."""
-        x = norm_act(same_conv(x, self.grouped.weight, self.grouped.bias, groups=2), self.norm1, "gelu_first")
-        x = norm_act(same_conv(x, self.expand.weight, self.expand.bias), self.norm2, "gelu_first")
-        return norm_act(same_conv(x, self.squeeze.weight, self.squeeze.bias), self.norm3, "gelu_first")
+        x = same_conv(x, self.grouped.weight, self.grouped.bias, groups=2)
+        x = inverted_bottleneck(x, self.norm1, self.expand, self.norm2, self.squeeze)
+        return norm_act(x, self.norm3, "gelu_first")

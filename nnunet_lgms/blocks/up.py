@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct
-from nnunet_lgms.ops.upsample import linear_upsample
+from nnunet_lgms.ops.recompute import upsample_conv
 
 
 class UpBlock(nn.Module):
@@ -45,4 +45,4 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """(B, in, *spatial) -> (B, out, *size), ``size`` at most ``spatial * stride``."""
-        return self.conv(linear_upsample(x, self.stride, size))
+        return self.conv.normalise(upsample_conv(x, self.stride, size, self.conv.conv))

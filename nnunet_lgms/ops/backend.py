@@ -35,11 +35,13 @@ def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and (x.shape[1] == 1 or not x.is_contiguous())
 
 
-def empty_in_layout_of(reference: Tensor, size: Sequence[int]) -> Tensor:
-    """Uninitialised (B, C, *size) with batch, channels, dtype, device and memory format of `reference`."""
-    memory_format = CHANNELS_LAST[reference.ndim] if channels_last(reference) else torch.contiguous_format
-    shape = (*reference.shape[:2], *size)
-    return torch.empty(shape, dtype=reference.dtype, device=reference.device, memory_format=memory_format)
+def map_memory(reference: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """Uninitialised (B, *size, channels), the memory of a channels-last map, which is its `.movedim(-1, 1)`.
+
+    Batch, dtype and device are those of `reference`. A plain tensor and not one of another memory format, because
+    Inductor (torch 2.11) fills the latter before a kernel overwrites it.
+    """
+    return torch.empty((reference.shape[0], *size, channels), dtype=reference.dtype, device=reference.device)
 
 
 def in_layout_of(reference: Tensor, x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 At full resolution LGMSNet has 4 to 64 channels where cuDNN's kernels are made for hundreds: on an H100 its input
 gradients there take twice as long as its forward pass, and grouped convolutions several times as long. Channels-last
-maps of that kind go to an implicit matrix product in Triton (`conv_triton.py`); everything else, and everything when
-the environment variable NNUNET_LGMS_KERNELS is `off`, is `F.conv2d` / `F.conv3d`.
+maps of that kind go to an implicit matrix product in Triton (`conv_triton.py`), forward and input gradient; weight
+gradients are cuDNN's. Everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is
+`F.conv2d` / `F.conv3d`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, compute_dtype, use_kernels
+from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
+from nnunet_lgms.ops.layout import to_channels_last
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # by kernel along x: what fits shared memory
@@ -34,20 +36,8 @@ def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int
     """
     dtype = compute_dtype(x)
     if use_kernels(x) and channels_last(x) and dtype in HALF and _fits_kernels(x, weight, groups):
-        bias = None if bias is None else bias.to(dtype)
-        return _convolve(x.to(dtype), _dense(weight.to(dtype), groups), bias)
+        return _convolve(x.to(dtype), weight, bias, groups, False)
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
-
-
-def _dense(weight: Tensor, groups: int) -> Tensor:
-    """Block-diagonal dense weight of a grouped one: on these maps a product with zeros costs less than half a cache "
-    "line."""
-    if groups == 1:
-        return weight
-    c_in = weight.shape[1]
-    axes = (0, 0) * (weight.ndim - 2)
-    blocks = weight.chunk(groups)
-    return torch.cat([F.pad(w, (*axes, i * c_in, (groups - 1 - i) * c_in)) for i, w in enumerate(blocks)])
 
 
 def _fits_kernels(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -63,38 +53,70 @@ def _fits_kernels(x: Tensor, weight: Tensor, groups: int) -> bool:
 
 
 @triton_op("nnunet_lgms::same_conv", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, mirrored: bool) -> Tensor:
+    """The convolution, or (mirrored) the one that takes its output's gradient to its input's."""
     from nnunet_lgms.ops import conv_triton
 
-    return conv_triton.convolve(x, weight, bias)
+    return conv_triton.convolve(x, weight, bias, groups, mirrored)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias = inputs
+    x, weight, bias, ctx.groups, ctx.mirrored = inputs
     ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    axes = tuple(range(2, x.ndim))
-    grad = grad.contiguous(memory_format=CHANNELS_LAST[x.ndim])
+    grad = to_channels_last(grad)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _convolve(grad, weight.flip(axes).transpose(0, 1), None)
+        grad_x = _convolve(grad, weight, None, ctx.groups, not ctx.mirrored)
     if ctx.needs_input_grad[1]:
-        grad_weight = _weight_gradient(grad, x, weight)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = grad.sum((0, *axes), dtype=torch.float32).to(grad.dtype)
-    return grad_x, grad_weight, grad_bias
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """cuDNN's; of the three products of a convolution it is the one that cuDNN does well on narrow maps."""
-    one, padding = [1] * (x.ndim - 2), [k // 2 for k in weight.shape[2:]]
-    mask = [False, True, False]
-    backward = torch.ops.aten.convolution_backward
-    return backward(grad, x, weight, None, one, padding, one, False, [0] * len(one), 1, mask)[1]
+        sides = (x, grad) if ctx.mirrored else (grad, x)
+        grad_weight = _weight_gradient(*sides, weight, ctx.groups)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias, None, None
 
 
 _convolve.register_autograd(_backward, setup_context=_setup)
+
+
+def conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias of :func:`same_conv` (one group), from that of its result, channels-last.
+
+    For the backward pass of an operator that contains a convolution; ``x`` in the dtype that it was convolved in.
+    """
+    grad = grad.to(x.dtype)
+    if use_kernels(x) and channels_last(x) and x.dtype in HALF and _fits_kernels(x, weight, 1):
+        grad_x = _convolve(grad, weight, None, 1, True)
+    else:
+        grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0)
+    grad_weight = _aten_gradient(grad, x, weight.to(x.dtype), 1).to(weight.dtype)
+    return grad_x, grad_weight, None if bias is None else _bias_gradient(grad).to(bias.dtype)
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.sum([0, *range(2, grad.ndim)], dtype=torch.float32)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """cuDNN's: the one of a convolution's three products that it does well on narrow maps, unless it is grouped.
+
+    So groups are multiplied all with all, and what belongs to no pair of them is dropped.
+    """
+    out_channels, channels, *kernel = weight.shape
+    dense = _aten_gradient(grad, x, grad.new_empty((out_channels, channels * groups, *kernel)), 1)
+    blocks = [w[:, i * channels : (i + 1) * channels] for i, w in enumerate(dense.chunk(groups))]
+    return torch.cat(blocks).to(weight.dtype)
+
+
+def _aten_gradient(grad: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
+    """PyTorch's gradient of x (0) or of weight (1)."""
+    kernel = weight.shape[2:]
+    one, padding, zero = [1] * len(kernel), [k // 2 for k in kernel], [0] * len(kernel)
+    mask = [of == 0, of == 1, False]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, one, padding, one, False, zero, 1, mask)[of]

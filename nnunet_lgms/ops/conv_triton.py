@@ -5,7 +5,8 @@ often a voxel is loaded, 27 times if every output asks for its own neighbours. S
 of TY x TX neighbouring outputs: their inputs along x, TX + KX - 1 voxels with all channels, are one contiguous run of
 memory (K numbers), their results N = TY * TX * C_out numbers, and the weights a K x N band matrix for each of the KZ *
 (TY + KY - 1) input rows. With 2 x 2 tiles and a 3^3 kernel an output costs 3 loads of 4 voxels in place of 9 of 3, and
-K = 4 * C_in is a power of two. The input gradient is the same product with mirrored weights. Sums are in float32.
+K = 4 * C_in is a power of two. Groups are blocks of zeros in the band: a product with zeros costs less than half a
+cache line. The input gradient is the same product with a mirrored band. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST
+from nnunet_lgms.ops.backend import map_memory
 
 BLOCK = 128  # tiles of a program
 MAX_N = 64  # results of a tile, beyond that it shrinks
 STAGES = 3
 WARPS = 4
+BAND_ROWS = 16  # rows of a band matrix that one program writes
 
 
 class _Tiling(NamedTuple):
@@ -67,19 +68,7 @@ class _Tiling(NamedTuple):
             "TX": self.tx,
             "K": max(16, triton.next_power_of_2(self.run * self.c_in)),
             "N": max(16, triton.next_power_of_2(self.ty * self.tx * self.c_out)),
-            "BLOCK": BLOCK,
         }
-
-
-def _band(weight: Tensor, t: _Tiling) -> Tensor:
-    """(C_out, C_in, *k) -> (rows, run * C_in, TY * TX * C_out): output (oy, ox) of a tile meets input (r, i) with tap
-    (r - oy, i - ox), and zero where there is no such tap."""
-    weight = weight.reshape(t.c_out, t.c_in, t.kz, t.ky, t.kx)
-    shifted = [
-        F.pad(weight, (ox, t.tx - 1 - ox, oy, t.ty - 1 - oy)) for oy in range(t.ty) for ox in range(t.tx)
-    ]  # each (C_out, C_in, KZ, TY + KY - 1, run)
-    band = torch.stack(shifted).permute(3, 4, 5, 2, 0, 1)
-    return band.reshape(t.rows, t.run * t.c_in, t.ty * t.tx * t.c_out).contiguous()
 
 
 def _volume(x: Tensor, t: _Tiling) -> tuple[int, int, int, int]:
@@ -88,17 +77,55 @@ def _volume(x: Tensor, t: _Tiling) -> tuple[int, int, int, int]:
     return x.shape[0] * depth * -(-height // t.ty) * -(-width // t.tx), depth, height, width
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, C_in, *spatial) channels-last, weight (C_out, C_in, *k) -> (B, C_out, *spatial) channels-last."""
-    t = _Tiling.of(weight.shape[2:], weight.shape[1], weight.shape[0])
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, mirrored: bool) -> Tensor:
+    """x (B, C_in, *spatial) channels-last -> (B, C_out, *spatial) channels-last.
+
+    weight is (C_out, C_in / groups, *k); mirrored, with input and output swapped, (C_in, C_out / groups, *k).
+    """
+    channels = weight.shape[0], weight.shape[1] * groups
+    c_out, c_in = channels[::-1] if mirrored else channels
+    t = _Tiling.of(weight.shape[2:], c_in, c_out)
+    constants = t.constants()
+    band = torch.empty((t.rows, t.run * c_in, t.ty * t.tx * c_out), dtype=x.dtype, device=x.device)
+    wrap_triton(_band_kernel)[(t.rows, triton.cdiv(t.run * c_in, BAND_ROWS))](
+        weight.contiguous(), band, GROUPS=groups, MIRRORED=mirrored, BAND_ROWS=BAND_ROWS, **constants
+    )
     tiles, depth, height, width = _volume(x, t)
-    shape = (x.shape[0], t.c_out, *x.shape[2:])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.ndim])
+    out = map_memory(x, c_out, x.shape[2:])
     wrap_triton(_convolve_kernel)[(triton.cdiv(tiles, BLOCK),)](
-        x, _band(weight, t), bias, out, tiles, depth, height, width, BIAS=bias is not None, **t.constants(),
+        x, band, bias, out, tiles, depth, height, width, BIAS=bias is not None, BLOCK=BLOCK, **constants,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    return out
+    return out.movedim(-1, 1)
+
+
+@triton.jit
+def _band_kernel(
+    weight, band, GROUPS: tl.constexpr, MIRRORED: tl.constexpr, BAND_ROWS: tl.constexpr, C_IN: tl.constexpr,
+    C_OUT: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Output (oy, ox, o) of a tile meets input (r, column, i) of a row with tap (r - oy, column - ox), else zero."""
+    row = tl.program_id(0)
+    dz, r = row // (TY + KY - 1), row % (TY + KY - 1)
+    k = tl.program_id(1) * BAND_ROWS + tl.arange(0, BAND_ROWS)
+    n = tl.arange(0, N)
+    width: tl.constexpr = TY * TX * C_OUT
+    height: tl.constexpr = (TX + KX - 1) * C_IN
+    column, i = (k // C_IN)[:, None], (k % C_IN)[:, None]
+    oy, ox, o = (n // (TX * C_OUT))[None, :], (n // C_OUT % TX)[None, :], (n % C_OUT)[None, :]
+    dy, dx = r - oy, column - ox
+    in_band = (k < height)[:, None] & (n < width)[None, :]
+    meets = in_band & (dy >= 0) & (dy < KY) & (dx >= 0) & (dx < KX)
+    meets &= i // (C_IN // GROUPS) == o // (C_OUT // GROUPS)
+    tap = (dz * KY + dy) * KX + dx
+    taps: tl.constexpr = KZ * KY * KX
+    if MIRRORED:
+        source = (i * (C_OUT // GROUPS) + o % (C_OUT // GROUPS)) * taps + taps - 1 - tap
+    else:
+        source = (o * (C_IN // GROUPS) + i % (C_IN // GROUPS)) * taps + tap
+    w = tl.load(weight + source, mask=meets, other=0.0).to(band.dtype.element_ty)
+    tl.store(band + (row * height + k)[:, None] * width + n[None, :], w, mask=in_band)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_lgms.ops.backend import CHANNELS_LAST, triton_module
+from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Outputs along x that share one matrix product in the weight gradient on the CPU, and the most numbers that its copies
@@ -65,8 +66,8 @@ def multi_kernel_depthwise(
     # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
     # whatever wrote x and whatever reads the result.
     memory_format = _memory_format(x)
-    out = _convolve(x.contiguous(), parameters, channels, kernels, biases is not None, False, residual)
-    return out.contiguous(memory_format=memory_format)
+    out = _convolve(to_channels_first(x), parameters, channels, kernels, biases is not None, False, residual)
+    return to_channels_last(out) if memory_format != torch.contiguous_format else out
 
 
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> None:

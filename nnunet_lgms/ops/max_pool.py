@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, use_kernels
+from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.layout import to_channels_last
 
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -48,7 +49,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (x,) = ctx.saved_tensors
-    return _pool_backward(grad.contiguous(memory_format=CHANNELS_LAST[x.ndim]), x, ctx.stride), None
+    return _pool_backward(to_channels_last(grad), x, ctx.stride), None
 
 
 _pool.register_autograd(_backward, setup_context=_setup)

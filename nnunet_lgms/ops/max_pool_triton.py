@@ -6,15 +6,15 @@ the first one, in row-major order, takes the gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST
+from nnunet_lgms.ops.backend import map_memory
 
 TILE = 1024  # elements of the result that a program holds
 
@@ -22,29 +22,29 @@ TILE = 1024  # elements of the result that a program holds
 def pool(x: Tensor, stride: Sequence[int]) -> Tensor:
     """(B, C, *spatial) channels-last -> (B, C, *ceil(spatial / stride)) channels-last."""
     size = [-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)]
-    out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.ndim])
-    grid, arguments = _launch(x, out, stride)
+    out = map_memory(x, x.shape[1], size)
+    grid, arguments = _launch(x, size, stride)
     wrap_triton(_pool_kernel)[grid](x, out, **arguments)
-    return out
+    return out.movedim(-1, 1)
 
 
 def pool_backward(grad: Tensor, x: Tensor, stride: Sequence[int]) -> Tensor:
     """Gradient of the result -> gradient of x, all channels-last."""
-    out = torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim])
-    grid, arguments = _launch(x, grad, stride)
+    out = map_memory(x, x.shape[1], x.shape[2:])
+    grid, arguments = _launch(x, grad.shape[2:], stride)
     wrap_triton(_pool_backward_kernel)[grid](x, grad, out, **arguments)
-    return out
+    return out.movedim(-1, 1)
 
 
-def _launch(x: Tensor, pooled: Tensor, stride: Sequence[int]) -> tuple[tuple[int], dict[str, int]]:
+def _launch(x: Tensor, pooled_size: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int], dict[str, int]]:
     planar = x.ndim == 4
     depth, height, width = ((1,) if planar else ()) + tuple(x.shape[2:])
-    _, pooled_height, pooled_width = ((1,) if planar else ()) + tuple(pooled.shape[2:])
+    _, pooled_height, pooled_width = ((1,) if planar else ()) + tuple(pooled_size)
     sz, sy, sx = ((1,) if planar else ()) + tuple(stride)
     channels = x.shape[1]
     lanes = triton.next_power_of_2(channels)
     rows = max(1, TILE // lanes)
-    windows = pooled.numel() // channels
+    windows = x.shape[0] * math.prod(pooled_size)
     arguments = {
         "windows": windows,
         "D": depth,

@@ -13,6 +13,8 @@ is `off`, the plain PyTorch modules do the same.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ from torch.library import triton_op
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, HALF, channels_last, use_kernels
+from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.layout import to_channels_last
 
 #: activation after the norm; "gelu_first" is GELU before it
 ACTIVATIONS = {
@@ -44,13 +47,10 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
     Returns:
         (B, C, *spatial) in the dtype of x where the kernels run.
     """
-    if use_kernels(x) and _fits_kernels(x, norm):
-        kind, groups = _kind(norm)
-        weight, bias = norm.weight, norm.bias
+    if kernels_fit_norm(x, norm):
         residual = None if residual is None else residual.to(x.dtype)
-        out, mean, variance = _norm_act(x, weight, bias, residual, kind, groups, norm.eps, activation)
-        if kind == "batch" and norm.track_running_stats:
-            _update_running_statistics(norm, mean[0], variance[0], x.numel() // x.shape[1])
+        out, mean, variance = norm_act_forward(x, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation)
+        update_running_statistics(norm, mean, variance, x)
         return out
     if activation == "gelu_first":
         out = norm(F.gelu(x))
@@ -59,15 +59,28 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
     return out if residual is None else out + residual
 
 
-def _kind(norm: nn.Module) -> tuple[str, int]:
-    if isinstance(norm, nn.GroupNorm):
-        return "group", norm.num_groups
-    return ("batch", 1) if isinstance(norm, _BatchNorm) else ("instance", 1)
+class NormSpec(NamedTuple):
+    """What the kernels need to know of a norm."""
+
+    kind: str
+    groups: int
+    eps: float
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> NormSpec:
+        if isinstance(norm, nn.GroupNorm):
+            return cls("group", norm.num_groups, norm.eps)
+        return cls("batch" if isinstance(norm, _BatchNorm) else "instance", 1, norm.eps)
 
 
-def _fits_kernels(x: Tensor, norm: nn.Module) -> bool:
-    """Statistics of this very batch, channels innermost, 32-bit offsets; SyncBatchNorm's span other processes."""
-    if isinstance(norm, nn.SyncBatchNorm):
+def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None) -> bool:
+    """Whether the kernels serve this norm of a map of the size of x (of ``channels`` channels, if not those of x).
+
+    They do for statistics of this very batch, channels innermost, and 32-bit offsets; the statistics of SyncBatchNorm
+    span other processes.
+    """
+    channels = channels or x.shape[1]
+    if not use_kernels(x) or isinstance(norm, nn.SyncBatchNorm):
         return False
     if isinstance(norm, (_BatchNorm, _InstanceNorm)):
         from_this_batch = not norm.track_running_stats or (isinstance(norm, _BatchNorm) and norm.training)
@@ -77,23 +90,26 @@ def _fits_kernels(x: Tensor, norm: nn.Module) -> bool:
         from_this_batch
         and x.dtype in (*HALF, torch.float32)
         and channels_last(x)
-        and x.shape[1] <= MAX_CHANNELS
-        and x.numel() < 2**31
+        and channels <= MAX_CHANNELS
+        and x.numel() // x.shape[1] * channels < 2**31
         and x[0, 0].numel() > 1
     )
 
 
-def _update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
-    """What BatchNorm does to its buffers in training; the running variance is the unbiased one."""
+def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, x: Tensor) -> None:
+    """What BatchNorm does to its buffers in training, nothing for others; the running variance is the unbiased one."""
+    if not (isinstance(norm, _BatchNorm) and norm.track_running_stats):
+        return
+    count = x.numel() // x.shape[1]
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_(variance.to(norm.running_var.dtype) * (count / max(count - 1, 1)), momentum)
+        norm.running_mean.lerp_(mean[0].to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_(variance[0].to(norm.running_var.dtype) * (count / max(count - 1, 1)), momentum)
 
 
 @triton_op("nnunet_lgms::norm_act", mutates_args=())
-def _norm_act(
+def norm_act_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -128,24 +144,56 @@ def _norm_act_backward(
     return norm_act_triton.backward(grad, x, weight, bias, mean, variance, kind, groups, eps, activation)
 
 
+@triton_op("nnunet_lgms::norm_act_apply", mutates_args=())
+def apply_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The result again, without a residual, from the statistics of :func:`norm_act_forward`."""
+    from nnunet_lgms.ops import norm_act_triton
+
+    return norm_act_triton.apply(x, weight, bias, None, mean, variance, kind, groups, eps, activation)
+
+
+def norm_act_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias of :func:`norm_act_forward`, from that of its result, (B, C, *spatial)."""
+    grad_x, grad_weight, grad_bias = _norm_act_backward(
+        to_channels_last(grad), x, weight, bias, mean, variance, kind, groups, eps, activation
+    )
+    grad_weight = None if weight is None else grad_weight.sum(0).to(weight.dtype)
+    grad_bias = None if bias is None else grad_bias.sum(0).to(bias.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
 def _setup(ctx, inputs, output):
-    x, weight, bias, residual, ctx.kind, ctx.groups, ctx.eps, ctx.activation = inputs
+    x, weight, bias, residual, *ctx.spec = inputs
     _, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.has_residual = residual is not None
     ctx.save_for_backward(x, weight, bias, mean, variance)
 
 
 def _backward(ctx, grad, _grad_mean, _grad_variance):
-    x, weight, bias, mean, variance = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=CHANNELS_LAST[x.ndim])
-    grad_x, grad_weight, grad_bias = _norm_act_backward(
-        grad, x, weight, bias, mean, variance, ctx.kind, ctx.groups, ctx.eps, ctx.activation
-    )
-    grad_weight = None if weight is None else grad_weight.sum(0).to(weight.dtype)
-    grad_bias = None if bias is None else grad_bias.sum(0).to(bias.dtype)
-    grad_residual = None if ctx.residual_dtype is None else grad
-    return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None
+    grads = norm_act_gradients(grad, *ctx.saved_tensors, *ctx.spec)
+    return *grads, grad if ctx.has_residual else None, *[None] * len(ctx.spec)
 
 
-_norm_act.register_autograd(_backward, setup_context=_setup)
+norm_act_forward.register_autograd(_backward, setup_context=_setup)

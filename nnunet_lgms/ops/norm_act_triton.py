@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST
+from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
 
 CODES = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_first": 4}
 TILE = 4096  # elements that a program holds at once
-JOINED = 16384  # slices x channels that are joined by one program, at most
+JOINED = 8192  # slices x channels that are joined by one program, at most
 
 
 class _Plan:
@@ -66,22 +66,46 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, variance); see `norm_act.py`."""
     plan = _Plan(x, kind, groups)
-    affine = {"EPS": eps, "AFFINE": weight is not None}
-    code = CODES[activation]
     partial = plan.empty(x, 2, plan.batch * plan.slices)
-    wrap_triton(_moments)[plan.slices_grid](x, *partial, plan.voxels, plan.steps, ACT=code, **plan.tile)
+    wrap_triton(_moments)[plan.slices_grid](x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.tile)
     mean, variance = plan.empty(x, 2, plan.statistics)
     wrap_triton(_join_moments)[(plan.statistics,)](
-        *partial, mean, variance, plan.voxels, plan.joined_samples, plan.slices, plan.steps * plan.rows, **plan.join
+        *partial,
+        mean,
+        variance,
+        plan.voxels,
+        plan.joined_samples,
+        plan.slices,
+        plan.steps * plan.rows,
+        **plan.join,
+        num_warps=8,
     )
-    out = torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim])
+    out = apply(x, weight, bias, residual, mean, variance, kind, groups, eps, activation)
+    return out, mean, variance
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """activation(norm(x)) + residual with given statistics."""
+    plan = _Plan(x, kind, groups)
+    out = map_memory(x, plan.channels, x.shape[2:])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
     wrap_triton(_apply)[plan.tiles_grid](
         x, mean, variance, weight, bias, residual, out, plan.voxels, plan.sample_stride,
-        RESIDUAL=residual is not None, ACT=code, **affine, **plan.tile,
+        RESIDUAL=residual is not None, ACT=CODES[activation], EPS=eps, AFFINE=weight is not None, **plan.tile,
     )  # fmt: skip
-    return out, mean, variance
+    return out.movedim(-1, 1)
 
 
 def backward(
@@ -108,31 +132,36 @@ def backward(
     grad_weight, grad_bias, mean_g, mean_gx = plan.empty(x, 4, plan.statistics)
     wrap_triton(_join_gradient_sums)[(plan.statistics,)](
         *partial, weight, grad_weight, grad_bias, mean_g, mean_gx, plan.voxels, plan.joined_samples,
-        AFFINE=weight is not None, **plan.join,
+        AFFINE=weight is not None, **plan.join, num_warps=8,
     )  # fmt: skip
-    out = torch.empty_like(x, memory_format=CHANNELS_LAST[x.ndim])
+    out = map_memory(x, plan.channels, x.shape[2:])
     wrap_triton(_apply_gradient)[plan.tiles_grid](
         grad, x, mean, variance, weight, bias, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
         ACT=code, **affine, **plan.tile,
     )  # fmt: skip
-    return out, grad_weight, grad_bias
+    return out.movedim(-1, 1), grad_weight, grad_bias
 
 
 @triton.jit
-def _normal_density(x):
-    return 0.3989422804014327 * tl.exp(-0.5 * x * x)
+def _normal(x):
+    """Distribution function and density of the normal distribution, without the slow `erf` of the device's library.
 
-
-@triton.jit
-def _normal_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    Abramowitz and Stegun, 7.1.26: absolute error below 1e-7. Density and tail share one exponential.
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    bell = tl.exp(-z * z)
+    tail = 0.5 * polynomial * bell
+    return tl.where(x < 0, tail, 1.0 - tail), 0.3989422804014327 * bell
 
 
 @triton.jit
 def _before(x, ACT: tl.constexpr):
     """The activation in front of the norm."""
     if ACT == 4:
-        x = x * _normal_cdf(x)
+        below, _ = _normal(x)
+        x = x * below
     return x
 
 
@@ -144,7 +173,8 @@ def _after(z, ACT: tl.constexpr):
     elif ACT == 2:
         z = z * tl.sigmoid(z)
     elif ACT == 3:
-        z = z * _normal_cdf(z)
+        below, _ = _normal(z)
+        z = z * below
     return z
 
 
@@ -157,7 +187,8 @@ def _slope_after(z, ACT: tl.constexpr):
         s = tl.sigmoid(z)
         slope = s * (1.0 + z * (1.0 - s))
     elif ACT == 3:
-        slope = _normal_cdf(z) + z * _normal_density(z)
+        below, density = _normal(z)
+        slope = below + z * density
     else:
         slope = tl.full(z.shape, 1.0, tl.float32)
     return slope
@@ -317,10 +348,13 @@ def _apply_gradient(
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
     raw = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-    value = _before(raw, ACT)
+    value = raw
+    if ACT == 4:
+        below, density = _normal(raw)
+        value = raw * below
     g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
     g = g * _slope_after(value * a[None, :] + b[None, :], ACT)
     g = g * a[None, :] + value * by_x[None, :] + constant[None, :]
     if ACT == 4:
-        g = g * (_normal_cdf(raw) + raw * _normal_density(raw))
+        g = g * (below + raw * density)
     tl.store(out + offset, g.to(out.dtype.element_ty), mask=inside)

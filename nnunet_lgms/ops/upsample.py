@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import HALF, use_kernels
+from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.layout import to_channels_last
 
 MODE = {2: "bilinear", 3: "trilinear"}
 
@@ -33,12 +34,17 @@ def linear_upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Ten
     Returns:
         (B, C, *size) in the dtype and memory format of x.
     """
-    if use_kernels(x) and _fits_kernels(x, size):
+    if kernels_fit_upsample(x, size):
         return _upsample(x, list(scale), list(size))
     x = F.interpolate(x, scale_factor=[float(s) for s in scale], mode=MODE[len(scale)], align_corners=False)
     for axis, length in enumerate(size, start=2):
         x = x.narrow(axis, 0, length)
     return x
+
+
+def linear_upsample_transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Gradient of the input, (B, C, *size), from that of the result of a :func:`linear_upsample` by the kernels."""
+    return _transposed(to_channels_last(grad), list(scale), list(size))
 
 
 @triton_op("nnunet_lgms::linear_upsample", mutates_args=())
@@ -61,15 +67,24 @@ def _setup(ctx, inputs, output):
     ctx.size = list(x.shape[2:])
 
 
+def _upsample_backward(ctx, grad):
+    return _transposed(to_channels_last(grad), ctx.scale, ctx.size), None, None
+
+
+def _transposed_backward(ctx, grad):
+    return _upsample(to_channels_last(grad), ctx.scale, ctx.size), None, None
+
+
 # Each operator is the other's transpose, so second derivatives work too.
-_upsample.register_autograd(
-    lambda ctx, grad: (_transposed(grad, ctx.scale, ctx.size), None, None), setup_context=_setup
-)
-_transposed.register_autograd(
-    lambda ctx, grad: (_upsample(grad, ctx.scale, ctx.size), None, None), setup_context=_setup
-)
+_upsample.register_autograd(_upsample_backward, setup_context=_setup)
+_transposed.register_autograd(_transposed_backward, setup_context=_setup)
 
 
-def _fits_kernels(x: Tensor, size: Sequence[int]) -> bool:
-    """float16, bfloat16 or float32, and offsets that fit 32 bits."""
-    return x.dtype in (*HALF, torch.float32) and x.shape[0] * x.shape[1] * math.prod(size) < 2**31
+def kernels_fit_upsample(x: Tensor, size: Sequence[int]) -> bool:
+    """Channels-last float16, bfloat16 or float32, and offsets that fit 32 bits."""
+    return (
+        use_kernels(x)
+        and channels_last(x)
+        and x.dtype in (*HALF, torch.float32)
+        and x.shape[0] * x.shape[1] * math.prod(size) < 2**31
+    )

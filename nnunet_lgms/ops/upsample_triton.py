@@ -1,11 +1,12 @@
 """Triton kernels of linear upsampling: a gather in either direction, no atomics, so gradients repeat bit for bit.
 
-A map is seen as (outer, D, H, W, inner) in memory order: channels-last is (B, D, H, W, C), contiguous is (B * C, D, H,
-W, 1), and 2D has D = 1. A program computes BLOCK voxels with all their inner channels; sums are in float32.
+A channels-last map is seen as (B, D, H, W, C); 2D has D = 1. A program computes some voxels with all their channels;
+sums are in float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import triton
@@ -13,36 +14,32 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.backend import channels_last, empty_in_layout_of
+from nnunet_lgms.ops.backend import map_memory
 
 BLOCK = 1024  # elements of a program
 
 
 def upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
-    """(B, C, *spatial) -> (B, C, *size)."""
-    return _launch(_gather, x, empty_in_layout_of(x, size), scale)
+    """(B, C, *spatial) channels-last -> (B, C, *size) channels-last."""
+    return _launch(_gather, x, size, scale)
 
 
 def transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Gradient of the output -> gradient of the input, (B, C, *size)."""
-    return _launch(_gather_transposed, grad, empty_in_layout_of(grad, size), scale)
+    """Gradient of the output -> gradient of the input, (B, C, *size), both channels-last."""
+    return _launch(_gather_transposed, grad, size, scale)
 
 
-def _launch(kernel, source: Tensor, target: Tensor, scale: Sequence[int]) -> Tensor:
-    if channels_last(target):
-        outer, inner = target.shape[0], target.shape[1]
-    else:
-        source, outer, inner = source.contiguous(), target.shape[0] * target.shape[1], 1
-    planar = target.ndim == 4
-    source_size = (1, *source.shape[2:]) if planar else source.shape[2:]
-    target_size = (1, *target.shape[2:]) if planar else target.shape[2:]
-    scale = (1, *scale) if planar else tuple(scale)
-    inner_block = triton.next_power_of_2(inner)
-    voxels_block = max(1, BLOCK // inner_block)
-    voxels = target_size[0] * target_size[1] * target_size[2]
-    grid = (triton.cdiv(voxels, voxels_block), outer)
-    wrap_triton(kernel)[grid](source, target, *source_size, *target_size, inner, *scale, voxels_block, inner_block)
-    return target
+def _launch(kernel, source: Tensor, size: Sequence[int], scale: Sequence[int]) -> Tensor:
+    channels = source.shape[1]
+    target = map_memory(source, channels, size)
+    planar = (1,) * (5 - source.ndim)
+    lanes = triton.next_power_of_2(channels)
+    voxels = max(1, BLOCK // lanes)
+    grid = (triton.cdiv(math.prod(size), voxels), source.shape[0])
+    wrap_triton(kernel)[grid](
+        source, target, *planar, *source.shape[2:], *planar, *size, channels, *planar, *scale, voxels, lanes
+    )
+    return target.movedim(-1, 1)
 
 
 @triton.jit

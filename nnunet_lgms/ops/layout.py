@@ -1,0 +1,52 @@
+"""Between the two memory formats: channels innermost for dense convolutions and norms, x innermost for depthwise ones.
+
+A transposed copy, at the speed of memory; the loops that Inductor writes for it take five times as long on an H100. On
+CUDA these are two operators registered with `torch.library`; everything else, and everything when the environment
+variable NNUNET_LGMS_KERNELS is `off`, is `Tensor.contiguous`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, use_kernels
+
+
+def to_channels_first(x: Tensor) -> Tensor:
+    """x (B, C, *spatial), contiguous."""
+    if x.is_contiguous():
+        return x
+    return _channels_first(x) if _fits_kernels(x) and channels_last(x) else x.contiguous()
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """x (B, C, *spatial), contiguous with channels innermost."""
+    memory_format = CHANNELS_LAST[x.ndim]
+    if x.is_contiguous(memory_format=memory_format):
+        return x
+    return _channels_last(x) if _fits_kernels(x) and x.is_contiguous() else x.contiguous(memory_format=memory_format)
+
+
+def _fits_kernels(x: Tensor) -> bool:
+    return use_kernels(x) and x.numel() < 2**31 and x.dtype != torch.float64
+
+
+@triton_op("nnunet_lgms::channels_first", mutates_args=())
+def _channels_first(x: Tensor) -> Tensor:
+    from nnunet_lgms.ops import layout_triton
+
+    return layout_triton.channels_first(x)
+
+
+@triton_op("nnunet_lgms::channels_last", mutates_args=())
+def _channels_last(x: Tensor) -> Tensor:
+    from nnunet_lgms.ops import layout_triton
+
+    return layout_triton.channels_last(x)
+
+
+# The gradient of a copy is a copy: into the layout that the input had.
+_channels_first.register_autograd(lambda ctx, grad: to_channels_last(grad))
+_channels_last.register_autograd(lambda ctx, grad: to_channels_first(grad))
