@@ -233,6 +233,7 @@ def test_command_line(bus: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     assert main(["convert", "bus", str(bus), "--id", "7", "--splits", "paper", "--workers", "1"]) == 0
     out = capsys.readouterr().out
+    assert "the paper's folds are of all 163 published cases, these are of 3: results are not comparable" in out
     assert "3 cases are in" in out and "nnUNetv2_plan_and_preprocess -d 7" in out and "not listed in the text" in out
     assert main(["convert", "bus", str(bus), "--id", "0"]) == 2
     assert "dataset numbers are 1 to 999" in capsys.readouterr().err

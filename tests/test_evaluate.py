@@ -14,6 +14,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.distance import cdist
 
 from nnunet_lgms.cli import main
+from nnunet_lgms.cli.evaluate import raw_dataset
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import compute_metrics
@@ -85,6 +86,48 @@ def test_dice_and_iou_are_nnunets(volumes: tuple[Path, Path], labels: LabelSet):
             assert ours.summary["m"][name][metric].mean == pytest.approx(np.nanmean(expected), abs=1e-6)
     foreground = np.mean([np.nanmean([case[region]["Dice"] for case in theirs]) for region in regions])
     assert ours.summary["m"][FOREGROUND]["Dice"].mean == pytest.approx(foreground, abs=1e-6)
+
+
+def test_a_label_that_no_file_has_is_told(volumes: tuple[Path, Path], capsys):
+    folders = list(map(str, volumes))
+    assert main(["evaluate", *folders, "--labels", "99", "--bootstrap", "50"]) == 2
+    error = capsys.readouterr().err
+    assert "No prediction and no reference holds 99: the files hold the labels 1, 2, 3" in error
+    assert not (volumes[0] / "evaluation").exists()
+    assert main(["evaluate", *folders, "--labels", "1", "2", "3", "ghost=99", "--bootstrap", "50"]) == 0
+    assert "Note: No prediction and no reference holds ghost: not evaluated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--labels", "-1"], "--labels"),
+        (["--labels=x=-1"], "--labels 'x=-1' is not understood"),
+        (["--labels", "70000"], "--labels '70000' is not understood"),
+        (["--labels", "1", "--images", "/nowhere"], "--images /nowhere is no folder"),
+        (["--labels", "1", "--nsd-tolerance", "nan"], "NSD tolerance is nan"),
+        (["--labels", "1", "--nsd-tolerance", "inf"], "NSD tolerance is inf"),
+        (["--dataset", "²"], "find dataset ²"),
+        (["--dataset", ".."], ".. has no dataset.json"),
+        (["--dataset", ""], "has no dataset.json"),
+    ],
+)
+def test_options_that_cannot_be(volumes: tuple[Path, Path], capsys, monkeypatch, options, said):
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    assert main(["evaluate", *map(str, volumes), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_a_dataset_named_by_dots_keeps_its_own_name(tmp_path: Path, monkeypatch):
+    """Results go into OUTPUT/DATASET; with the name ".." they would land above OUTPUT."""
+    (tmp_path / "Dataset005_X" / "imagesTr").mkdir(parents=True)
+    (tmp_path / "Dataset005_X" / "dataset.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "Dataset005_X" / "imagesTr")
+    assert raw_dataset("..").name == "Dataset005_X"
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    with pytest.raises(ValueError, match=r"has 0 datasets Dataset\*"):
+        raw_dataset("Dataset*")
 
 
 @pytest.mark.parametrize("axis, voxels", [(0, 2), (1, 3), (2, 1)])

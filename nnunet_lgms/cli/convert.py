@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+LARGEST_SIZE = 8192  # pixels
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     from nnunet_lgms.data.datasets import DESCRIPTIONS
@@ -36,12 +38,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.data.convert import convert, write_splits
+    from nnunet_lgms.data.convert import convert, splits_remark, write_splits
     from nnunet_lgms.data.datasets import DESCRIPTIONS
 
     description = DESCRIPTIONS[args.name]
-    if args.size is not None and args.size < 8:
-        raise ValueError(f"--size {args.size} is too small for an image; the paper uses 256.")
+    if args.size is not None and not 8 <= args.size <= LARGEST_SIZE:
+        raise ValueError(f"--size {args.size} is no size for an image: give 8 to {LARGEST_SIZE}; the paper uses 256.")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers {args.workers} is not possible: give a number of at least 1.")
     raw = _folder_of("nnUNet_raw")
     preprocessed = _folder_of("nnUNet_preprocessed") if args.splits else None
     conversion = convert(
@@ -61,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"Note: {remark}")
     if preprocessed is not None:
         print(f"Splits: {write_splits(description, conversion, preprocessed)}")
+        if remark := splits_remark(description, conversion):
+            print(f"Note: {remark}")
     print(f"{len(conversion.identifiers)} cases are in {conversion.folder}")
     print(f"Next: nnUNetv2_plan_and_preprocess -d {args.id}")
     return 0

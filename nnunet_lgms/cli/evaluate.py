@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise ValueError(f"{option} {value} is not possible: give a number of at least {least}.")
+    if args.images and not args.images.is_dir():
+        raise ValueError(f"--images {args.images} is no folder: give the folder of the images, or leave it out.")
     labels, reader, images = _what_to_evaluate(args)
     evaluation = evaluate(
         _models(args),
@@ -86,13 +89,14 @@ def _models(args: argparse.Namespace) -> dict[str, Path]:
 
 def _what_to_evaluate(args: argparse.Namespace):
     """Labels, reader, and the folder of the images if it is known."""
-    from nnunet_lgms.evaluation.labels import LabelSet, read_dataset_json
+    from nnunet_lgms.dataset_json import read_dataset_json
+    from nnunet_lgms.evaluation.labels import LabelSet
     from nnunet_lgms.evaluation.segmentation import Reader, find_file_ending
 
     if not args.predictions.is_dir():
         raise ValueError(f"The folder {args.predictions} does not exist.")
     images = None
-    if args.dataset:
+    if args.dataset is not None:
         folder = raw_dataset(args.dataset)
         content, images = read_dataset_json(folder), folder / "imagesTr"
     else:
@@ -113,15 +117,15 @@ def raw_dataset(dataset: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    path = Path(dataset)
+    path = Path(os.path.abspath(dataset))  # with a name of its own: results go into folders of that name
     if path.is_file() or (path / "dataset.json").is_file():
         return path if path.is_dir() else path.parent
-    if path.is_dir() or path.name != dataset:
+    if path.is_dir() or Path(dataset).name != dataset or dataset in ("", ".."):
         raise ValueError(f"{dataset} has no dataset.json: give a dataset's folder, its name, or its number.")
     raw = os.environ.get("nnUNet_raw")
     if not raw:
         raise ValueError(f"To find dataset {dataset}, the environment variable nnUNet_raw must name nnU-Net's folder.")
-    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
+    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else glob.escape(dataset)
     found = sorted(folder for folder in Path(raw).glob(pattern) if (folder / "dataset.json").is_file())
     if len(found) != 1:
         there = ", ".join(sorted(folder.name for folder in Path(raw).glob("Dataset*"))) or "none"

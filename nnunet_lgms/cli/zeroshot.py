@@ -35,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.evaluation.zeroshot import table, zero_shot
     from nnunet_lgms.inference import trained_folds
 
+    for option, value in (("--workers", args.workers), ("--bootstrap", args.bootstrap)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value} is not possible: give a number of at least 1.")
     trained_folds(args.model_folder, args.checkpoint)
     output = args.output or args.model_folder / "zeroshot"
     result = zero_shot(

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nnunet_lgms.data import natural_images, volumes
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case, Problem, find_cases
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.data.splits import check_splits
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import read_json, written_whole
 from nnunet_lgms.parallel import default_workers, parallel_map
 
 _FORMATS = {"image": natural_images, "volume": volumes}
@@ -149,13 +150,25 @@ def write_splits(description: DatasetDescription, conversion: Conversion, prepro
     check_splits(splits, conversion.identifiers)
     path = preprocessed / conversion.folder.name / "splits_final.json"
     if path.exists():
-        if json.loads(path.read_text()) == splits:
+        if _content_of(path) == splits:
             return path
         raise ValueError(f"{path} holds other splits, which trained models may depend on: move it away first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(splits, indent=2))
     return path
+
+
+def splits_remark(description: DatasetDescription, conversion: Conversion) -> str | None:
+    """Says so where the folds are not the paper's, because only some of the published cases were converted."""
+    n = len(conversion.identifiers)
+    if n in description.published_cases:
+        return None
+    published = " or ".join(map(str, description.published_cases))
+    return (
+        f"the paper's folds are of all {published} published cases, these are of {n}: results are not comparable with "
+        "the paper's."
+    )
 
 
 def _target(raw: Path, dataset_id: int, description: DatasetDescription) -> Path:
@@ -172,7 +185,7 @@ def _target(raw: Path, dataset_id: int, description: DatasetDescription) -> Path
 def _already_there(folder: Path, settings: Settings) -> Conversion:
     if _settings_in(folder / _RECORD) != _as_json(settings):
         raise ValueError(f"{folder} exists and was made otherwise: choose another --id, or remove that folder first.")
-    record = json.loads((folder / _RECORD).read_text())
+    record = _content_of(folder / _RECORD)
     skipped = tuple(Problem(**problem) for problem in record["skipped"])
     remarks = (f"{folder.name} was converted before with the same settings; it was left as it is.",)
     return Conversion(folder, tuple(record["identifiers"]), skipped, remarks)
@@ -238,8 +251,14 @@ def _prepare(folder: Path, settings: Settings) -> None:
 
 def _settings_in(record: Path) -> dict | None:
     """The settings that a record holds, None if it cannot be read."""
+    content = _content_of(record)
+    return content.get("settings") if isinstance(content, dict) else None
+
+
+def _content_of(path: Path) -> Any:
+    """Content of a JSON file, None if it cannot be read."""
     try:
-        return json.loads(record.read_text()).get("settings")
+        return read_json(path)
     except (OSError, ValueError):
         return None
 

@@ -36,6 +36,8 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
     elif not np.allclose(image.header.get_zooms()[:3], label.header.get_zooms()[:3], rtol=1e-3):
         spacings = (", ".join(f"{z:.4g}" for z in volume.header.get_zooms()[:3]) for volume in (image, label))
         problems.append("the image has a spacing of ({}) mm, its label of ({}) mm".format(*spacings))
+    if not np.isfinite(samples).all():
+        problems.append("the image has voxels that are NaN or infinite, and one of them would spoil a whole training")
     present = np.unique(values)
     unknown = sorted(float(v) for v in present if v not in description.label_values)
     if unknown:
@@ -68,8 +70,10 @@ def _read(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
         samples = np.asanyarray(volume.dataobj.get_unscaled())
     except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
-    if samples.ndim != 3:
-        raise ValueError(f"{path} has {samples.ndim} axes, expected a volume of 3")
+    if samples.ndim != 3 or not samples.size:
+        raise ValueError(f"{path} has shape {samples.shape}, expected a volume of 3 axes")
+    if samples.dtype.kind not in "iuf":
+        raise ValueError(f"{path} has voxels of type {samples.dtype}, expected numbers")
     return volume, samples
 
 

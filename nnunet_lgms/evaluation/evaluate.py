@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,12 +106,13 @@ def evaluate(
 
     Raises:
         ValueError: a folder has no files, cases are missing, a prediction lies on another grid than its reference, or
-            holds labels that neither `labels` nor any reference knows (all are listed on stderr).
+            holds labels that neither `labels` nor any reference knows (all are listed on stderr); or no file holds any
+            of `labels`, but others.
         RequirementError: the extra `[evaluation]` is not installed.
     """
     require_evaluation_extra()
-    if tolerance < 0:
-        raise ValueError(f"The NSD tolerance is {tolerance}, it must not be negative.")
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"The NSD tolerance is {tolerance}: give a number of mm that is not negative.")
     if not labels.regions:
         raise ValueError("There is no label to evaluate.")
     cases, remarks = _find_cases(models, references, reader.file_ending)
@@ -124,6 +126,7 @@ def evaluate(
     outcomes = parallel_map(_evaluate_case, list(tasks.values()), workers, "evaluating", threads=True)
     results = dict(zip(tasks, outcomes))
     _raise_problems(results, labels)
+    remarks += _absent_labels(results.values(), labels)
     values = {model: np.stack([results[model, case].values for case in cases]) for model in models}
     return Evaluation(
         models=dict(models),
@@ -224,6 +227,24 @@ def _raise_problems(results: Mapping[tuple[str, str], _Result], labels: LabelSet
             f"{len(problems)} prediction(s) cannot be evaluated (listed above), so nothing was written: predict on the "
             f"references' own grid, and map labels that differ before evaluating."
         )
+
+
+def _absent_labels(results: Iterable[_Result], labels: LabelSet) -> tuple[str, ...]:
+    """A remark on labels that are in no file: their metrics are undefined, which is also how a typing error looks."""
+    found = frozenset().union(*(result.predicted | result.annotated for result in results))
+    absent = [name for name, values in labels.regions.items() if not found & set(values)]
+    others = sorted(found - labels.values - {labels.ignore})
+    if len(absent) == len(labels.regions) and others:
+        raise ValueError(
+            f"No prediction and no reference holds {_listed(absent)}: the files hold the labels {_listed(others)}."
+        )
+    if absent:
+        return (f"No prediction and no reference holds {_listed(absent)}: not evaluated, all metrics are undefined.",)
+    return ()
+
+
+def _listed(items: Sequence) -> str:
+    return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
 
 
 def _mean_over_labels(values: np.ndarray) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_lgms.evaluation.labels import LabelSet
+from nnunet_lgms.files import read_json, shown
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ def read_mapping_file(path: Path) -> dict[str, dict]:
         ValueError: it is no such JSON file.
     """
     try:
-        content = json.loads(path.read_text())
-        if not all(isinstance(entry, dict) for entry in content.values()):
+        content = read_json(path)
+        if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
             raise ValueError("every dataset needs an object of its own")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f'The mapping file {path} is not understood ({error}): write {{"Dataset102_STU": {{"lesion": "tumour"}}}}, '
             f'with "*" for all datasets and null for background.'
@@ -95,10 +95,10 @@ def map_labels(model: Mapping, dataset: Mapping, name: str, file_content: Mappin
 
 def _value(label: str | int, labels: LabelSet, owner: str) -> int:
     """A label's value, given as name or number."""
-    if label in labels.regions and len(labels.regions[label]) == 1:
+    if isinstance(label, str) and len(labels.regions.get(label, ())) == 1:
         return labels.regions[label][0]
-    if str(label).isdigit() and int(label) in labels.values:
+    if isinstance(label, str | int) and str(label).isdecimal() and int(label) in labels.values:
         return int(label)
     raise ValueError(
-        f"The mapping file names label {label!r}, which {owner} lacks; it has {', '.join(labels.regions)}."
+        f"The mapping file names label {shown(label)}, which {owner} lacks; it has {', '.join(labels.regions)}."
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from nnunet_lgms.dataset_json import MAX_LABEL
+from nnunet_lgms.files import shown
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,14 @@ class LabelSet:
             try:
                 region = tuple(int(v) for v in values.split(","))
             except ValueError:
-                raise ValueError(f"--labels {word} is not understood: write 1, or kidney=1, or masses=2,3.") from None
+                region = (-1,)
+            if not all(0 <= value <= MAX_LABEL for value in region):
+                raise ValueError(
+                    f"--labels {shown(word)} is not understood: write 1, or kidney=1, or masses=2,3, with values up to "
+                    f"{MAX_LABEL}."
+                )
             name = name or "+".join(str(v) for v in region)
             if name in regions:
                 raise ValueError(f"--labels names {name} twice.")
             regions[name] = region
         return cls(regions)
-
-
-def read_dataset_json(path: Path) -> dict:
-    """Content of a dataset.json, given by its path or by that of its folder.
-
-    Raises:
-        ValueError: there is none, or it is not nnU-Net's.
-    """
-    file = path / "dataset.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text())
-        content["labels"], content["file_ending"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a dataset.json of nnU-Net ({error}).") from None
-    return content

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_lgms.dataset_json import n_channels, read_dataset_json
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_lgms.evaluation.label_mapping import LabelMapping, map_labels
-from nnunet_lgms.evaluation.labels import LabelSet, read_dataset_json
+from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.output import write_all
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
 from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import read_json, shown, written_whole
 from nnunet_lgms.inference import load_predictor, trained_folds
 
 
@@ -127,7 +128,7 @@ def _prepare(
             f"{dataset.name} has {content['file_ending']} files, the model in {model_folder} reads "
             f"{model['file_ending']} files."
         )
-    theirs, ours = (len(json_["channel_names"]) for json_ in (content, model))
+    theirs, ours = n_channels(content), n_channels(model)
     if theirs != ours:
         raise ValueError(f"{dataset.name} has {theirs} channel(s), the model in {model_folder} expects {ours}.")
     for folder in ("imagesTr", "labelsTr"):
@@ -137,7 +138,11 @@ def _prepare(
 
 
 def _training_dataset(model_folder: Path) -> str:
-    return json.loads((model_folder / "plans.json").read_text())["dataset_name"]
+    plans = read_json(model_folder / "plans.json")
+    name = plans.get("dataset_name") if isinstance(plans, dict) else None
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"plans.json of {model_folder} has the dataset_name {shown(name)}: it is not nnU-Net's.")
+    return name
 
 
 def _predict(predictor, images: Path, target: Path, workers: int | None) -> None:
