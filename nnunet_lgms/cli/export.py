@@ -1,0 +1,85 @@
+"""`nnunet_lgms export MODEL_FOLDER --to onnx`: one file for runtimes without PyTorch, and a JSON beside it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="a trained model as one ONNX file",
+        description="Write a trained model as one ONNX file of plain operators, several folds averaged in it, with a "
+        "JSON beside it that says how images are prepared. `nnunet_lgms runtime` predicts with the two, without "
+        "PyTorch and nnU-Net.",
+    )
+    parser.add_argument("model_folder", type=Path, metavar="MODEL_FOLDER", help="what nnU-Net trained")
+    parser.add_argument("--to", choices=["onnx"], default="onnx", help="format (onnx)")
+    parser.add_argument("--folds", nargs="+", metavar="FOLD", help="models to average (all that are trained)")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="half precision: half the size")
+    precision.add_argument("--int8", action="store_true", help="8 bits, calibrated on training cases")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FOLDER",
+        help="for --int8: the dataset with imagesTr and labelsTr (default: the model's in nnUNet_raw)",
+    )
+    parser.add_argument(
+        "--cases", type=int, default=8, metavar="N", help="for --int8: cases to calibrate on, and to measure on (8)"
+    )
+    parser.add_argument("--checkpoint", default="checkpoint_final.pth", metavar="NAME", help="weights in each fold")
+    parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="default: DATASET_CONFIGURATION_fp32.onnx")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nnunet_lgms.requirements import RequirementError, require_nnunetv2
+
+    require_nnunetv2()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise RequirementError(f"export needs {error.name}: pip install 'nnunet-lgms[export]'.") from error
+    from nnunet_lgms.export.export import export
+
+    precision = "int8" if args.int8 else "fp16" if args.fp16 else "fp32"
+    path, description = export(
+        args.model_folder,
+        args.output,
+        folds=args.folds,
+        precision=precision,
+        calibration=_calibration(args) if args.int8 else None,
+        checkpoint=args.checkpoint,
+        say=lambda line: print(line, flush=True),
+    )
+    if description.quantisation:
+        dice = description.quantisation
+        print(
+            f"Dice {dice['dice_fp32']:.4f} in fp32, {dice['dice_int8']:.4f} in int8: loss {dice['dice_loss']:.4f} on "
+            f"{len(dice['evaluation_cases'])} cases"
+        )
+    sizes = ", ".join(f"{p} + {s} n" if s else f"{p}" for p, s in zip(description.patch_size, description.steps))
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB) and {path.with_suffix('.json')}; sizes: {sizes}; any batch")
+    print(f"Predict with: nnunet_lgms runtime {path} -i IMAGES -o PREDICTIONS")
+    return 0
+
+
+def _calibration(args: argparse.Namespace):
+    from nnunet_lgms.export.model import load_model
+    from nnunet_lgms.export.precision import CalibrationSet
+
+    if args.cases < 1:
+        raise ValueError(f"--cases {args.cases}: at least 1 is needed.")
+    _, description = load_model(args.model_folder, args.folds, args.checkpoint)
+    folder = args.calibration
+    if folder is None:
+        if "nnUNet_raw" not in os.environ:
+            raise ValueError(
+                "int8 is calibrated on training cases: set nnUNet_raw, or name the raw dataset with --calibration."
+            )
+        folder = Path(os.environ["nnUNet_raw"], description.dataset)
+    return CalibrationSet.from_raw(folder, description, args.cases)

@@ -1,0 +1,112 @@
+"""The JSON beside an exported model: all that prediction needs beside the network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FORMAT = 1
+READERS = ("SimpleITKIO", "NibabelIO", "NaturalImage2DIO")
+NORMALIZATIONS = (
+    "ZScoreNormalization",
+    "CTNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+)
+RESAMPLINGS = ("resample_data_or_seg_to_shape", "no_resampling_hack")
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """nnU-Net's resampling: spline order in the plane, order across thick slices, and whether slices are thick."""
+
+    function: str
+    order: int = 3
+    order_z: int = 0
+    force_separate_z: bool | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model is and how its images are to be prepared. Axes are (z, y, x) after `transpose_forward`.
+
+    Attributes:
+        spacing: mm per voxel that images are resampled to; two entries for a flat configuration.
+        intensity_properties: one dict a channel, nnU-Net's fingerprint of the foreground.
+        patch_size: voxels of the sliding window.
+        steps: by how much an axis of the network's input may differ from the patch, in multiples; 0 is fixed.
+        mirror_axes: axes of the patch along which predictions are mirrored and averaged.
+        labels: nnU-Net's names and values; a list of values is a region.
+        regions_class_order: label that each region is written as; None without regions.
+        quantisation: for int8, what it was calibrated on and what it costs.
+    """
+
+    trainer: str
+    dataset: str
+    plans: str
+    configuration: str
+    folds: tuple[str, ...]
+    precision: str
+    reader: str
+    file_ending: str
+    channel_names: tuple[str, ...]
+    transpose_forward: tuple[int, ...]
+    transpose_backward: tuple[int, ...]
+    spacing: tuple[float, ...]
+    normalization_schemes: tuple[str, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    intensity_properties: tuple[dict, ...]
+    resampling_data: Resampling
+    resampling_probabilities: Resampling
+    patch_size: tuple[int, ...]
+    steps: tuple[int, ...]
+    mirror_axes: tuple[int, ...]
+    labels: dict
+    regions_class_order: tuple[int, ...] | None = None
+    quantisation: dict | None = None
+    format: int = FORMAT
+    version: str = field(default="")
+
+    @property
+    def heads(self) -> int:
+        """Channels of the network's output."""
+        return len(self.regions_class_order) if self.regions_class_order else len(self.label_values)
+
+    @property
+    def label_values(self) -> tuple[int, ...]:
+        """All label values with the background, in ascending order."""
+        values = set()
+        for name, value in self.labels.items():
+            if name != "ignore":
+                values.update(map(int, value if isinstance(value, (list, tuple)) else [value]))
+        return tuple(sorted(values))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Description:
+        """The description in a file.
+
+        Raises:
+            ValueError: it is missing, no description, or of a newer format.
+        """
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing: an exported model is two files, the .onnx and its .json; keep them together."
+            )
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            if content["format"] > FORMAT:
+                raise ValueError(
+                    f"{path} has format {content['format']}, this nnunet_lgms reads up to {FORMAT}: upgrade it."
+                )
+            for key in ("resampling_data", "resampling_probabilities"):
+                content[key] = Resampling(**content[key])
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is not what `nnunet_lgms export` writes ({' '.join(str(error).split())[:120]})."
+            ) from error

@@ -1,0 +1,153 @@
+"""One exported model, ready to predict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from nnunet_lgms.runtime.description import NORMALIZATIONS, READERS, Description
+from nnunet_lgms.runtime.images import FLAT_SPACING, Case, check_channels, read_case, write_labels
+from nnunet_lgms.runtime.preprocessing import preprocess
+from nnunet_lgms.runtime.sliding_window import resampled_rows, sliding_window
+
+INPUT = "image"  # what the exporter names the network's input
+
+
+class Predictor:
+    """Predicts whole cases with an exported model on the CPU.
+
+    Args:
+        model: the `.onnx` file; its `.json` lies beside it.
+        threads: of ONNX Runtime; default: all cores that this process may use.
+        mirroring: average over mirrored copies along the axes that the training mirrored, as nnU-Net does; without,
+            prediction is 2 to 8 times faster.
+        step: of the sliding window, in patches.
+
+    Raises:
+        ValueError: the model cannot be loaded, or `step` is not between 0 and 1.
+    """
+
+    def __init__(self, model: str | Path, *, threads: int | None = None, mirroring: bool = True, step: float = 0.5):
+        if not 0 < step <= 1:
+            raise ValueError(f"The step of the sliding window is {step}: it must be above 0 and at most 1.")
+        path = Path(model)
+        if not path.is_file():
+            raise ValueError(f"The model {path} does not exist: give the .onnx file that `nnunet_lgms export` wrote.")
+        self.description = Description.read(path.with_suffix(".json"))
+        unknown = [s for s in self.description.normalization_schemes if s not in NORMALIZATIONS]
+        unknown += [self.description.reader] if self.description.reader not in READERS else []
+        if unknown:
+            raise ValueError(f"{path} needs {unknown[0]!r}, which this nnunet_lgms does not know: upgrade it.")
+        self.mirror_axes = self.description.mirror_axes if mirroring else ()
+        self.step = step
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.log_severity_level = 3  # warnings about constants that could be folded are for the exporter
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has classes of its own for this
+            raise ValueError(f"{path} is no ONNX model ({' '.join(str(error).split())[:120]}).") from error
+
+    def network(self, window: np.ndarray) -> np.ndarray:
+        """(B, C, *patch) float32 -> logits (B, heads, *patch)."""
+        return self._session.run(None, {INPUT: window})[0]
+
+    def predict(
+        self,
+        image: str | Path | Sequence[str | Path] | np.ndarray,
+        *,
+        spacing: Sequence[float] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> np.ndarray:
+        """Segment one image.
+
+        Args:
+            image: file, or one file a channel, or samples of shape (C, Y, X) or (C, Z, Y, X).
+            spacing: of the axes of an array, (y, x) or (z, y, x) in mm; files bring their own. Default in 2D: 1.
+            progress: called with windows done and in all.
+
+        Returns:
+            Labels, (Y, X) for flat images, (Z, Y, X) for volumes, on the grid of the image.
+
+        Raises:
+            ValueError: the image is not what the model expects.
+        """
+        case = (
+            _from_array(image, spacing, self.description)
+            if isinstance(image, np.ndarray)
+            else read_case(_as_list(image), self.description)
+        )
+        return self._labels(case, progress)
+
+    def predict_file(
+        self,
+        image: str | Path | Sequence[str | Path],
+        output: str | Path,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Segment one image, a file or one file a channel, and write the labels on its grid to `output`.
+
+        Raises:
+            ValueError: the image is not what the model expects.
+        """
+        case = read_case(_as_list(image), self.description)
+        write_labels(self._labels(case, progress), case, Path(output))
+
+    def _labels(self, case: Case, progress: Callable[[int, int], None]) -> np.ndarray:
+        description, flat = self.description, case.flat
+        prepared = preprocess(case, description)
+        many = max(description.regions_class_order or description.label_values) >= 255
+        labels = np.zeros(prepared.shape, np.uint16 if many else np.uint8)
+        inside = labels[prepared.box]
+        rows = sliding_window(
+            self.network,
+            prepared.data,
+            description.heads,
+            description.patch_size,
+            self.mirror_axes,
+            self.step,
+            progress,
+        )
+        start = 0
+        for logits in resampled_rows(rows, prepared.back):
+            inside[start : start + logits.shape[1]] = _to_labels(logits, description.regions_class_order)
+            start += logits.shape[1]
+        labels = labels.transpose(description.transpose_backward)
+        return labels[0] if flat else labels
+
+
+def _to_labels(logits: np.ndarray, regions_class_order: Sequence[int] | None) -> np.ndarray:
+    """(heads, n, Y, X) -> (n, Y, X): the largest logit, or each region's label where its probability is above half."""
+    if regions_class_order is None:
+        return logits.argmax(0)
+    labels = np.zeros(logits.shape[1:], np.uint16)
+    for region, label in zip(logits, regions_class_order):
+        labels[region > 0] = label
+    return labels
+
+
+def _as_list(image: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(image)] if isinstance(image, (str, Path)) else [Path(file) for file in image]
+
+
+def _from_array(samples: np.ndarray, spacing: Sequence[float] | None, description: Description) -> Case:
+    if samples.ndim not in (3, 4):
+        raise ValueError(f"The image has shape {samples.shape}, expected (C, Y, X) or (C, Z, Y, X).")
+    if samples.ndim == 4 and spacing is None:
+        raise ValueError("A volume needs its spacing, (z, y, x) in mm.")
+    spacing = tuple(map(float, spacing or (1.0, 1.0)))
+    if len(spacing) != samples.ndim - 1:
+        raise ValueError(f"The spacing {spacing} has {len(spacing)} axes, the image has {samples.ndim - 1}.")
+    check_channels(len(samples), description, "The array")
+    if flat := samples.ndim == 3:
+        samples, spacing = samples[:, None], (FLAT_SPACING, *spacing)
+    return Case(samples.astype(np.float32), spacing, flat)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
