@@ -15,7 +15,7 @@ CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-SOURCES := $(shell find nnunet_lgms trainers plans -type f -not -path '*/__pycache__/*') setup.py pyproject.toml
+SOURCES := $(shell find nnunet_lgms trainers plans studies workflow -type f -not -path '*/__pycache__/*') setup.py pyproject.toml
 
 .PHONY: demo test lint install clean
 

@@ -1,9 +1,9 @@
 """Packaging of nnunet_lgms.
 
-Two things are not ordinary here. The top-level folders ``trainers/`` and ``plans/`` are installed inside the package,
-as ``nnunet_lgms/trainers`` and ``nnunet_lgms/plans``. And a one-line ``.pth`` file goes beside the package: Python runs
-it at start-up, and it adds the installed trainers to ``nnUNet_extTrainer``, where nnU-Net looks for trainers that are
-not its own. As part of the wheel, both are listed in RECORD, so ``pip uninstall`` removes them.
+Two things are not ordinary here. The top-level folders ``trainers/``, ``plans/``, ``studies/`` and ``workflow/`` are
+installed inside the package, as ``nnunet_lgms/trainers`` and so on. And a one-line ``.pth`` file goes beside the
+package: Python runs it at start-up, and it adds the installed trainers to ``nnUNet_extTrainer``, where nnU-Net looks
+for trainers that are not its own. As part of the wheel, both are listed in RECORD, so ``pip uninstall`` removes them.
 """
 
 import re
@@ -42,6 +42,13 @@ class BuildPyWithTrainers(build_py):
 
 
 EVALUATION = ["monai>=1.4", "jinja2>=3", "scipy>=1.15"]
+NEW_PYTHON = "python_version >= '3.11'"  # Snakemake's own demand
+SNAKEMAKE = [f"snakemake>=9.27; {NEW_PYTHON}", f"snakemake-executor-plugin-slurm>=2.8; {NEW_PYTHON}"]
+STUDY = [*EVALUATION, *SNAKEMAKE, "pyyaml>=6"]
+
+# Top-level folders that are installed inside the package; Snakemake's has folders of its own.
+WORKFLOW = ["workflow", "workflow/rules", *(f"workflow/profiles/{name}" for name in ("local", "gpus", "slurm"))]
+PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "plans", "studies", *WORKFLOW)}
 
 setup(
     name="nnunet-lgms",
@@ -61,9 +68,9 @@ setup(
     ],
     keywords=["medical image segmentation", "nnU-Net", "LGMSNet", "deep learning"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["nnunet_lgms", "nnunet_lgms.*"]), "nnunet_lgms.trainers", "nnunet_lgms.plans"],
-    package_dir={"nnunet_lgms.trainers": "trainers", "nnunet_lgms.plans": "plans"},
-    package_data={"": ["*.json", "*.html", "*.css", "*.js"]},
+    packages=[*find_packages(include=["nnunet_lgms", "nnunet_lgms.*"]), *PACKAGE_DIR],
+    package_dir=PACKAGE_DIR,
+    package_data={"": ["*.json", "*.html", "*.css", "*.js", "*.yaml", "*.smk", "Snakefile"]},
     cmdclass={"build_py": BuildPyWithTrainers},
     entry_points={"console_scripts": ["nnunet_lgms = nnunet_lgms.cli:main"]},
     # What is imported, with lower bounds only: constraints.txt lists the versions that this commit was tested with.
@@ -82,8 +89,9 @@ setup(
     ],
     extras_require={
         "evaluation": EVALUATION,
+        "study": STUDY,
         "test": [
-            *EVALUATION,
+            *STUDY,
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.12",

@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("nnunet_lgms", "trainers", "plans"):
+    for name in ("nnunet_lgms", "trainers", "plans", "studies", "workflow"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -109,7 +109,9 @@ def source_files() -> set[str]:
     found = [p for p in (ROOT / "nnunet_lgms").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     files = {p.relative_to(ROOT).as_posix() for p in found}
     files |= {f"nnunet_lgms/trainers/{p.name}" for p in (ROOT / "trainers").glob("*.py")}
-    return files | {f"nnunet_lgms/plans/{p.name}" for p in (ROOT / "plans").glob("*.json")}
+    files |= {f"nnunet_lgms/plans/{p.name}" for p in (ROOT / "plans").glob("*.json")}
+    data = [p for folder in ("studies", "workflow") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    return files | {f"nnunet_lgms/{p.relative_to(ROOT).as_posix()}" for p in data}
 
 
 @pytest.mark.parametrize("origin", ["checkout", "sdist"])

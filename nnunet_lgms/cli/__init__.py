@@ -26,6 +26,10 @@ COMMANDS = {
     "plan": "nnU-Net's planning, with patch and batch for LGMSNet on your card",
     "override": "new plans with other kernels, ratios, widths or blocks",
     "profile": "parameters, GMAC, receptive field, memory and time of a plan",
+    "export": "a trained model as one ONNX file",
+    "runtime": "predict with an exported model, without PyTorch and nnU-Net",
+    "view": "a local page: drop an image, see its segmentation",
+    "study": "data sets x variants x folds on this machine or a cluster, with one report",
 }
 
 

@@ -1,0 +1,124 @@
+"""`nnunet_lgms study run|check STUDY`: data sets × variants × folds, by the Snakemake workflow of this package."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+PROFILES = ("local", "gpus", "slurm")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "study",
+        help="data sets x variants x folds on this machine or a cluster, with one report",
+        description="Convert, plan, preprocess, override, train, evaluate, test zero-shot and report, by Snakemake. "
+        "Interrupted, the same command goes on. docs/study.md explains the study's file.",
+    )
+    parser.add_argument("action", choices=["check", "run"], help="check: say what would be done; run: do it")
+    parser.add_argument("study", metavar="STUDY", help="a study.yaml, or one that comes along, such as kernels")
+    parser.add_argument(
+        "--profile",
+        default="local",
+        metavar="PROFILE",
+        help="local, gpus (one job a GPU), slurm, or a folder with a Snakemake profile (default: local)",
+    )
+    parser.add_argument(
+        "snakemake", metavar="OPTION", nargs="*", help="after --: more of Snakemake's own, such as -- --until train"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from nnunet_lgms.study.requirement import require_study_extra
+
+    require_study_extra()
+    from nnunet_lgms.study.graph import Graph
+
+    graph = Graph(args.study)
+    profile = _profile(args.profile)
+    command = _snakemake(graph, profile, args)
+    print(describe(graph), flush=True)
+    if args.action == "check":
+        print(f"\nTo run it: nnunet_lgms study run {shlex.quote(args.study)}, or {shlex.join(command)}")
+        return 0
+    return _run_alone(graph, command)
+
+
+def describe(graph) -> str:
+    """The plan: jobs that are done and to do, and what the trainings to do will cost.
+
+    Raises:
+        ValueError: an environment variable of nnU-Net or of the study is not set, an override or a data set is not
+            there.
+    """
+    from nnunet_lgms.study.checks import check_inputs
+    from nnunet_lgms.study.estimate import estimate_hours
+    from nnunet_lgms.study.results import Results
+
+    check_inputs(graph)
+    done = Results(graph).done
+    lines = [f"{graph.study.name}: {graph.path}", f"in {graph.folder}", "", f"  {'job':12} {'all':>6} {'to do':>6}"]
+    lines += [f"  {rule:12} {len(d) + len(missing):>6} {len(missing):>6}" for rule, (d, missing) in done.items()]
+    jobs, left = sum(len(d) + len(m) for d, m in done.values()), sum(len(m) for _, m in done.values())
+    lines += [f"  {'together':12} {jobs:>6} {left:>6}", ""]
+    if graph.study.device == "cpu":
+        return "\n".join(lines)
+    estimate = estimate_hours(graph)
+    if estimate.known:
+        lines.append(f"{estimate.hours:.1f} GPU hours of training steps for {estimate.known} trainings, from profiles")
+    if estimate.unknown:
+        first, *others = estimate.unknown
+        more = f" and {len(others)} more" if others else ""
+        lines.append(
+            f"No estimate for {sum(estimate.unknown.values())} trainings ({first}{more}): measure steps first with "
+            f"-- --until profile, and give epochs: where the trainer's name does not tell"
+        )
+    return "\n".join(lines)
+
+
+def _profile(name: str) -> Path:
+    from nnunet_lgms.study.schema import packaged
+
+    path = packaged("workflow") / "profiles" / name if name in PROFILES else Path(name).absolute()
+    if not any((path / file).is_file() for file in ("config.yaml", "config.v8+.yaml", "config.v9+.yaml")):
+        raise ValueError(f"--profile {name} is no profile: give one of {', '.join(PROFILES)}, or a folder.")
+    return path
+
+
+def _snakemake(graph, profile: Path, args: argparse.Namespace) -> list[str]:
+    """The command, which works as well when it is typed."""
+    from nnunet_lgms.study.locks import visible_gpus
+    from nnunet_lgms.study.schema import packaged
+
+    snakefile = packaged("workflow") / "Snakefile"
+    command = ["snakemake", "--snakefile", str(snakefile), "--profile", str(profile)]
+    command += ["--config", f"study={graph.path}"]
+    if args.profile == "gpus" and graph.study.device == "cuda":
+        gpus = len(visible_gpus())
+        if not gpus:
+            raise ValueError("--profile gpus finds no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES, or device: cpu.")
+        command += ["--resources", f"gpu={gpus}"]
+    return [*command, *args.snakemake]
+
+
+def _run_alone(graph, command: list[str]) -> int:
+    """Snakemake, once a study at a time.
+
+    Its own lock stays when it is killed and has to be taken away by hand. Ours ends with this process, so Snakemake
+    goes without.
+    """
+    import subprocess
+
+    from nnunet_lgms.study.locks import locked
+
+    print(f"\n+ {shlex.join(command)}\n", flush=True)
+    module = [sys.executable, "-m", *command, "--nolock"]
+    graph.folder.mkdir(parents=True, exist_ok=True)
+    with locked(graph.folder / ".study.lock", f"the study {graph.study.name}"):
+        code = subprocess.run(module, cwd=graph.folder).returncode  # where it keeps its own log
+    report = graph.folder / "report.html"
+    if report.is_file():
+        print(f"Report: {report}")
+    return 1 if code else 0

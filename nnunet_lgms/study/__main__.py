@@ -1,0 +1,30 @@
+"""``python -m nnunet_lgms.study STEP STUDY DONE …``: one step of a study, as the rules of ``workflow/`` call it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nnunet_lgms.requirements import RequirementError
+
+STEPS = ("convert", "plan", "preprocess", "override", "profile", "train", "validate")
+STEPS += ("find_best", "predict", "evaluate", "zeroshot", "report")
+
+
+def main(step: str, study: str, done: str, *names: str) -> int:
+    """Runs a step; ``done`` is the file that says so afterwards, ``names`` are the rule's wildcards."""
+    from nnunet_lgms.study import report, steps
+    from nnunet_lgms.study.graph import Graph
+
+    try:
+        (report.write if step == "report" else getattr(steps, step))(Graph(study), Path(done).absolute(), *names)
+    except (ValueError, OSError, RequirementError) as error:
+        print(f"nnunet_lgms.study: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4 or sys.argv[1] not in STEPS:
+        sys.exit(f"usage: python -m nnunet_lgms.study STEP STUDY DONE [NAME…], with STEP one of {', '.join(STEPS)}")
+    sys.exit(main(*sys.argv[1:]))

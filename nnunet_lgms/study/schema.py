@@ -1,0 +1,265 @@
+"""What a ``study.yaml`` may hold; checked before the first job."""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
+
+import nnunet_lgms
+from nnunet_lgms.data.datasets import DESCRIPTIONS
+
+PLANNERS = {
+    "nnUNetPlans": "ExperimentPlanner",
+    "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM",
+    "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
+    "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
+}
+"""Plans that a study can start from, and nnU-Net's planner of each."""
+
+OWN_PLANS = re.compile(r"nnUNetLGMSNetPlans_(\d+(?:\.\d+)?)G")
+"""Plans of ``nnunet_lgms plan --vram GB``, which a study can start from, too."""
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*"  # no "__", which nnU-Net has between trainer and plans
+PLANS_SENTENCE = f"{', '.join(PLANNERS)}, or nnUNetLGMSNetPlans_<GB>G"
+
+
+def _known_plans(value: str) -> str:
+    if value not in PLANNERS and not OWN_PLANS.fullmatch(value):
+        raise ValueError("unknown plans")
+    return value
+
+
+def _unique(values: list) -> list:
+    if len(set(values)) != len(values):
+        raise ValueError("one is there twice")
+    return values
+
+
+DatasetName = Annotated[str, Field(pattern=r"^Dataset\d{3}_[A-Za-z0-9_-]+$")]
+VariantName = Annotated[str, BeforeValidator(lambda name: str(name)), Field(pattern=f"^{NAME}$")]
+Trainer = Annotated[str, Field(pattern=f"^{NAME}$")]
+Plans = Annotated[str, AfterValidator(_known_plans)]
+Number = Annotated[int, Field(strict=True, ge=0)]
+Numbers = Annotated[list[Number], AfterValidator(_unique)]
+Folds = Annotated[Numbers, Field(min_length=1)]
+ConfigurationName = Literal["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"]
+Configurations = Annotated[list[ConfigurationName], Field(min_length=1), AfterValidator(_unique)]
+
+
+def _field(default: Any, allowed: str, description: str) -> Any:
+    return Field(default, description=description, json_schema_extra={"allowed": allowed})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Conversion(_Strict):
+    """How ``nnunet_lgms convert`` makes a data set."""
+
+    name: Literal[tuple(DESCRIPTIONS)] = _field(
+        ..., ", ".join(DESCRIPTIONS), "data set, as `nnunet_lgms convert` names it"
+    )
+    source: str = _field(..., "a path; $VARIABLES are filled in", "the unpacked download")
+    splits: Literal["paper"] | None = _field(None, '"paper"', "the paper's folds in place of nnU-Net's")
+    size: Annotated[int, Field(strict=True, ge=8)] | None = _field(None, "pixels, from 8", "resize flat images")
+
+
+class Unseen(_Strict):
+    """A data set that is only tested on."""
+
+    convert: Conversion | None = _field(None, "a table", "make it first; else it is in nnUNet_raw already")
+
+
+class Dataset(Unseen):
+    """A data set that is trained on. What is left out is the study's."""
+
+    configurations: Configurations | None = _field(None, "as for the study", "other configurations than the study's")
+    folds: Folds | None = _field(None, "as for the study", "other folds than the study's")
+    test: StrictBool = _field(False, "true or false", "predict imagesTs, and evaluate against labelsTs")
+    zeroshot: list[DatasetName] = _field([], "names under datasets or unseen", "test every model on these, too")
+    mapping: str | None = _field(None, "a path", "mapping file of `nnunet_lgms zeroshot`")
+
+
+class Variant(_Strict):
+    """One way to train. What is left out is the study's."""
+
+    override: str | None = _field(None, "a name in plans/, or a path from the study's file", "what differs")
+    trainer: Trainer | None = _field(None, "the name of a trainer", "another trainer than the study's")
+    plans: Plans | None = _field(None, PLANS_SENTENCE, "other plans than the study's")
+    epochs: Annotated[int, Field(strict=True, ge=1)] | None = _field(
+        None, "a whole number from 1", "for the estimate of hours, where the trainer's name does not tell"
+    )
+
+
+class Study(_Strict):
+    """A whole ``study.yaml``."""
+
+    name: VariantName = _field(..., "letters, digits, '-', '.' and single '_'", "its folder and the report's title")
+    folder: str | None = _field(
+        None, "a path; $VARIABLES are filled in", "where it is kept; default: studies/NAME in nnUNet_results"
+    )
+    device: Literal["cuda", "cpu"] = _field("cuda", "cuda, cpu", "where networks run; with cuda one GPU a job")
+    threads: Annotated[int, Field(strict=True, ge=1)] = _field(8, "a whole number from 1", "cores of a GPU's job")
+    processes: Number = _field(6, "a whole number from 0", "of them, processes that prepare batches")
+    configurations: Configurations = _field(
+        ..., "a list of 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, each once", "nnU-Net's configurations"
+    )
+    trainer: Trainer = _field("nnUNetTrainerLGMSNet", "the name of a trainer", "nnU-Net's or one of this package")
+    plans: Plans = _field("nnUNetPlans", PLANS_SENTENCE, "what is planned, and what overrides start from")
+    folds: Folds = _field([0, 1, 2, 3, 4], "a list of fold numbers, each once", "folds that are trained")
+    seeds: Numbers = _field([], "a list of whole numbers, each once", "repeats; none: one training that is not seeded")
+    ensemble: StrictBool = _field(False, "true or false", "whether pairs of configurations may win together")
+    nsd_tolerance: Annotated[float, Field(ge=0)] = _field(1.0, "a number from 0", "in mm, for NSD")
+    datasets: Annotated[dict[DatasetName, Dataset], Field(min_length=1)] = _field(
+        ..., "a table with names such as Dataset101_BUSI", "data sets that are trained on"
+    )
+    unseen: dict[DatasetName, Unseen] = _field({}, "as for datasets", "data sets that are only tested on")
+    variants: Annotated[dict[VariantName, Variant], Field(min_length=1)] = _field(
+        ..., "a table of names, each with a table or {}", "what is compared"
+    )
+
+    @classmethod
+    def read(cls, path_or_name: str | Path) -> Study:
+        """Reads and checks a study: a file, or the name of one that comes with the package.
+
+        Raises:
+            ValueError: there is none, or something in it is not allowed. One sentence names the value, what is
+                allowed, and the way out.
+        """
+        path = find_study(path_or_name)
+        try:
+            content = yaml.safe_load(path.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{path} is {type(content).__name__}, not a table: docs/study.md lists what a study holds."
+            )
+        try:
+            study = cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(_sentence(error, content, path)) from None
+        _check_together(study, path)
+        return study
+
+
+def find_study(path_or_name: str | Path) -> Path:
+    """The file of a study, given by its path or by the name of one that comes with the package.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return path.resolve()
+    named = packaged("studies") / f"{path.stem}.yaml"
+    if path.name == str(path_or_name) and named.is_file():
+        return named
+    known = ", ".join(sorted(p.stem for p in packaged("studies").glob("*.yaml")))
+    raise ValueError(f"There is no study {str(path_or_name)!r}: give a file, or one that comes along: {known}.")
+
+
+def packaged(folder: str) -> Path:
+    """A folder that is installed inside the package and lies beside it in a checkout: ``workflow`` or ``studies``."""
+    package = Path(nnunet_lgms.__file__).parent
+    installed = package / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
+def filled_in(path: str) -> Path:
+    """A path of a study with its variables and ``~`` filled in.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    filled = os.path.expandvars(os.path.expanduser(path))
+    if missing := re.search(r"\$\{?(\w+)", filled):
+        raise ValueError(f"The study names {path!r}, but {missing[1]} is not set: export {missing[1]}=FOLDER.")
+    return Path(filled)
+
+
+def _sentence(error: ValidationError, content: dict[str, Any], path: Path) -> str:
+    """pydantic's first complaint as one sentence."""
+    first = error.errors(include_url=False)[0]
+    model: type[BaseModel] | None = Study
+    value, named, allowed = content, [], ""
+    for part in first["loc"]:
+        if isinstance(part, int) or part == "[key]":
+            break
+        named.append(str(part))
+        if isinstance(value, dict):
+            value = value.get(part, value.get(str(part)))
+        if model is not None and part in model.model_fields:
+            allowed = model.model_fields[part].json_schema_extra["allowed"]
+            model = {"convert": Conversion}.get(part)
+        elif model is None and named[0] in _ENTRIES and len(named) == 2:
+            model, allowed = _ENTRIES[named[0]], "a table"
+    where = f"{path.name}: {'.'.join(named)}"
+    if first["type"] == "missing":
+        return f"{where} is missing: give {allowed}; docs/study.md explains."
+    if first["type"] == "extra_forbidden":
+        known = list((model or Study).model_fields)
+        near = get_close_matches(named[-1], known, n=1, cutoff=0.5)
+        return f"{where} is not known; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}.")
+    if "[key]" in first["loc"]:
+        allowed = (
+            "letters, digits, '-', '.' and single '_'" if named[0] == "variants" else "a name such as Dataset101_BUSI"
+        )
+        return f"{path.name}: {first['input']!r} cannot be a name under {named[0]}: allowed is {allowed}."
+    return f"{where} is {value!r}: allowed is {allowed}; see docs/study.md."
+
+
+_ENTRIES: dict[str, type[BaseModel]] = {"datasets": Dataset, "unseen": Unseen, "variants": Variant}
+
+
+def _check_together(study: Study, path: Path) -> None:
+    """What concerns several entries at once."""
+    numbers: dict[str, str] = {}
+    for name in [*study.datasets, *study.unseen]:
+        other = numbers.setdefault(name[7:10], name)
+        if other != name or (name in study.datasets and name in study.unseen):
+            raise ValueError(f"{path.name}: {other} and {name} have the same number, which nnU-Net gives only once.")
+    for name, dataset in study.datasets.items():
+        for target in dataset.zeroshot:
+            if target == name or not (target in study.datasets or target in study.unseen):
+                raise ValueError(
+                    f"{path.name}: datasets.{name}.zeroshot names {target}: it must be another data set, listed under "
+                    f"datasets or unseen."
+                )
+        configurations = dataset.configurations or study.configurations
+        if "3d_cascade_fullres" in configurations and "3d_lowres" not in configurations:
+            raise ValueError(f"{path.name}: {name} has 3d_cascade_fullres, which needs 3d_lowres in configurations.")
+    same: dict[tuple, str] = {}
+    stems: dict[str, str] = {}
+    for name, variant in study.variants.items():
+        key = (variant.trainer or study.trainer, variant.plans or study.plans, variant.override)
+        if (other := same.setdefault(key, name)) != name:
+            raise ValueError(f"{path.name}: variants {other} and {name} are the same training: leave one out.")
+        if variant.override is None:
+            continue
+        stem = Path(variant.override).stem
+        if not re.fullmatch(NAME, stem):
+            raise ValueError(f"{path.name}: the override {variant.override!r} cannot name plans: rename the file.")
+        if stems.setdefault(stem, variant.override) != variant.override:
+            raise ValueError(
+                f"{path.name}: {stems[stem]} and {variant.override} would name the same plans: rename one."
+            )
+
+
+def schema_table() -> str:
+    """The tables of ``docs/study.md``, in Markdown."""
+    parts = []
+    tables = {"study": Study, "a data set": Dataset, "`convert`": Conversion, "a variant": Variant}
+    for title, model in tables.items():
+        parts.append(f"| {title} | default | allowed | what it is |\n|---|---|---|---|")
+        for name, field in model.model_fields.items():
+            default = "**needed**" if field.is_required() else f"`{yaml.safe_dump(field.default).split(chr(10))[0]}`"
+            parts[-1] += f"\n| `{name}` | {default} | {field.json_schema_extra['allowed']} | {field.description} |"
+    return "\n\n".join(parts)
