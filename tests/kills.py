@@ -30,6 +30,7 @@ from pathlib import Path
 import dataset_replicas
 import numpy as np
 import torch
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from workshop import Workshop, make_case, write
 
 from nnunet_lgms import cli
@@ -247,6 +248,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    MetaLogger.plot_progress_png = lambda self, folder: None  # most of the time of such short epochs
     torch.set_num_threads(1)  # a forked process must not wait for threads that were not forked
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

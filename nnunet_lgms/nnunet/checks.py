@@ -114,12 +114,11 @@ def check_room(folder: Path, n_bytes: int) -> None:
     probe = folder / f".{os.getpid()}.writable"
     try:
         probe.write_bytes(b"\0")
+        probe.unlink()
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be written ({error.strerror}): make it writable or set nnUNet_results to another folder."
         ) from error
-    finally:
-        probe.unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise ValueError(
