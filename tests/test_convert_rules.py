@@ -79,6 +79,7 @@ def test_faulty_volumes(tmp_path: Path, capsys):
     REPLICAS["kits23", "published"][0](tmp_path / "download")
     dataset = tmp_path / "download/dataset"
     volume(dataset / "case_00000/segmentation.nii.gz", np.full((6, 12, 10), 4, np.uint8))
+    volume(dataset / "case_00000/imaging.nii.gz", np.full((6, 12, 10), np.nan, np.float32))
     volume(dataset / "case_00003/segmentation.nii.gz", np.ones((6, 12, 10), np.uint8), np.diag([1, 1, 5, 1]))
     path = dataset / "case_00007/imaging.nii.gz"
     path.write_bytes(path.read_bytes()[:500])
@@ -86,6 +87,7 @@ def test_faulty_volumes(tmp_path: Path, capsys):
         _convert("kits23", tmp_path / "download", tmp_path / "raw")
     listed = capsys.readouterr().err
     assert "case_00000: the label file has the value(s) 4, allowed are 0, 1, 2, 3" in listed
+    assert "case_00000: the image has voxels that are NaN or infinite" in listed
     assert "case_00003: the image has a spacing of (0.8, 0.8, 3) mm, its label of (1, 1, 5) mm" in listed
     assert "case_00007" in listed and "cannot be read" in listed
 

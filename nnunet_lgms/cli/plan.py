@@ -92,7 +92,8 @@ def _check_fingerprint(path: Path) -> None:
     """nnU-Net's fingerprint has what planning reads; a killed extraction leaves half of it."""
     from nnunet_lgms.files import read_json
 
-    needed = {"spacings", "shapes_after_crop", "foreground_intensity_properties_per_channel"}
+    needed = {"spacings", "shapes_after_crop", "median_relative_size_after_cropping"}
+    needed.add("foreground_intensity_properties_per_channel")
     try:
         content = read_json(path)
     except ValueError:
