@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,23 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_gzip(path: Path) -> None:
+    """A compressed file is whole. SimpleITK reads one that was cut short without a word, as zeros from there on.
+
+    Raises:
+        ValueError: it is damaged or was cut short.
+        OSError: it cannot be read.
+    """
+    if path.suffix != ".gz":
+        return
+    try:
+        with gzip.open(path) as file:
+            while file.read(2**20):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or was cut short ({error})") from error
 
 
 def read_json(path: Path) -> Any:

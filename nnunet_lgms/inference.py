@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_lgms.dataset_json import n_channels, read_dataset_json
-from nnunet_lgms.files import read_json, shown
+from nnunet_lgms.files import check_gzip, read_json, shown
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +165,8 @@ def _from_files(image: str | Path | Sequence[str | Path], predictor: nnUNetPredi
     if missing := [file for file in files if not Path(file).is_file()]:
         raise ValueError(f"The image {missing[0]} does not exist.")
     try:
+        for file in files:
+            check_gzip(Path(file))
         return predictor.plans_manager.image_reader_writer_class().read_images([str(file) for file in files])
     except Exception as error:  # readers raise whatever their libraries raise
         reason = " ".join(str(error).split())[:200]

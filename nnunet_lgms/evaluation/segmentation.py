@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_lgms.files import check_gzip
+
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".tif", ".tiff", ".bmp")
 
 
@@ -57,6 +59,7 @@ class Reader:
             ValueError: the file cannot be read, or holds something else than whole numbers.
         """
         try:
+            check_gzip(path)
             samples, properties = self._make().read_seg(str(path))
         except Exception as error:  # readers raise whatever their libraries raise
             raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
