@@ -81,7 +81,7 @@ class Predictor:
             if isinstance(image, np.ndarray)
             else read_case(_as_list(image), self.description)
         )
-        return self._labels(case, progress)
+        return self.predict_case(case, progress)
 
     def predict_file(
         self,
@@ -95,9 +95,10 @@ class Predictor:
             ValueError: the image is not what the model expects.
         """
         case = read_case(_as_list(image), self.description)
-        write_labels(self._labels(case, progress), case, Path(output))
+        write_labels(self.predict_case(case, progress), case, Path(output))
 
-    def _labels(self, case: Case, progress: Callable[[int, int], None]) -> np.ndarray:
+    def predict_case(self, case: Case, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+        """Labels of a case that was read, whose samples are used up: (Y, X) if it is flat, else (Z, Y, X)."""
         description, flat = self.description, case.flat
         prepared = preprocess(case, description)
         many = max(description.regions_class_order or description.label_values) >= 255

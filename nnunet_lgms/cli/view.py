@@ -1,0 +1,47 @@
+"""`nnunet_lgms view MODEL.onnx [IMAGE]`: a local page to look with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "view",
+        help="a local page: drop an image, see its segmentation",
+        description="Open a page where an exported model segments the image that you drop: overlay, slices, the mask "
+        "to download. Only this machine can reach it unless --host says otherwise.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="what `nnunet_lgms export` wrote")
+    parser.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="shown when the page opens")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="(the first free one from 7860)")
+    parser.add_argument("--max-upload", type=int, default=500, metavar="MB", help="largest file to take (500)")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nnunet_lgms.requirements import RequirementError
+
+    if args.model.is_dir():
+        raise ValueError(f"{args.model} is a folder: export it first, `nnunet_lgms export {args.model} -o model.onnx`.")
+    if args.max_upload < 1:
+        raise ValueError(f"--max-upload {args.max_upload}: give at least 1 MB.")
+    try:
+        from nnunet_lgms.view.page import serve
+    except ImportError as error:
+        raise RequirementError(f"view needs {error.name}: pip install 'nnunet-lgms[view]'.") from error
+
+    with TemporaryDirectory(prefix="nnunet_lgms_view_") as folder:
+        serve(
+            args.model,
+            args.image,
+            Path(folder),
+            host=args.host,
+            port=args.port,
+            megabytes=args.max_upload,
+            open_browser=not args.no_browser,
+        )
+    return 0

@@ -1,0 +1,1 @@
+"""A local page to look with: drop an image, see its segmentation, download the mask."""

@@ -1,0 +1,223 @@
+"""A trained model becomes an ONNX file that says the same as PyTorch, and a JSON that is enough to predict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+import torch
+from conftest import ROOT
+from exported import HIPPOCAMPUS, fit_hippocampus, hippocampus_plans, write_model
+
+onnx = pytest.importorskip("onnx", reason="needs the extra [export]")
+pytest.importorskip("onnxscript", reason="needs the extra [export]")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+
+from nnunet_lgms.cli import main  # noqa: E402
+from nnunet_lgms.inference import load_predictor  # noqa: E402
+from nnunet_lgms.runtime import Predictor  # noqa: E402
+from nnunet_lgms.runtime.description import Description  # noqa: E402
+from nnunet_lgms.runtime.images import read_case  # noqa: E402
+from nnunet_lgms.runtime.preprocessing import preprocess  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trainers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_extTrainer", str(ROOT / "trainers"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, hippocampus: Path) -> Path:
+    return fit_hippocampus(tmp_path_factory.mktemp("results"), hippocampus)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, model_folder: Path) -> Path:
+    file = tmp_path_factory.mktemp("exported") / "hippocampus.onnx"
+    assert main(["export", str(model_folder), "--to", "onnx", "-o", str(file)]) == 0
+    return file
+
+
+@pytest.fixture(scope="module")
+def two_folds(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tiny_model.model_folder(tmp_path_factory.mktemp("flat"), "Dataset901_Home", folds=(0, 1))
+    file = tmp_path_factory.mktemp("exported") / "flat.onnx"
+    assert main(["export", str(folder), "--folds", "0", "1", "-o", str(file)]) == 0
+    return folder, file
+
+
+def session(file: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """The smallest over the foreground labels of either."""
+    values = set(np.unique(a)) | set(np.unique(b))
+    return min(2 * ((a == v) & (b == v)).sum() / ((a == v).sum() + (b == v).sum()) for v in values - {0})
+
+
+def test_only_onnx_operators(exported, two_folds):
+    for file in (exported, two_folds[1]):
+        model = onnx.load(file)
+        onnx.checker.check_model(model)
+        assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
+        assert [entry.domain for entry in model.opset_import] == [""]
+
+
+def test_logits_are_pytorchs_on_real_cases(exported, model_folder, hippocampus):
+    """Windows of every test case, and of another size than the patch."""
+    predictor = load_predictor(model_folder, device="cpu")
+    network, description = predictor.network.eval(), Description.read(exported.with_suffix(".json"))
+    runtime = session(exported)
+    patch = np.array(description.patch_size)
+    files = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))
+    assert len(files) == 6 and all(description.steps)
+    for i, file in enumerate(files):
+        data = preprocess(read_case([file], description), description).data
+        size = patch + np.array(description.steps) * (i % 2)
+        window = np.pad(data, [(0, 0), *((0, max(0, n - s)) for n, s in zip(size, data.shape[1:]))])
+        window = np.ascontiguousarray(window[:, : size[0], : size[1], : size[2]])[None].repeat(1 + i % 3, axis=0)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(window)).numpy()
+        (found,) = runtime.run(None, {"image": window})
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_folds_are_averaged_for_any_batch_and_size(two_folds):
+    folder, file = two_folds
+    predictor = load_predictor(folder, device="cpu")
+    description = Description.read(file.with_suffix(".json"))
+    assert description.folds == ("0", "1") and all(description.steps)
+    runtime = session(file)
+    for batch, steps in ((1, 0), (3, 1), (2, 2)):
+        size = [p + steps * s for p, s in zip(description.patch_size, description.steps)]
+        image = torch.randn(batch, 1, *size)
+        logits = []
+        for parameters in predictor.list_of_parameters:
+            predictor.network.load_state_dict(parameters)
+            with torch.inference_mode():
+                logits.append(predictor.network.eval()(image))
+        (found,) = runtime.run(None, {"image": image.numpy()})
+        np.testing.assert_allclose(found, torch.stack(logits).mean(0).numpy(), atol=1e-4)
+
+
+def test_whole_cases_as_nnunets_predictor(exported, model_folder, hippocampus):
+    """Crop, resampling, windows, mirrors and the way back: the labels that nnU-Net itself gives."""
+    theirs, ours = load_predictor(model_folder, device="cpu"), Predictor(exported)
+    reader = theirs.plans_manager.image_reader_writer_class()
+    for file in sorted((hippocampus / "imagesTs").glob("*.nii.gz")):
+        expected = theirs.predict_single_npy_array(*reader.read_images([str(file)]))
+        labels = ours.predict(file)
+        assert labels.dtype == np.uint8 and set(np.unique(labels)) == {0, 1, 2}
+        assert dice(labels, expected) >= 0.999
+
+
+def test_the_description_has_all_that_prediction_needs(exported, model_folder):
+    content = json.loads(exported.with_suffix(".json").read_text())
+    plans = json.loads((model_folder / "plans.json").read_text())
+    assert content["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
+    assert content["channel_names"] == ["MRI"] and content["reader"] == "SimpleITKIO"
+    assert content["mirror_axes"] == [0, 1] and content["patch_size"] == [24, 32, 24]
+    assert content["spacing"] == plans["configurations"]["3d_fullres"]["spacing"]
+    assert (content["dataset"], content["configuration"], content["folds"]) == (HIPPOCAMPUS, "3d_fullres", ["0"])
+
+
+def test_half_precision(tmp_path, model_folder, exported, hippocampus, monkeypatch):
+    monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", _translated(exported))
+    file = tmp_path / "half.onnx"
+    assert main(["export", str(model_folder), "--fp16", "-o", str(file)]) == 0
+    assert file.stat().st_size < 0.7 * exported.stat().st_size
+    case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
+    assert dice(Predictor(file).predict(case), Predictor(exported).predict(case)) > 0.99
+
+
+def test_int8_reports_what_it_costs(tmp_path, model_folder, exported, hippocampus, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", _translated(exported))
+    file = tmp_path / "int8.onnx"
+    words = ["export", str(model_folder), "--int8", "--calibration", str(hippocampus), "--cases", "3", "-o", str(file)]
+    assert main(words) == 0
+    assert "Dice" in capsys.readouterr().out
+    report = Description.read(file.with_suffix(".json")).quantisation
+    assert len(report["calibration_cases"]) == len(report["evaluation_cases"]) == 3
+    assert not set(report["calibration_cases"]) & set(report["evaluation_cases"])
+    assert report["dice_fp32"] > 0.6 and report["dice_loss"] < 0.05
+    assert report["dice_loss"] == pytest.approx(report["dice_fp32"] - report["dice_int8"])
+    operators = {node.op_type for node in onnx.load(file).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    assert file.stat().st_size < 0.6 * exported.stat().st_size
+
+
+def _translated(file: Path):
+    """The translation that was done already, in place of another."""
+    from nnunet_lgms.export.onnx_file import Exported
+
+    description = Description.read(file.with_suffix(".json"))
+    return lambda *_: Exported(onnx.load(file), description.patch_size, description.steps)
+
+
+def refused(words: list, capsys) -> str:
+    assert main([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+def test_another_trainers_model_is_refused_by_name(tmp_path, hippocampus, capsys):
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans = hippocampus_plans()
+    configuration = PlansManager(plans).get_configuration("3d_fullres")
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        1,
+        3,
+        deep_supervision=False,
+    )
+    description = json.loads((hippocampus / "dataset.json").read_text())
+    folder = write_model(tmp_path, plans, description, network, "nnUNetTrainer")
+    message = refused(["export", folder, "-o", tmp_path / "x.onnx"], capsys)
+    assert "nnUNetTrainer" in message and "PlainConvUNet" in message and "nnUNetTrainerLGMSNet" in message
+    assert not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob("*.json"))
+
+
+def test_export_refuses(tmp_path, model_folder, hippocampus, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    assert "not a trained model" in refused(["export", tmp_path], capsys)
+    assert "fold_3" in refused(["export", model_folder, "--folds", "3"], capsys)
+    assert ".onnx" in refused(["export", model_folder, "-o", tmp_path / "model.pt"], capsys)
+    assert "does not exist" in refused(["export", model_folder, "-o", tmp_path / "none" / "m.onnx"], capsys)
+    assert "nnUNet_raw" in refused(["export", model_folder, "--int8"], capsys)
+    assert "imagesTr" in refused(["export", model_folder, "--int8", "--calibration", tmp_path], capsys)
+
+
+def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
+    case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
+    out = ["-o", tmp_path / "out"]
+    assert "1: MRI" in refused(["runtime", exported, "-i", case, case, *out], capsys)
+    assert "does not exist" in refused(["runtime", exported, "-i", tmp_path / "none.nii.gz", *out], capsys)
+    assert "CASE_0000" in refused(["runtime", exported, "-i", tmp_path, *out], capsys)
+    assert "--threads 0" in refused(["runtime", exported, "-i", case, *out, "--threads", "0"], capsys)
+    assert "step" in refused(["runtime", exported, "-i", case, *out, "--step", "0"], capsys)
+    (tmp_path / "broken.nii.gz").write_bytes(b"no image")
+    assert "cannot be read" in refused(["runtime", exported, "-i", tmp_path / "broken.nii.gz", *out], capsys)
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(exported.read_bytes())
+    assert "two files" in refused(["runtime", alone, "-i", case, *out], capsys)
+    alone.with_suffix(".json").write_text("{}")
+    assert "is not what" in refused(["runtime", alone, "-i", case, *out], capsys)
+    alone.with_suffix(".json").write_text(exported.with_suffix(".json").read_text())
+    alone.write_bytes(b"no model")
+    assert "no ONNX model" in refused(["runtime", alone, "-i", case, *out], capsys)
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+    with pytest.raises(ValueError, match="2 channel"):
+        Predictor(exported).predict(np.zeros((2, 8, 8, 8)), spacing=(1, 1, 1))
+    with pytest.raises(ValueError, match="spacing"):
+        Predictor(exported).predict(np.zeros((1, 8, 8, 8)))
