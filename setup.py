@@ -49,6 +49,11 @@ STUDY = [*EVALUATION, *SNAKEMAKE, "pyyaml>=6"]
 # Top-level folders that are installed inside the package; Snakemake's has folders of its own.
 WORKFLOW = ["workflow", "workflow/rules", *(f"workflow/profiles/{name}" for name in ("local", "gpus", "slurm"))]
 PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "plans", "studies", *WORKFLOW)}
+# Without PyTorch and nnU-Net: pip install --no-deps nnunet-lgms && pip install numpy SimpleITK onnxruntime
+RUNTIME = ["SimpleITK>=2.3", "onnxruntime>=1.22"]
+EXPORT = [*RUNTIME, "onnx>=1.19", "onnxscript>=0.6"]
+VIEW = [*RUNTIME, "gradio>=6"]
+
 
 setup(
     name="nnunet-lgms",
@@ -90,8 +95,14 @@ setup(
     extras_require={
         "evaluation": EVALUATION,
         "study": STUDY,
+        "export": EXPORT,
+        "runtime": RUNTIME,
+        "view": VIEW,
         "test": [
             *STUDY,
+            *EXPORT,
+            *VIEW,
+            "playwright>=1.50",  # with a browser of the system's
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.12",
