@@ -1,0 +1,170 @@
+"""Two processes with half of the batch each learn what one process learns with all of it (gloo, on the CPU).
+
+What the numbers of a process depend on, beside its own samples: the gradients, which DDP averages; the Dice over a
+whole batch, if that is planned, which nnU-Net gathers; and the statistics of batch norm, in 2D, for which nnU-Net puts
+SyncBatchNorm. PyTorch has that for GPUs only, so a few lines stand in for it here. In 3D there is no batch norm.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_trainer import LABELS, REGIONS, make_batch, make_trainer
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gloo  # noqa: E402
+
+N_PROCESSES = 2
+BATCH_SIZE = 4
+PATCH = {2: [12, 10], 3: [8, 6, 8]}
+CASES = {
+    "3D labels": {"dim": 3},
+    "3D regions, Dice of the batch": {"dim": 3, "labels": REGIONS, "batch_dice": True},
+    "3D deep supervision": {"dim": 3, "lgmsnet": {"deep_supervision": True}},
+    "3D compiled": {"dim": 3, "compiled": True, "lgmsnet": {"deep_supervision": True}},
+    "2D labels, Dice of the batch": {"dim": 2, "batch_dice": True},
+}
+GLOBAL_BATCHES = [2, 3, 4, 7, 12]
+
+
+class SyncedBatchNorm(_BatchNorm):
+    """What SyncBatchNorm computes, on any device: statistics over all processes, differentiable."""
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        axes = [0, *range(2, x.ndim)]
+        mean, square = x.mean(axes), x.square().mean(axes)  # every process has as many samples
+        if dist.is_initialized():
+            mean, square = (all_reduce(value) / N_PROCESSES for value in (mean, square))
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        scale = torch.rsqrt(square - mean.square() + self.eps) * self.weight
+        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+
+
+def synced(module: nn.Module) -> nn.Module:
+    """All batch norms replaced, as ``SyncBatchNorm.convert_sync_batchnorm`` does."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            new = SyncedBatchNorm(child.num_features, child.eps)
+            new.load_state_dict(child.state_dict())
+            setattr(module, name, new.to(child.weight.dtype))
+        else:
+            synced(child)
+    return module
+
+
+def trained(case: dict) -> list[torch.Tensor]:
+    """The network's parameters after two steps of the trainer in float64; with DDP if there is a process group."""
+    case = dict(case)
+    dim, labels, compiled = case.pop("dim"), case.pop("labels", LABELS), case.pop("compiled", False)
+    torch.manual_seed(0)
+    trainer = make_trainer(labels=labels, patch_size=PATCH[dim], batch_size=BATCH_SIZE, **case)
+    trainer.network = network = synced(trainer.network.double())
+    if compiled:
+        torch._dynamo.reset()
+        # nnU-Net compiles the Dice loss as well
+        trainer._do_i_compile = lambda: True
+        torch.compile = partial(COMPILE, backend="aot_eager")
+        trainer.network = torch.compile(trainer.network)
+        trainer.loss = trainer._build_loss()
+    if trainer.is_ddp:
+        trainer.network = DistributedDataParallel(trainer.network)
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+
+    whole = make_trainer(labels=labels, patch_size=PATCH[dim], batch_size=BATCH_SIZE, **case)
+    whole.batch_size = BATCH_SIZE
+    np.random.seed(0)
+    torch.manual_seed(1)
+    batch = make_batch(whole)
+    batch["data"] = batch["data"].double()
+    first = trainer.local_rank * trainer.batch_size
+    mine = slice(first, first + trainer.batch_size)
+    trainer.on_train_epoch_start()
+    for _ in range(2):  # a parameter without a gradient stops DDP at the second step
+        target = batch["target"]
+        target = [t[mine] for t in target] if isinstance(target, list) else target[mine]
+        loss = trainer.train_step({"data": batch["data"][mine], "target": target})["loss"]
+        assert np.isfinite(loss)
+    return [p.detach() for p in network.parameters()]
+
+
+COMPILE = torch.compile
+
+
+def shares(global_batch: int) -> tuple[int, float]:
+    trainer = make_trainer(batch_size=global_batch)
+    return trainer.batch_size, trainer.oversample_foreground_percent
+
+
+def process(rank: int, port: int, folder: str) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        os.environ[f"nnUNet_{name}"] = f"{folder}/{name}"
+    gloo.replace_devices()
+    gloo.start(rank, N_PROCESSES, port)
+    result = {name: trained(case) for name, case in CASES.items()}
+    torch.save({"parameters": result, "shares": [shares(n) for n in GLOBAL_BATCHES]}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    """What each process has at its end."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=N_PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_learn_what_one_learns(two_processes, folders, monkeypatch, name):
+    monkeypatch.setattr(torch, "compile", COMPILE)
+    expected = trained({key: value for key, value in CASES[name].items() if key != "compiled"})
+    close = {"rtol": 1e-4, "atol": 1e-6} if CASES[name].get("compiled") else {"rtol": 1e-5, "atol": 1e-7}
+    for result in two_processes:
+        for parameter, value in zip(result["parameters"][name], expected, strict=True):
+            torch.testing.assert_close(parameter, value, **close)
+
+
+@pytest.mark.parametrize("global_batch", GLOBAL_BATCHES)
+def test_batch_and_oversampling_are_shared_as_nnunet_does(two_processes, global_batch):
+    """nnU-Net: a third of the samples of the whole batch show foreground, the last ones."""
+    at = GLOBAL_BATCHES.index(global_batch)
+    (first, low), (second, high) = (result["shares"][at] for result in two_processes)
+    assert first + second == global_batch and first - second in (0, 1)
+    forced = global_batch - round(global_batch * 0.67)
+    assert first * low + second * high == pytest.approx(forced)
+    assert high > low
+
+
+@pytest.mark.parametrize(("dim", "there_are_some"), [(2, True), (3, False)])
+def test_every_batch_norm_is_synchronised(folders, dim, there_are_some):
+    """nnU-Net's conversion before DDP reaches each of them; none hides in a function or a list."""
+    network = make_trainer(patch_size=PATCH[dim]).network
+    n = sum(isinstance(module, _BatchNorm) for module in network.modules())
+    assert (n > 0) == there_are_some
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == n
+    assert sum(isinstance(module, _BatchNorm) for module in converted.modules()) == n
