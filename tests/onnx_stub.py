@@ -8,23 +8,24 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from nnunet_lgms.export.onnx_file import INPUT, OPSET, OUTPUT
 from nnunet_lgms.runtime.description import Description, Resampling
 
 
-def threshold_model(path: Path, patch_size=(24, 32, 24), **more) -> Path:
-    """Logits (0, x - 1) for a normalised value of x."""
-    scale = numpy_helper.from_array(np.array([0, 1], np.float32).reshape(2, 1, *(1,) * len(patch_size)), "scale")
+def threshold_model(path: Path, patch_size=(24, 32, 24), channels: int = 1, **more) -> Path:
+    """Two logits for a normalised value x of the first channel: (0, x - 1)."""
+    weight = np.zeros((2, channels, *(1,) * len(patch_size)), np.float32)
+    weight[1, 0] = 1
+    scale = numpy_helper.from_array(weight, "scale")
     shift = numpy_helper.from_array(np.array([0, -1], np.float32), "shift")
-    shape = ["batch", 1, *patch_size]
+    shape = ["batch", channels, *patch_size]
     graph = helper.make_graph(
-        [helper.make_node("Conv", [INPUT, "scale", "shift"], [OUTPUT])],
+        [helper.make_node("Conv", ["image", "scale", "shift"], ["logits"])],
         "threshold",
-        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", 2, *patch_size])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2, *patch_size])],
         [scale, shift],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     resampling = Resampling("resample_data_or_seg_to_shape", order=1)
     fields = {
         "trainer": "nnUNetTrainerLGMSNet",

@@ -110,9 +110,9 @@ def test_folds_are_averaged_for_any_batch_and_size(two_folds):
 
 def test_whole_cases_as_nnunets_predictor(exported, model_folder, hippocampus):
     """Crop, resampling, windows, mirrors and the way back: the labels that nnU-Net itself gives."""
-    theirs, ours = load_predictor(model_folder, device="cpu"), Predictor(exported)
+    theirs, ours = load_predictor(model_folder, device="cpu"), Predictor(exported, threads=1)
     reader = theirs.plans_manager.image_reader_writer_class()
-    for file in sorted((hippocampus / "imagesTs").glob("*.nii.gz")):
+    for file in sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[:3]:
         expected = theirs.predict_single_npy_array(*reader.read_images([str(file)]))
         labels = ours.predict(file)
         assert labels.dtype == np.uint8 and set(np.unique(labels)) == {0, 1, 2}

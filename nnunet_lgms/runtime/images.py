@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import check_gzip, written_whole
 from nnunet_lgms.runtime.description import Description
 
 FLAT_SPACING = 999.0  # nnU-Net's spacing across a flat image, of no meaning
@@ -62,6 +62,7 @@ def check_channels(found: int, description: Description, what: str) -> None:
 def _read(file: Path, description: Description) -> tuple[np.ndarray, tuple[float, ...], tuple | None]:
     if not file.is_file():
         raise ValueError(f"The image {file} does not exist.")
+    check_gzip(file)
     try:
         image = sitk.ReadImage(str(file))
     except RuntimeError as error:

@@ -2,7 +2,8 @@
 windows.
 
 nnU-Net keeps the logits of all classes for the whole volume. Here the windows advance along the first axis; what no
-later window reaches is finished and handed on.
+later window reaches is finished and handed on. Sums are rounded to float16 where nnU-Net rounds them: in the corners of
+a volume, where weights are tiny, this decides labels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ TRUNCATE = 4  # standard deviations, as in scipy's filter
 
 
 def gaussian(patch_size: Sequence[int]) -> np.ndarray:
-    """nnU-Net's weights of a window, with float16's resolution, as float32; none is 0."""
+    """nnU-Net's weights of a window in float16; none is 0."""
     weights = np.ones((1,) * len(patch_size))
     for axis, size in enumerate(patch_size):
         sigma = size * SIGMA
@@ -35,7 +36,7 @@ def gaussian(patch_size: Sequence[int]) -> np.ndarray:
         weights = weights * line.reshape(shape)
     weights = (weights * (PEAK / weights.max())).astype(np.float16)
     weights[weights == 0] = weights[weights > 0].min()
-    return weights.astype(np.float32)
+    return weights
 
 
 def window_starts(size: int, patch: int, step: float) -> list[int]:
@@ -77,7 +78,7 @@ def sliding_window(
         progress: called with windows done and in all.
 
     Yields:
-        (heads, n, Y, X), float32; the n add up to Z.
+        (heads, n, Y, X), float16; the n add up to Z.
     """
     original = data.shape[1:]
     patch = tuple(patch_size) if len(patch_size) == 3 else (1, *patch_size)
@@ -92,8 +93,8 @@ def sliding_window(
     inner = (slice(None), slice(None), *(slice(n // 2, n // 2 + s) for n, s in zip(pad[1:], original[1:])))
     total, done = math.prod(map(len, starts)), 0
 
-    logits = np.zeros((heads, patch[0], *shape[1:]), np.float32)
-    norm = np.zeros((patch[0], *shape[1:]), np.float32)
+    logits = np.zeros((heads, patch[0], *shape[1:]), np.float16)
+    norm = np.zeros((patch[0], *shape[1:]), np.float16)
     low, high = pad[0] // 2, pad[0] // 2 + original[0]  # rows of the image in the padded volume
     for z, following in zip(starts[0], [*starts[0][1:], shape[0]]):
         for y, x in itertools.product(*starts[1:]):
@@ -101,14 +102,17 @@ def sliding_window(
             window = np.ascontiguousarray(data[(slice(None), *area)])
             window = window.reshape(1, len(data), *patch_size)
             prediction = mirrored_mean(network, window, mirror_axes).reshape(heads, *patch)
-            logits[:, :, area[1], area[2]] += prediction * weights
+            prediction *= weights
+            prediction += logits[:, :, area[1], area[2]]
+            logits[:, :, area[1], area[2]] = prediction
             norm[:, area[1], area[2]] += weights
             done += 1
             progress(done, total)
         finished = following - z
         first, last = max(low - z, 0), min(high - z, finished)
         if first < last:
-            yield (logits[:, first:last] / norm[first:last])[inner]
+            mean = logits[:, first:last].astype(np.float32) / norm[first:last].astype(np.float32)
+            yield mean.astype(np.float16)[inner]
         # The rows that later windows still reach move to the front.
         kept = patch[0] - finished
         logits[:, :kept] = logits[:, finished:].copy()
@@ -125,15 +129,18 @@ def resampled_rows(rows: Iterator[np.ndarray], matrices: Sequence[np.ndarray | N
         matrices: one (new, old) an axis, or None.
 
     Yields:
-        (heads, m, Y', X'), float32; the m add up to the new first axis.
+        (heads, m, Y', X'), float16; the m add up to the new first axis.
     """
+    if all(matrix is None for matrix in matrices):
+        yield from rows
+        return
     along_z = matrices[0]
     waiting: list[np.ndarray] = []  # planes (heads, Y', X') that are still needed
     first_waiting = written = 0
     for chunk in rows:
-        chunk = _in_plane(chunk, matrices[1:])
+        chunk = _in_plane(chunk.astype(np.float32), matrices[1:])
         if along_z is None:
-            yield chunk
+            yield chunk.astype(np.float16)
             continue
         waiting.extend(np.moveaxis(chunk, 1, 0))
         available = first_waiting + len(waiting)
@@ -144,7 +151,7 @@ def resampled_rows(rows: Iterator[np.ndarray], matrices: Sequence[np.ndarray | N
             del waiting[: max(0, needed[0] - first_waiting)]
             first_waiting = max(first_waiting, int(needed[0]))
             plane = sum(np.float32(along_z[written, i]) * waiting[i - first_waiting] for i in needed)
-            yield plane[:, None]
+            yield plane[:, None].astype(np.float16)
             written += 1
 
 

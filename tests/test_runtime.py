@@ -1,0 +1,143 @@
+"""The runtime where neither PyTorch nor nnU-Net is: another environment, with what it says it needs and no more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import ROOT
+
+pytest.importorskip("onnx", reason="needs the extra [export]")
+pytest.importorskip("onnxruntime", reason="needs the extra [runtime]")
+
+import onnx_stub  # noqa: E402
+
+from nnunet_lgms.runtime import Predictor  # noqa: E402
+
+NEEDED = ("numpy", "SimpleITK", "onnxruntime")
+UNWANTED = ("torch", "nnunetv2", "scipy", "skimage", "batchgenerators", "matplotlib", "pydantic", "tqdm")
+REPORT = """
+import json, sys
+from importlib.util import find_spec
+from nnunet_lgms.cli import main
+code = main(sys.argv[1:])
+unwanted = {unwanted!r}
+print(json.dumps([code, [m for m in unwanted if m in sys.modules], [m for m in unwanted if find_spec(m)]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """The interpreter of an environment with the three packages that docs/deployment.md names, and this one."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", *NEEDED], check=True, timeout=300)
+    # `pip install --no-deps` puts the same folder there; test_packaging holds what a wheel has
+    site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    Path(site.strip(), "checkout.pth").write_text(f"{ROOT}\n")
+    return python
+
+
+def run(python: Path, *words, env: dict) -> list:
+    code = REPORT.format(unwanted=UNWANTED)
+    done = subprocess.run([python, "-c", code, *map(str, words)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_whole_cases_without_pytorch_and_nnunet(bare, clean_env, hippocampus, tmp_path):
+    model = onnx_stub.threshold_model(tmp_path / "model.onnx", spacing=(1.3, 0.9, 1.0), mirror_axes=(0, 2))
+    images = hippocampus / "imagesTs"
+    assert run(bare, "runtime", model, "-i", images, "-o", tmp_path / "out", env=clean_env) == [0, [], []]
+    predictor = Predictor(model)
+    files = sorted(images.glob("*.nii.gz"))
+    written = sorted((tmp_path / "out").glob("*.nii.gz"))
+    assert [f.name for f in written] == [f.name.replace("_0000", "") for f in files] and len(files) == 6
+    for image, labels in zip(files, written):
+        image, labels = sitk.ReadImage(str(image)), sitk.ReadImage(str(labels))
+        assert labels.GetPixelID() == sitk.sitkUInt8
+        for geometry in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(image, geometry)() == getattr(labels, geometry)()
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(written[0])))
+    assert 0 < labels.mean() < 0.5
+    np.testing.assert_array_equal(labels, predictor.predict(files[0]))
+
+
+def test_export_and_view_say_what_they_need(bare, clean_env, tmp_path):
+    for command, extra in (("view", "gradio"), ("export", "nnunetv2")):
+        done = subprocess.run(
+            [bare, "-m", "nnunet_lgms", command, tmp_path / "model"], env=clean_env, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and extra in done.stderr and "pip install" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_axes_channels_and_regions(tmp_path):
+    """Transposed axes, two channels, a crop and regions: the labels are where the bright voxels are."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((2, 20, 34, 27), np.float32)
+    image[:, 3:18, 4:30, 2:25] = 1 + rng.random((2, 15, 26, 23))
+    image[0, 8:12, 10:20, 5:9] = 60
+    fields = {
+        "channel_names": ("a", "b"),
+        "normalization_schemes": ("ZScoreNormalization", "NoNormalization"),
+        "use_mask_for_norm": (True, False),
+        "intensity_properties": ({}, {}),
+        "transpose_forward": (2, 0, 1),
+        "transpose_backward": (1, 2, 0),
+    }
+    labels = Predictor(onnx_stub.threshold_model(tmp_path / "a.onnx", channels=2, **fields)).predict(
+        image, spacing=(1.0, 1.0, 1.0)
+    )
+    np.testing.assert_array_equal(labels, image[0] == 60)
+    regions = {"labels": {"background": 0, "all": [1, 2], "core": 2}, "regions_class_order": (1, 2)}
+    model = onnx_stub.threshold_model(tmp_path / "b.onnx", channels=2, **fields, **regions)
+    labels = Predictor(model).predict(image, spacing=(1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(labels, np.where(image[0] == 60, 2, 0))
+
+
+def test_flat_pictures(tmp_path):
+    picture = np.zeros((40, 50, 3), np.uint8)
+    picture[10:20, 30:45] = 255
+    sitk.WriteImage(sitk.GetImageFromArray(picture, isVector=True), str(tmp_path / "case_0000.png"))
+    model = onnx_stub.threshold_model(
+        tmp_path / "m.onnx",
+        patch_size=(32, 32),
+        channels=3,
+        reader="NaturalImage2DIO",
+        file_ending=".png",
+        configuration="2d",
+        channel_names=("R", "G", "B"),
+        normalization_schemes=("ZScoreNormalization",) * 3,
+        use_mask_for_norm=(False,) * 3,
+        intensity_properties=({},) * 3,
+        spacing=(1.0, 1.0),
+        mirror_axes=(0, 1),
+    )
+    labels = Predictor(model).predict(tmp_path / "case_0000.png")
+    # nnU-Net crops to what is not black, and a picture all of one colour has nothing that stands out
+    assert labels.shape == (40, 50) and set(np.unique(labels)) <= {0, 1}
+    picture[0, 0] = picture[-1, -1] = 1
+    sitk.WriteImage(sitk.GetImageFromArray(picture, isVector=True), str(tmp_path / "case_0000.png"))
+    labels = Predictor(model).predict(tmp_path / "case_0000.png")
+    np.testing.assert_array_equal(labels, picture[..., 0] == 255)
+
+
+def test_a_file_that_was_cut_short_is_refused(tmp_path, hippocampus):
+    case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
+    (tmp_path / "short.nii.gz").write_bytes(case.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="short.nii.gz.*cut short"):
+        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx")).predict(tmp_path / "short.nii.gz")
+
+
+def test_importing_it_loads_no_torch(clean_env):
+    code = "import sys, nnunet_lgms.runtime; print([m for m in ('torch', 'nnunetv2', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env=clean_env | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.stdout.decode().strip() == "[]", done.stderr
