@@ -7,7 +7,9 @@ statistics of its own part of the batch, which on GPUs it does not).
 
 from __future__ import annotations
 
+import argparse
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -47,3 +49,26 @@ def run(rank: int, port: int, world_size: int, arguments: tuple) -> None:
     replace_devices()
     run_training.setup_ddp = lambda rank, world_size: start(rank, world_size, port)
     run_training.run_ddp(rank, *arguments, world_size)
+
+
+def main() -> None:
+    """``python gloo.py DATASET CONFIGURATION FOLD -tr TRAINER -p PLANS -num_gpus N [--c]``, as ``nnUNetv2_train``."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("dataset")
+    parser.add_argument("configuration")
+    parser.add_argument("fold", type=int)
+    parser.add_argument("-tr", required=True)
+    parser.add_argument("-p", required=True)
+    parser.add_argument("-num_gpus", type=int, default=2)
+    parser.add_argument("--c", action="store_true")
+    args = parser.parse_args()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # no --disable_checkpointing, --val, -pretrained_weights, --npz, --val_best
+    arguments = (args.dataset, args.configuration, args.fold, args.tr, args.p, False, args.c, False, None, False, False)
+    torch.multiprocessing.spawn(run, (port, args.num_gpus, arguments), nprocs=args.num_gpus)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The recipe with a length and a seed from outside; writes down how long its steps took (``benchmarks/ddp.py``)."""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
+
+
+class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
+    """MEASURED_EPOCHS epochs of MEASURED_ITERATIONS steps; MEASURED_STOP=n breaks off after epoch n."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature, to the letter
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = int(os.environ["MEASURED_EPOCHS"])
+        self.num_iterations_per_epoch = int(os.environ["MEASURED_ITERATIONS"])
+        self.num_val_iterations_per_epoch = 1
+        self.save_every = 1
+        self.seconds = []  # of the steps of each epoch of this run
+
+    def initialize(self):
+        self._seed(0)  # every process begins with the same weights, as DDP would see to anyway
+        super().initialize()
+
+    def _seed(self, rank: int) -> None:
+        seed = 1000 * int(os.environ.get("MEASURED_SEED", "0")) + rank
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def on_train_start(self):
+        self._seed(1 + self.local_rank)  # no two processes draw the same samples
+        super().on_train_start()
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.begin = self._now()
+
+    def on_train_epoch_end(self, train_outputs):
+        self.seconds.append(self._now() - self.begin)
+        super().on_train_epoch_end(train_outputs)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            record = {
+                "epochs_done": self.current_epoch,
+                "seconds": self.seconds,
+                "losses": [float(x) for x in self.logger.get_value("train_losses", step=None)],
+                "batch_size": self.configuration_manager.batch_size,
+            }
+            Path(self.output_folder, "measured.json").write_text(json.dumps(record))
+        if self.current_epoch == int(os.environ.get("MEASURED_STOP", "-1")):
+            raise KeyboardInterrupt
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        if os.environ.get("MEASURED_VALIDATION") == "1":
+            super().perform_actual_validation(save_probabilities)
