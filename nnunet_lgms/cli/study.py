@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="local, gpus (one job a GPU), slurm, or a folder with a Snakemake profile (default: local)",
     )
     parser.add_argument(
-        "snakemake", metavar="OPTION", nargs="*", help="after --: more of Snakemake's own, such as -- --until train"
+        "--snakemake", default="", metavar="OPTIONS", help="more of Snakemake's own, as in --snakemake='--until train'"
     )
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "check":
         print(f"\nTo run it: nnunet_lgms study run {shlex.quote(args.study)}, or {shlex.join(command)}")
         return 0
-    return _run_alone(graph, command)
+    return _become_snakemake(graph, command)
 
 
 def describe(graph) -> str:
@@ -73,7 +73,7 @@ def describe(graph) -> str:
         more = f" and {len(others)} more" if others else ""
         lines.append(
             f"No estimate for {sum(estimate.unknown.values())} trainings ({first}{more}): measure steps first with "
-            f"-- --until profile, and give epochs: where the trainer's name does not tell"
+            f"--snakemake='--until profile', and give epochs: where the trainer's name does not tell"
         )
     return "\n".join(lines)
 
@@ -100,25 +100,21 @@ def _snakemake(graph, profile: Path, args: argparse.Namespace) -> list[str]:
         if not gpus:
             raise ValueError("--profile gpus finds no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES, or device: cpu.")
         command += ["--resources", f"gpu={gpus}"]
-    return [*command, *args.snakemake]
+    return [*command, *shlex.split(args.snakemake)]
 
 
-def _run_alone(graph, command: list[str]) -> int:
-    """Snakemake, once a study at a time.
+def _become_snakemake(graph, command: list[str]) -> int:
+    """Snakemake takes this process over, once a study at a time.
 
-    Its own lock stays when it is killed and has to be taken away by hand. Ours ends with this process, so Snakemake
-    goes without.
+    Its own lock stays when it is killed and has to be taken away by hand. Ours ends with the process, so Snakemake goes
+    without.
     """
-    import subprocess
+    import os
 
-    from nnunet_lgms.study.locks import locked
+    from nnunet_lgms.study.locks import hold
 
     print(f"\n+ {shlex.join(command)}\n", flush=True)
-    module = [sys.executable, "-m", *command, "--nolock"]
-    graph.folder.mkdir(parents=True, exist_ok=True)
-    with locked(graph.folder / ".study.lock", f"the study {graph.study.name}"):
-        code = subprocess.run(module, cwd=graph.folder).returncode  # where it keeps its own log
-    report = graph.folder / "report.html"
-    if report.is_file():
-        print(f"Report: {report}")
-    return 1 if code else 0
+    lock = hold(graph.folder / ".study.lock", f"the study {graph.study.name}")
+    os.set_inheritable(lock.fileno(), True)  # what becomes Snakemake keeps the lock
+    os.chdir(graph.folder)  # where Snakemake keeps its own log
+    os.execv(sys.executable, [sys.executable, "-m", *command, "--nolock"])

@@ -17,21 +17,30 @@ from typing import IO
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
+    """:func:`hold` for a block of code."""
+    with hold(path, what):
+        yield
+
+
+def hold(path: Path, what: str) -> IO:
     """Waits until no other process, on this host or another one of the same file system, holds `path`.
 
     Args:
         path: a file, made if need be; it stays.
         what: what is waited for, for the one who reads the log.
+
+    Returns:
+        The open file; closing it gives the lock back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            if not _acquired(file):
-                print(f"Waiting for another job with {what}", flush=True)
-                fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError as error:  # some cluster file systems are mounted without locks
-            print(f"{path} cannot be locked ({error.strerror}): going on without", file=sys.stderr)
-        yield
+    file = path.open("a")
+    try:
+        if not _acquired(file):
+            print(f"Waiting for another job with {what}", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as error:  # some cluster file systems are mounted without locks
+        print(f"{path} cannot be locked ({error.strerror}): going on without", file=sys.stderr)
+    return file
 
 
 @contextmanager

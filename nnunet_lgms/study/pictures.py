@@ -41,6 +41,8 @@ def pareto(results: Results) -> list[dict[str, str]]:
             front = pareto_front([(x, mean.mean) for x, mean, _ in points])
             axes.plot(*zip(*front), color="#888888", lw=0.8, zorder=0)
             axes.set_xlabel(COSTS[name])
+            axes.locator_params(axis="x", nbins=5)
+            axes.margins(x=0.2)  # room for the names
         figure.axes[0].set_ylabel("Dice")
         pictures.append({"title": title, "uri": data_uri(figure)})
     return pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from difflib import get_close_matches
@@ -260,6 +261,6 @@ def schema_table() -> str:
     for title, model in tables.items():
         parts.append(f"| {title} | default | allowed | what it is |\n|---|---|---|---|")
         for name, field in model.model_fields.items():
-            default = "**needed**" if field.is_required() else f"`{yaml.safe_dump(field.default).split(chr(10))[0]}`"
+            default = "**needed**" if field.is_required() else f"`{json.dumps(field.default)}`"
             parts[-1] += f"\n| `{name}` | {default} | {field.json_schema_extra['allowed']} | {field.description} |"
     return "\n\n".join(parts)

@@ -192,9 +192,16 @@ def _check_same_plans(model: Model) -> None:
     if not copy.is_file():
         return
     plans = nnunet_folder("nnUNet_preprocessed") / model.dataset / f"{model.plans}.json"
-    then, now = (_read(file)["configurations"].get(model.configuration) for file in (copy, plans))
+    then, now = (_resolved(_read(file)["configurations"], model.configuration) for file in (copy, plans))
     if then != now:
         raise ValueError(f"{copy.parent} was trained with other plans than {plans} holds now: move it away.")
+
+
+def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with what it inherits, as nnU-Net reads it."""
+    own = configurations.get(name, {})
+    parent = own.get("inherits_from")
+    return {**(_resolved(configurations, parent) if parent else {}), **own}
 
 
 def _readable(checkpoint: Path) -> bool:

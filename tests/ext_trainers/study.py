@@ -1,4 +1,4 @@
-"""Trainers that a study's tests interrupt."""
+"""A trainer that a study's tests interrupt."""
 
 import os
 import time
@@ -8,7 +8,11 @@ from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 
 
 class nnUNetTrainerLGMSNet_2epochs(nnUNetTrainerLGMSNet):
-    """Two epochs of two steps. While the file STUDY_TEST_HOLDS exists, fold 1 waits after its first epoch."""
+    """Two epochs of two steps.
+
+    While the file STUDY_TEST_HOLDS exists, fold 1 waits after its first epoch, with all plans whose names end as the
+    file says.
+    """
 
     def initialize(self):
         super().initialize()
@@ -19,6 +23,8 @@ class nnUNetTrainerLGMSNet_2epochs(nnUNetTrainerLGMSNet):
 
     def on_epoch_end(self):
         super().on_epoch_end()
-        hold = os.environ.get("STUDY_TEST_HOLDS")
-        while hold and self.fold == 1 and self.current_epoch == 1 and Path(hold).exists():
+        hold = Path(os.environ.get("STUDY_TEST_HOLDS", "nothing"))
+        while self.fold == 1 and self.current_epoch == 1 and hold.is_file():
+            if not self.plans_manager.plans_name.endswith(hold.read_text()):
+                return
             time.sleep(0.2)

@@ -1,0 +1,298 @@
+"""A study before its first job: its file, its graph, its locks, what it says it will cost."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("snakemake", reason="the extra [study] needs Python 3.11")
+
+from nnunet_lgms.cli import main
+from nnunet_lgms.study import locks
+from nnunet_lgms.study.estimate import epochs_of, estimate_hours
+from nnunet_lgms.study.graph import Graph
+from nnunet_lgms.study.pictures import pareto_front
+from nnunet_lgms.study.schema import OWN_PLANS, PLANNERS, Study, find_study, packaged, schema_table
+from nnunet_lgms.study.steps import _check_fold, _readable
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALLEST = "name: a\nconfigurations: [2d]\ndatasets: {Dataset101_B: {}}\nvariants: {a: {}}\n"
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's three folders."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("name: a\n", "", "name is missing: give letters"),
+        ("[2d]", "[2d]\nfoldz: [1]", "foldz is not known; did you mean 'folds'?"),
+        ("[2d]", "[2d]\nfolds: [1, 1]", "folds is [1, 1]: allowed is a list of fold numbers, each once"),
+        ("[2d]", "[4d]", "configurations is ['4d']: allowed is a list of 2d, 3d_fullres"),
+        ("[2d]", "[3d_cascade_fullres]", "Dataset101_B has 3d_cascade_fullres, which needs 3d_lowres"),
+        ("Dataset101_B", "Data1", "'Data1' cannot be a name under datasets: allowed is a name such as Dataset101_BUSI"),
+        ("B: {}", "B: {convert: {name: busy, source: x}}", "convert.name is 'busy': allowed is busi, tnscui"),
+        ("B: {}", "B: {convert: {name: busi}}", "datasets.Dataset101_B.convert.source is missing: give a path"),
+        ("B: {}", "B: {zeroshot: [Dataset102_X]}", "zeroshot names Dataset102_X: it must be another data set"),
+        ("B: {}", "B: {}, Dataset101_C: {}", "Dataset101_B and Dataset101_C have the same number"),
+        ("a: {}", "a: {plans: mine}", "variants.a.plans is 'mine': allowed is nnUNetPlans, nnUNetResEncUNetMPlans"),
+        ("a: {}", "a: {overide: x}", "variants.a.overide is not known; did you mean 'override'?"),
+        ("a: {}", "a__b: {}", "'a__b' cannot be a name under variants"),
+        ("a: {}", "a: {}, b: {}", "variants a and b are the same training"),
+        ("a: {}", "a: {override: x/k.json}, b: {override: y/k.json}", "would name the same plans"),
+        (SMALLEST, "- a", "is list, not a table"),
+        (SMALLEST, "a: [", "is not YAML"),
+    ],
+)
+def test_what_is_wrong_in_a_study_is_one_sentence(folders, capsys, old: str, new: str, said: str) -> None:
+    path = written(folders, SMALLEST.replace(old, new))
+    assert main(["study", "check", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_smallest_study_has_the_defaults(folders: Path) -> None:
+    study = Study.read(written(folders, SMALLEST))
+    assert (study.trainer, study.plans, study.folds) == ("nnUNetTrainerLGMSNet", "nnUNetPlans", [0, 1, 2, 3, 4])
+    assert (study.device, study.seeds) == ("cuda", [])
+
+
+def test_documentation_has_the_schema() -> None:
+    assert schema_table() in (ROOT / "docs" / "study.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_studies_that_come_along_are_valid_and_found_by_name(folders: Path, path: Path) -> None:
+    from nnunet_lgms.planning.plans_files import read_override
+
+    assert find_study(path.stem) == path
+    graph = Graph(path.stem)
+    assert len(graph.jobs()["train"]) == len(set(graph.jobs()["train"])) > 0
+    for variant in graph.study.variants.values():
+        if variant.override:
+            read_override(graph.override_file(variant.override))
+
+
+def test_unknown_study_names_those_that_come_along(folders: Path, capsys) -> None:
+    assert main(["study", "check", "kernel"]) == 2
+    assert "five_fold, kernels, ratio, zeroshot" in capsys.readouterr().err
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+def test_variants_share_plans_and_preprocessed_data(folders: Path) -> None:
+    variants = "{k: {override: kernels_3}, u: {trainer: nnUNetTrainer}, r: {plans: nnUNetResEncUNetMPlans}}"
+    text = SMALLEST.replace("{a: {}}", variants).replace("[2d]", "[2d, 3d_lowres]")
+    jobs = Graph(written(folders, text + "folds: [0, 1]\nseeds: [3, 4]\n")).jobs()
+    assert jobs["plan"] == [
+        f"done/plan/Dataset101_B/{plans}.json" for plans in ("nnUNetPlans", "nnUNetResEncUNetMPlans")
+    ]
+    # nnU-Net's planners share 2d and 3d_fullres, and have low resolutions of their own
+    names = ("nnUNetPlans_2d", "nnUNetPlans_3d_lowres", "nnUNetResEncUNetMPlans_3d_lowres")
+    assert jobs["preprocess"] == [f"done/preprocess/Dataset101_B/{name}.json" for name in names]
+    assert jobs["override"] == ["done/override/Dataset101_B/nnUNetPlans_kernels_3.json"]
+    assert len(jobs["train"]) == len(jobs["validate"]) == 3 * 2 * 2 * 2
+    assert jobs["train"][0] == "train/seed_3/Dataset101_B/nnUNetTrainerLGMSNet__nnUNetPlans_kernels_3__2d/fold_0.json"
+
+
+def test_planners_are_nnunets(folders: Path) -> None:
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = Path(nnunetv2.__path__[0]) / "experiment_planning"
+    for planner in PLANNERS.values():
+        assert recursive_find_python_class(str(folder), planner, "nnunetv2.experiment_planning")
+    assert OWN_PLANS.fullmatch("nnUNetLGMSNetPlans_12G")[1] == "12"
+
+
+def test_cascade_waits_for_all_folds_of_the_low_resolution(folders: Path) -> None:
+    text = SMALLEST.replace("[2d]", "[3d_lowres, 3d_cascade_fullres]")
+    graph = Graph(written(folders, text))
+    low, cascade = graph.models("Dataset101_B")
+    assert graph.previous_stage("unseeded", cascade) == graph.folds_trained("unseeded", low)
+    assert cascade.data_identifier == "nnUNetPlans_3d_fullres" and graph.previous_stage("unseeded", low) == []
+
+
+def test_graph_of_six_datasets_five_folds_and_twenty_variants_takes_less_than_10_seconds(folders: Path) -> None:
+    """As a dry run; processor time, for a machine that has other work as well."""
+    overrides = sorted(path.stem for path in (ROOT / "plans").glob("*.json"))[:20]
+    datasets = "".join(f"  Dataset10{i}_D{i}: {{test: true, zeroshot: [Dataset111_X]}}\n" for i in range(6))
+    variants = "".join(f"  {name}: {{override: {name}}}\n" for name in overrides)
+    text = f"name: big\nconfigurations: [3d_fullres]\ndatasets:\n{datasets}variants:\n{variants}"
+    path = written(folders, text + "unseen: {Dataset111_X: {}}\n")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(packaged("workflow") / "Snakefile")]
+    command += ["--profile", str(packaged("workflow") / "profiles" / "gpus"), "--config", f"study={path}"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([*command, "--dry-run", "--quiet", "rules"], capture_output=True, text=True, env=env)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    counts = dict(line.split() for line in output.splitlines() if line.count(" ") and len(line.split()) == 2)
+    assert (counts["train"], counts["preprocess"], counts["override"], counts["predict"]) == ("600", "6", "120", "120")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+# ---- what is checked and estimated before the first job --------------------------------------------------------------
+
+
+def test_missing_inputs_are_named_before_the_first_job(folders: Path, capsys, monkeypatch) -> None:
+    def said(text: str) -> str:
+        assert main(["study", "run", str(written(folders, text))]) == 2
+        return capsys.readouterr().err
+
+    assert "Dataset101_B is not in nnUNet_raw: put it there" in said(SMALLEST)
+    converted = SMALLEST.replace("Dataset101_B: {}", "Dataset101_BUSI: {convert: {name: busi, source: $THERE/x}}")
+    assert "THERE is not set: export THERE=FOLDER" in said(converted)
+    monkeypatch.setenv("THERE", str(folders))
+    assert f"made from {folders / 'x'}, which is no folder" in said(converted)
+    assert "Dataset101_B is made from busi: call it Dataset101_BUSI" in said(converted.replace("BUSI", "B"))
+    (folders / "nnUNet_raw" / "Dataset101_B").mkdir()
+    (folders / "nnUNet_raw" / "Dataset101_B" / "dataset.json").write_text("{}")
+    assert "no override 'kernels_4'; did you mean" in said(SMALLEST.replace("a: {}", "a: {override: kernels_4}"))
+    assert "has no imagesTs" in said(SMALLEST.replace("Dataset101_B: {}", "Dataset101_B: {test: true}"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["study", "check", str(written(folders, SMALLEST)), "--profile", "gpus"]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
+    monkeypatch.delenv("nnUNet_results")
+    assert "nnUNet_results is not set" in said(SMALLEST)
+
+
+def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders: Path, capsys) -> None:
+    text = SMALLEST.replace("{a: {}}", "{a: {}, u: {trainer: nnUNetTrainer}, mine: {trainer: nnUNetTrainer_mine}}")
+    graph = Graph(written(folders, text))
+    ours, theirs, _ = graph.models("Dataset101_B")
+    assert graph.profile(ours) == graph.profile(theirs)  # the same plans
+    networks = [{"batch_size": 2, "steps": {"training": {"ms": ms}, "inference": {"ms": 10}}} for ms in (100, 200)]
+    profile = graph.folder / graph.profile(ours)
+    profile.parent.mkdir(parents=True)
+    profile.write_text(json.dumps({"networks": networks}))
+    done = graph.folder / graph.trained("unseeded", "Dataset101_B", ours.name, 3)
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+
+    estimate = estimate_hours(graph)
+    validation = 50 * 2 * 10
+    expected = 4 * 500 * (250 * 100 + validation) + 5 * 1000 * (250 * 200 + validation)
+    assert math.isclose(estimate.hours, expected / 3.6e6) and estimate.known == 9
+    assert estimate.unknown == {"mine on Dataset101_B 2d": 5}  # its name does not tell how long it trains
+
+    (folders / "nnUNet_raw" / "Dataset101_B").mkdir()
+    (folders / "nnUNet_raw" / "Dataset101_B" / "dataset.json").write_text("{}")
+    assert main(["study", "check", str(graph.path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{expected / 3.6e6:.1f} GPU hours of training steps for 9 trainings" in out
+    assert "No estimate for 5 trainings (mine on Dataset101_B 2d)" in out
+    assert [line.split() for line in out.splitlines() if line.split()[:1] == ["train"]] == [["train", "15", "14"]]
+
+
+def test_epochs_are_those_of_the_trainers() -> None:
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    assert epochs_of("nnUNetTrainerLGMSNet_5epochs", None) == 5 and epochs_of("nnUNetTrainer_250epochs", None) == 250
+    assert epochs_of("nnUNetTrainerLGMSNet_2epochs", 7) == 7 and epochs_of("other", None) is None
+    assert "num_epochs = 1000" in Path(sys.modules[nnUNetTrainer.__module__].__file__).read_text("utf-8") and torch
+    assert epochs_of("nnUNetTrainer", None) == 1000 and epochs_of("nnUNetTrainerLGMSNet", None) == 500
+
+
+# ---- locks and GPUs --------------------------------------------------------------------------------------------------
+
+TAKE = """
+import sys
+from pathlib import Path
+from nnunet_lgms.study import locks
+locks.tempfile.gettempdir = lambda: sys.argv[1]
+with locks.one_gpu(poll_seconds=0.1) as gpu:
+    print(gpu, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def take(folder: Path, visible: str) -> subprocess.Popen:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PATH": "", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", TAKE, str(folder)], env=env, **pipes)
+
+
+def test_no_two_jobs_hold_one_gpu_and_a_killed_job_gives_its_own_back(tmp_path: Path) -> None:
+    first, second = take(tmp_path, "GPU-a,GPU-b"), take(tmp_path, "GPU-a,GPU-b")
+    third = None
+    try:
+        held = {first.stdout.readline().strip(): first, second.stdout.readline().strip(): second}
+        assert set(held) == {"GPU-a", "GPU-b"}
+        third = take(tmp_path, "GPU-a,GPU-b")
+        assert third.stdout.readline() == "Waiting for one of 2 GPU(s)\n"
+        held["GPU-b"].kill()
+        assert third.stdout.readline() == "GPU-b\n"
+    finally:
+        for process in filter(None, (first, second, third)):
+            process.kill()
+            process.communicate()
+
+
+def test_gpus_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '0, GPU-x\\n1, GPU-y\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert locks.visible_gpus() == ["GPU-x", "GPU-y"]
+    for visible, gpus in {"1": ["GPU-y"], "1,0": ["GPU-y", "GPU-x"], "": [], "MIG-7": ["MIG-7"], "-1": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert locks.visible_gpus() == gpus
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with locks.one_gpu() as gpu:
+        assert gpu == os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-y"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_that_was_being_written_is_put_aside(tmp_path: Path) -> None:
+    import torch
+
+    checkpoint = tmp_path / "checkpoint_latest.pth"
+    assert not _readable(checkpoint)
+    torch.save({"network_weights": torch.zeros(1000)}, checkpoint)
+    assert _readable(checkpoint)
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    assert not _readable(checkpoint) and not checkpoint.exists()
+    assert checkpoint.with_suffix(".damaged").stat().st_size == len(whole) // 2
+
+
+def test_fold_that_the_splits_do_not_have_is_refused(folders: Path) -> None:
+    folder = folders / "nnUNet_preprocessed" / "Dataset101_B"
+    folder.mkdir()
+    (folder / "splits_final.json").write_text(json.dumps([{}, {}, {}]))
+    _check_fold("Dataset101_B", 2)
+    with pytest.raises(ValueError, match="has 3 folds, there is no fold 3"):
+        _check_fold("Dataset101_B", 3)
+
+
+def test_pareto_front_is_what_nothing_beats() -> None:
+    points = [(1, 0.5), (2, 0.4), (3, 0.9), (3, 0.8), (4, 0.9), (5, 0.95)]
+    assert pareto_front(points) == [(1, 0.5), (3, 0.9), (5, 0.95)]
