@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import blosc2
 
@@ -99,6 +100,25 @@ def check_references(folder: Path, identifiers: Iterable[str], file_ending: str,
     if lacking:
         raise ValueError(
             f"{folder.name} has no reference of {len(lacking)} case(s), such as {lacking[0]}: run {command}"
+        )
+
+
+def check_images(batch: dict[str, Any]) -> None:
+    """The images of a batch are finite: a single NaN turns loss, gradients and weights into NaN.
+
+    Args:
+        batch: nnU-Net's, "data" (B, C, *patch) and "keys", the names of the B cases.
+
+    Raises:
+        ValueError: naming the cases that are not.
+    """
+    finite = [bool(image.isfinite().all()) for image in batch["data"]]
+    if not all(finite):
+        names = batch.get("keys", ["?"] * len(finite))
+        bad = sorted({str(name) for name, good in zip(names, finite, strict=True) if not good})
+        raise ValueError(
+            f"The preprocessed image of {', '.join(bad)} holds NaN or infinity, on which no training can work: correct "
+            "or leave out the case, preprocess again, then continue with --c."
         )
 
 

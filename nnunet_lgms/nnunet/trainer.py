@@ -18,13 +18,17 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
-from nnunet_lgms.nnunet.checks import check_cases, check_preprocessed, check_references, check_room
+from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+
+# A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
+MAX_STEPS_WITHOUT_LOSS = 20
 
 
 class nnUNetTrainerLGMSNet(nnUNetTrainer):
@@ -72,6 +76,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         with said_in_one_sentence():
             self.enable_deep_supervision = settings_of(self.configuration_manager).deep_supervision
         self.iteration = 0  # within the epoch
+        self.steps_without_loss = 0  # in a row
 
     def initialize(self):
         with said_in_one_sentence():
@@ -164,7 +169,13 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         return "the checkpoints before are still there: make room, then continue with --c."
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """As nnU-Net's; a training that stopped between its latest and its best checkpoint makes up for the latter."""
+        """As nnU-Net's; a training that stopped between its latest and its best checkpoint makes up for the latter.
+
+        The file is read without running code first: nnU-Net's own way of reading runs what a file tells it to.
+        """
+        if isinstance(filename_or_checkpoint, str):
+            with said_in_one_sentence():
+                read_checkpoint(filename_or_checkpoint)
         try:
             super().load_checkpoint(filename_or_checkpoint)
         except (RuntimeError, EOFError, UnpicklingError, KeyError, OSError) as error:
@@ -197,10 +208,41 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.iteration = 0
 
     def train_step(self, batch: dict) -> dict:
-        """One step on ``{"data": (B, C, *patch), "target": (B, 1, *patch) or a list of them}``."""
+        """One step on ``{"data": (B, C, *patch), "target": (B, 1, *patch) or a list of them}``.
+
+        Raises:
+            TrainingError: the loss is no number, so going on would only lose time: images hold NaN or infinity, or the
+                network diverged.
+        """
         self.lr_scheduler.step(self.current_epoch + self.iteration / self.num_iterations_per_epoch)
         self.iteration += 1
-        return super().train_step(batch)
+        result = super().train_step(batch)
+        if np.isfinite(result["loss"]):
+            self.steps_without_loss = 0
+            return result
+        with said_in_one_sentence():
+            check_images(batch)
+        self.steps_without_loss += 1
+        # the gradient scaler of float16 leaves the weights alone in such a step, nothing else does
+        if self.grad_scaler is None or self.steps_without_loss == MAX_STEPS_WITHOUT_LOSS:
+            raise TrainingError(
+                f"The loss is {float(result['loss'])} in epoch {self.current_epoch}, for images that are finite: the "
+                "training diverged; continue from the last checkpoint with --c, and with a lower initial_lr if it "
+                "happens again."
+            )
+        return result
+
+    def validation_step(self, batch: dict) -> dict:
+        """As nnU-Net's.
+
+        Raises:
+            TrainingError: images hold NaN or infinity; every label would be background.
+        """
+        result = super().validation_step(batch)
+        if not np.isfinite(result["loss"]):
+            with said_in_one_sentence():
+                check_images(batch)
+        return result
 
     def _build_loss(self):
         loss = cross_entropy_and_dice(self.label_manager, self.configuration_manager.batch_dice, self.is_ddp)
