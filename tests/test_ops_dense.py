@@ -69,8 +69,8 @@ def convolution_errors(shape, out_channels, kernel, groups, device):
     grad = draw(expected.shape, device)
     (grad_x,) = torch.autograd.grad(expected, x, grad.double())
     return [
-        relative(conv_triton.convolve(x.detach(), weight, bias, groups, False), expected.detach()),
-        relative(conv_triton.convolve(grad, weight, None, groups, True), grad_x),
+        relative(conv_triton.convolve([x.detach()], weight, bias, groups), expected.detach()),
+        relative(conv_triton.convolve_transposed(grad, weight, groups, 1)[0], grad_x),
     ]
 
 
@@ -151,7 +151,7 @@ def errors(group, case, device):
 
 
 def network_errors():
-    """Output and gradient of a small network with every kernel on, against the same network with every kernel off."""
+    """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off."""
     from nnunet_lgms import LGMSNet
     from nnunet_lgms.ops import conv, layout, max_pool, norm_act, upsample
 
@@ -172,7 +172,10 @@ def network_errors():
             out.square().mean().backward()
             gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
             buffers = torch.cat([b.flatten().double() for b in network.buffers()])
-            results.append((out.detach(), gradient, buffers))
+            with torch.no_grad():
+                predicted = network.eval()(x)
+            network.train()
+            results.append((out.detach(), gradient, buffers, predicted))
         found.append([relative(a, b) for a, b in zip(*results, strict=True)])
     return found
 

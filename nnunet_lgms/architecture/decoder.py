@@ -79,8 +79,11 @@ class LGMSDecoder(nn.Module):
         x = skips[-1]
         features = []
         for up, stage, skip in zip(self.ups, self.stages, reversed(skips[:-1]), strict=True):
-            x = torch.cat((skip, up(x, skip.shape[2:])), dim=1)
-            x = stage(x)
+            x = up(x, skip.shape[2:])
+            first, *rest = stage
+            x = first(skip, x) if isinstance(first, FusionBlock) else first(torch.cat((skip, x), dim=1))
+            for block in rest:
+                x = block(x)
             features.append(x)
         if not self._deep_supervision:
             return self.seg_layers[-1](x)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops.conv import same_conv
+from nnunet_lgms.ops.conv import conv_norm_act
 from nnunet_lgms.ops.norm_act import norm_act
 
 
@@ -48,7 +48,7 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last."""
-        return self.normalise(same_conv(x, self.conv.weight, self.conv.bias), residual)
+        return conv_norm_act(x, self.conv, self.norm, self.activation, residual)
 
     def normalise(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Norm, activation and residual of what the convolution gave, (B, out, *spatial)."""

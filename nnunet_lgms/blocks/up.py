@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct
 from nnunet_lgms.ops.recompute import upsample_conv
+from nnunet_lgms.ops.upsample import linear_upsample
 
 
 class UpBlock(nn.Module):
@@ -45,4 +47,6 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """(B, in, *spatial) -> (B, out, *size), ``size`` at most ``spatial * stride``."""
-        return self.conv.normalise(upsample_conv(x, self.stride, size, self.conv.conv))
+        if torch.is_grad_enabled():
+            return self.conv.normalise(upsample_conv(x, self.stride, size, self.conv.conv))
+        return self.conv(linear_upsample(x, self.stride, size))

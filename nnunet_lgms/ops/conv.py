@@ -1,32 +1,37 @@
 """Dense "same" convolution for maps with many voxels and few channels.
 
 At full resolution LGMSNet has 4 to 64 channels where cuDNN's kernels are made for hundreds: on an H100 its input
-gradients there take twice as long as its forward pass, and grouped convolutions several times as long. Channels-last
-maps of that kind go to an implicit matrix product in Triton (`conv_triton.py`), forward and input gradient; weight
-gradients are cuDNN's. Everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is
-`F.conv2d` / `F.conv3d`.
+gradients there take up to six times as long as a product that reads every voxel once (4 to 16 channels, 128^3), and
+grouped convolutions twice as long as dense ones. Channels-last maps of that kind go to an implicit matrix product in
+Triton (`conv_triton.py`), forward and input gradient; weight gradients are cuDNN's. Everything else, and everything
+when the environment variable NNUNET_LGMS_KERNELS is `off`, is `F.conv2d` / `F.conv3d`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import triton_op
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.norm_act import norm_act
 
 CONV = {2: F.conv2d, 3: F.conv3d}
-MAX_CHANNELS = {1: 64, 3: 32}  # by kernel along x: what fits shared memory
+MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
 MIN_VOXELS = 1 << 20  # with fewer, cuDNN's kernels are as good
 
 
-def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
     """Stride-1 convolution with zero padding that keeps the size.
 
     Args:
-        x: (B, C_in, H, W) or (B, C_in, D, H, W).
+        x: (B, C_in, H, W) or (B, C_in, D, H, W); or one such map for each group, of C_in / groups channels.
         weight: (C_out, C_in / groups, *k), odd k.
         bias: (C_out,) or None.
         groups: groups of channels that are convolved apart.
@@ -34,50 +39,109 @@ def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int
     Returns:
         (B, C_out, *spatial) in the dtype of x, or of autocast where that is on.
     """
-    dtype = compute_dtype(x)
-    if use_kernels(x) and channels_last(x) and dtype in HALF and _fits_kernels(x, weight, groups):
-        return _convolve(x.to(dtype), weight, bias, groups, False)
+    xs = [x] if isinstance(x, Tensor) else list(x)
+    if kernels_fit_conv(xs, weight):
+        dtype = compute_dtype(xs[0])
+        return _convolve([x.to(dtype) for x in xs], weight, bias, groups)
+    x = torch.cat(xs, 1) if len(xs) > 1 else xs[0]
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 
-def _fits_kernels(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Few channels, many voxels, kernels 1 or 3, offsets that fit 32 bits."""
+def conv_norm_act(
+    x: Tensor | Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None
+) -> Tensor:
+    """:func:`same_conv` and :func:`norm_act`; one pass over memory where the norm's statistics are known before.
+
+    Args:
+        x: as in :func:`same_conv`.
+        conv: stride 1, "same" padding.
+        norm: norm of its output channels.
+        activation: as in :func:`norm_act`.
+        residual: added last, (B, C_out, *spatial).
+
+    Returns:
+        (B, C_out, *spatial).
+    """
+    xs = [x] if isinstance(x, Tensor) else list(x)
+    known = isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats
+    if known and not torch.is_grad_enabled() and kernels_fit_conv(xs, conv.weight):
+        dtype = compute_dtype(xs[0])
+        return _convolve_finished(
+            [x.to(dtype) for x in xs], conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
+            norm.weight, norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
+        )  # fmt: skip
+    return norm_act(same_conv(xs, conv.weight, conv.bias, conv.groups), norm, activation, residual)
+
+
+def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
+    """Few channels, many voxels, channels innermost, half precision, kernels 1 or 3, offsets that fit 32 bits."""
+    x = xs[0]
     voxels = x.numel() // x.shape[1]
-    widest = max(weight.shape[0], weight.shape[1] * groups)
     return (
-        all(k in (1, 3) for k in weight.shape[2:])
-        and widest <= MAX_CHANNELS[weight.shape[-1]]
+        use_kernels(x)
+        and compute_dtype(x) in HALF
+        and all(channels_last(x) for x in xs)
+        and all(k in (1, 3) for k in weight.shape[2:])
+        and max(weight.shape[:2]) <= MAX_CHANNELS[weight.shape[-1]]
         and voxels >= MIN_VOXELS
-        and voxels * widest < 2**31
+        and voxels * max(weight.shape[0], *(x.shape[1] for x in xs)) < 2**31
     )
 
 
 @triton_op("nnunet_lgms::same_conv", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, mirrored: bool) -> Tensor:
-    """The convolution, or (mirrored) the one that takes its output's gradient to its input's."""
+def _convolve(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     from nnunet_lgms.ops import conv_triton
 
-    return conv_triton.convolve(x, weight, bias, groups, mirrored)
+    return conv_triton.convolve(xs, weight, bias, groups)
+
+
+@triton_op("nnunet_lgms::same_conv_input_grad", mutates_args=())
+def _convolve_transposed(grad: Tensor, weight: Tensor, groups: int, parts: int) -> list[Tensor]:
+    from nnunet_lgms.ops import conv_triton
+
+    return conv_triton.convolve_transposed(grad, weight, groups, parts)
+
+
+@triton_op("nnunet_lgms::same_conv_norm_act", mutates_args=())
+def _convolve_finished(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """Convolution, norm of given statistics and activation; for prediction, it has no gradient."""
+    from nnunet_lgms.ops import conv_triton
+
+    finish = conv_triton.Finish(mean, variance, norm_weight, norm_bias, eps, activation, residual)
+    return conv_triton.convolve(xs, weight, bias, groups, finish)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, ctx.groups, ctx.mirrored = inputs
-    ctx.save_for_backward(x, weight)
+    xs, weight, bias, ctx.groups = inputs
+    ctx.save_for_backward(weight, *xs)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
+    weight, *xs = ctx.saved_tensors
     grad = to_channels_last(grad)
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _convolve(grad, weight, None, ctx.groups, not ctx.mirrored)
+    grad_xs = [None] * len(xs)
+    grad_weight = grad_bias = None
+    if any(ctx.needs_input_grad[0]):
+        grad_xs = _convolve_transposed(grad, weight, ctx.groups, len(xs))
     if ctx.needs_input_grad[1]:
-        sides = (x, grad) if ctx.mirrored else (grad, x)
-        grad_weight = _weight_gradient(*sides, weight, ctx.groups)
+        x = torch.cat(xs, 1) if len(xs) > 1 else xs[0]
+        grad_weight = _weight_gradient(grad, x, weight, ctx.groups)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
-    return grad_x, grad_weight, grad_bias, None, None
+    return grad_xs, grad_weight, grad_bias, None
 
 
 _convolve.register_autograd(_backward, setup_context=_setup)
@@ -91,8 +155,8 @@ def conv_gradients(
     For the backward pass of an operator that contains a convolution; ``x`` in the dtype that it was convolved in.
     """
     grad = grad.to(x.dtype)
-    if use_kernels(x) and channels_last(x) and x.dtype in HALF and _fits_kernels(x, weight, 1):
-        grad_x = _convolve(grad, weight, None, 1, True)
+    if kernels_fit_conv([grad], weight):
+        (grad_x,) = _convolve_transposed(grad, weight, 1, 1)
     else:
         grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0)
     grad_weight = _aten_gradient(grad, x, weight.to(x.dtype), 1).to(weight.dtype)

@@ -5,12 +5,16 @@ often a voxel is loaded, 27 times if every output asks for its own neighbours. S
 of TY x TX neighbouring outputs: their inputs along x, TX + KX - 1 voxels with all channels, are one contiguous run of
 memory (K numbers), their results N = TY * TX * C_out numbers, and the weights a K x N band matrix for each of the KZ *
 (TY + KY - 1) input rows. With 2 x 2 tiles and a 3^3 kernel an output costs 3 loads of 4 voxels in place of 9 of 3, and
-K = 4 * C_in is a power of two. Groups are blocks of zeros in the band: a product with zeros costs less than half a
-cache line. The input gradient is the same product with a mirrored band. Sums are in float32.
+K = 4 * C_in is a power of two. The input gradient is the same product with a mirrored band. Sums are in float32.
+
+A product may read some channels of a map and write some channels of another: groups are a launch each, and the two
+halves of a Fusion block's input need not be joined. It may end with the norm and activation behind the convolution,
+where the norm's statistics are known before (batch norm in prediction).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm
 from nnunet_lgms.ops.backend import map_memory
 
-BLOCK = 128  # tiles of a program
+BLOCK = 64  # tiles of a program
 MAX_N = 64  # results of a tile, beyond that it shrinks
 STAGES = 3
 WARPS = 4
@@ -77,31 +82,72 @@ def _volume(x: Tensor, t: _Tiling) -> tuple[int, int, int, int]:
     return x.shape[0] * depth * -(-height // t.ty) * -(-width // t.tx), depth, height, width
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, mirrored: bool) -> Tensor:
-    """x (B, C_in, *spatial) channels-last -> (B, C_out, *spatial) channels-last.
+class Finish(NamedTuple):
+    """Norm with given statistics, activation and residual behind a convolution; tensors of (C_out,) or None."""
 
-    weight is (C_out, C_in / groups, *k); mirrored, with input and output swapped, (C_in, C_out / groups, *k).
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: str
+    residual: Tensor | None
+
+
+def convolve(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int, finish: Finish | None = None
+) -> Tensor:
+    """One map or one for each group, (B, C_in, *spatial) channels-last -> (B, C_out, *spatial) channels-last.
+
+    weight is (C_out, C_in / groups, *k).
     """
-    channels = weight.shape[0], weight.shape[1] * groups
-    c_out, c_in = channels[::-1] if mirrored else channels
-    t = _Tiling.of(weight.shape[2:], c_in, c_out)
+    c_out, c_in = weight.shape[0] // groups, weight.shape[1]
+    out = map_memory(xs[0], weight.shape[0], xs[0].shape[2:])
+    for group in range(groups):
+        x, first = (xs[0], group * c_in) if len(xs) == 1 else (xs[group], 0)
+        _launch(x, first, c_in, out, group * c_out, c_out, weight, group, bias, finish, False)
+    return out.movedim(-1, 1)
+
+
+def convolve_transposed(grad: Tensor, weight: Tensor, groups: int, parts: int) -> list[Tensor]:
+    """Gradient of the output -> that of the input, in one map or in one for each group."""
+    c_out, c_in = weight.shape[0] // groups, weight.shape[1]
+    outs = [map_memory(grad, c_in * groups // parts, grad.shape[2:]) for _ in range(parts)]
+    for group in range(groups):
+        out, first = (outs[0], group * c_in) if parts == 1 else (outs[group], 0)
+        _launch(grad, group * c_out, c_out, out, first, c_in, weight, group, None, None, True)
+    return [out.movedim(-1, 1) for out in outs]
+
+
+def _launch(
+    x: Tensor, x_first: int, c_in: int, out: Tensor, out_first: int, c_out: int, weight: Tensor, group: int,
+    bias: Tensor | None, finish: Finish | None, mirrored: bool,
+) -> None:  # fmt: skip
+    """Convolves c_in channels of x with the weights of a group to c_out channels of the memory `out`."""
+    kernel = weight.shape[2:]
+    t = _Tiling.of(kernel, c_in, c_out)
     constants = t.constants()
     band = torch.empty((t.rows, t.run * c_in, t.ty * t.tx * c_out), dtype=x.dtype, device=x.device)
     wrap_triton(_band_kernel)[(t.rows, triton.cdiv(t.run * c_in, BAND_ROWS))](
-        weight.contiguous(), band, GROUPS=groups, MIRRORED=mirrored, BAND_ROWS=BAND_ROWS, **constants
-    )
+        weight.contiguous(), band, group * c_in * c_out * math.prod(kernel), MIRRORED=mirrored, BAND_ROWS=BAND_ROWS,
+        **constants,
+    )  # fmt: skip
+    mean = variance = scale = shift = residual = None
+    eps, activation = 0.0, "none"
+    if finish is not None:
+        mean, variance, scale, shift, eps, activation, residual = finish
     tiles, depth, height, width = _volume(x, t)
-    out = map_memory(x, c_out, x.shape[2:])
     wrap_triton(_convolve_kernel)[(triton.cdiv(tiles, BLOCK),)](
-        x, band, bias, out, tiles, depth, height, width, BIAS=bias is not None, BLOCK=BLOCK, **constants,
+        x, x_first, band, bias, mean, variance, scale, shift, residual, out, out_first, tiles, depth, height, width,
+        X_STRIDE=x.shape[1], OUT_STRIDE=out.shape[-1], BIAS=bias is not None, FINISH=finish is not None, EPS=eps,
+        AFFINE=scale is not None, ACT=CODES[activation], RESIDUAL=residual is not None, BLOCK=BLOCK, **constants,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    return out.movedim(-1, 1)
 
 
 @triton.jit
 def _band_kernel(
-    weight, band, GROUPS: tl.constexpr, MIRRORED: tl.constexpr, BAND_ROWS: tl.constexpr, C_IN: tl.constexpr,
+    weight, band, weight_first, MIRRORED: tl.constexpr, BAND_ROWS: tl.constexpr, C_IN: tl.constexpr,
     C_OUT: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -116,15 +162,14 @@ def _band_kernel(
     oy, ox, o = (n // (TX * C_OUT))[None, :], (n // C_OUT % TX)[None, :], (n % C_OUT)[None, :]
     dy, dx = r - oy, column - ox
     in_band = (k < height)[:, None] & (n < width)[None, :]
-    meets = in_band & (dy >= 0) & (dy < KY) & (dx >= 0) & (dx < KX)
-    meets &= i // (C_IN // GROUPS) == o // (C_OUT // GROUPS)
     tap = (dz * KY + dy) * KX + dx
     taps: tl.constexpr = KZ * KY * KX
     if MIRRORED:
-        source = (i * (C_OUT // GROUPS) + o % (C_OUT // GROUPS)) * taps + taps - 1 - tap
+        source = (i * C_OUT + o) * taps + taps - 1 - tap
     else:
-        source = (o * (C_IN // GROUPS) + i % (C_IN // GROUPS)) * taps + tap
-    w = tl.load(weight + source, mask=meets, other=0.0).to(band.dtype.element_ty)
+        source = (o * C_IN + i) * taps + tap
+    meets = in_band & (dy >= 0) & (dy < KY) & (dx >= 0) & (dx < KX)
+    w = tl.load(weight + weight_first + source, mask=meets, other=0.0).to(band.dtype.element_ty)
     tl.store(band + (row * height + k)[:, None] * width + n[None, :], w, mask=in_band)
 
 
@@ -137,8 +182,8 @@ def _place(tile, D, H, W, TY: tl.constexpr, TX: tl.constexpr):
 
 
 @triton.jit
-def _runs(x, row_index, tile, tiles, D, H, W, C_IN: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
-          TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def _runs(x, row_index, tile, tiles, D, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, KZ: tl.constexpr,
+          KY: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """(BLOCK, K) numbers of one input row of every tile, zero outside the map."""
     plane, depth, row, column = _place(tile, D, H, W, TY, TX)
     dz = row_index // (TY + KY - 1) - KZ // 2
@@ -148,25 +193,28 @@ def _runs(x, row_index, tile, tiles, D, H, W, C_IN: tl.constexpr, KZ: tl.constex
     row_inside = (tile < tiles) & (row + dy >= 0) & (row + dy < H) & (depth + dz >= 0) & (depth + dz < D)
     inside = row_inside[:, None] & (columns >= 0) & (columns < W) & (k < (TX + KX - 1) * C_IN)[None, :]
     first = ((plane + dz) * H + row + dy) * W + column - KX // 2
-    return tl.load(x + first[:, None] * C_IN + k[None, :], mask=inside, other=0.0)
+    within = k if X_STRIDE == C_IN else k // C_IN * X_STRIDE + k % C_IN
+    return tl.load(x + first[:, None] * X_STRIDE + within[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _results(tile, tiles, D, H, W, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, N: tl.constexpr):
+def _results(tile, tiles, D, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+             N: tl.constexpr):  # fmt: skip
     """(BLOCK, N) offsets of the results of every tile, and which of them lie inside the map."""
     plane, depth, row, column = _place(tile, D, H, W, TY, TX)
     n = tl.arange(0, N)
-    oy, along = n // (TX * C_OUT), n % (TX * C_OUT)
-    y = row[:, None] + oy[None, :]
-    columns = column[:, None] + (along // C_OUT)[None, :]
+    oy, ox = n // (TX * C_OUT), n // C_OUT % TX
+    y, columns = row[:, None] + oy[None, :], column[:, None] + ox[None, :]
     inside = (tile < tiles)[:, None] & (y < H) & (columns < W) & (n < TY * TX * C_OUT)[None, :]
     first = (plane * H + row) * W + column
-    return first[:, None] * C_OUT + (oy * (W * C_OUT) + along)[None, :], inside
+    return first[:, None] * OUT_STRIDE + (oy * W * OUT_STRIDE + ox * OUT_STRIDE + n % C_OUT)[None, :], inside
 
 
 @triton.jit
 def _convolve_kernel(
-    x, band, bias, out, tiles, D, H, W, BIAS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    x, x_first, band, bias, mean, variance, scale, shift, residual, out, out_first, tiles, D, H, W,
+    X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, BIAS: tl.constexpr, FINISH: tl.constexpr, EPS: tl.constexpr,
+    AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -177,10 +225,17 @@ def _convolve_kernel(
     in_band = (k < height)[:, None] & (n < width)[None, :]
     total = tl.zeros((BLOCK, N), tl.float32)
     for row in range(KZ * (TY + KY - 1)):
-        runs = _runs(x, row, tile, tiles, D, H, W, C_IN, KZ, KY, KX, TY, TX, K)
+        runs = _runs(x + x_first, row, tile, tiles, D, H, W, X_STRIDE, C_IN, KZ, KY, KX, TY, TX, K)
         w = tl.load(band + (row * height + k)[:, None] * width + n[None, :], mask=in_band, other=0.0)
         total = tl.dot(runs, w, total)
+    channel = out_first + n % C_OUT
+    offset, inside = _results(tile, tiles, D, H, W, OUT_STRIDE, C_OUT, TY, TX, N)
+    offset += out_first
     if BIAS:
-        total += tl.load(bias + n % C_OUT).to(tl.float32)[None, :]
-    offset, inside = _results(tile, tiles, D, H, W, C_OUT, TY, TX, N)
+        total += tl.load(bias + channel).to(tl.float32)[None, :]
+    if FINISH:
+        _, _, a, b = affine(mean, variance, scale, shift, 0, channel, OUT_STRIDE, EPS, AFFINE)
+        total = after_norm(before_norm(total, ACT) * a[None, :] + b[None, :], ACT)
+    if RESIDUAL:
+        total += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)

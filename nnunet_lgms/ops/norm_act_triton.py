@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm, normal, slope_after_norm
 from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
 
-CODES = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_first": 4}
 TILE = 4096  # elements that a program holds at once
-JOINED = 8192  # slices x channels that are joined by one program, at most
+JOINED = 16384  # slices x channels that are joined by one program, at most
 
 
 class _Plan:
@@ -122,12 +122,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; see `norm_act.py`."""
     plan = _Plan(x, kind, groups)
-    affine = {"EPS": eps, "AFFINE": weight is not None}
-    code = CODES[activation]
+    constants = {"EPS": eps, "AFFINE": weight is not None, "ACT": CODES[activation]}
     partial = plan.empty(x, 2, plan.batch * plan.slices)
     wrap_triton(_gradient_sums)[plan.slices_grid](
         grad, x, mean, variance, weight, bias, *partial, plan.voxels, plan.steps, plan.sample_stride,
-        ACT=code, **affine, **plan.tile,
+        **constants, **plan.tile,
     )  # fmt: skip
     grad_weight, grad_bias, mean_g, mean_gx = plan.empty(x, 4, plan.statistics)
     wrap_triton(_join_gradient_sums)[(plan.statistics,)](
@@ -137,75 +136,9 @@ def backward(
     out = map_memory(x, plan.channels, x.shape[2:])
     wrap_triton(_apply_gradient)[plan.tiles_grid](
         grad, x, mean, variance, weight, bias, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
-        ACT=code, **affine, **plan.tile,
+        **constants, **plan.tile,
     )  # fmt: skip
     return out.movedim(-1, 1), grad_weight, grad_bias
-
-
-@triton.jit
-def _normal(x):
-    """Distribution function and density of the normal distribution, without the slow `erf` of the device's library.
-
-    Abramowitz and Stegun, 7.1.26: absolute error below 1e-7. Density and tail share one exponential.
-    """
-    z = tl.abs(x) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * z)
-    polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    bell = tl.exp(-z * z)
-    tail = 0.5 * polynomial * bell
-    return tl.where(x < 0, tail, 1.0 - tail), 0.3989422804014327 * bell
-
-
-@triton.jit
-def _before(x, ACT: tl.constexpr):
-    """The activation in front of the norm."""
-    if ACT == 4:
-        below, _ = _normal(x)
-        x = x * below
-    return x
-
-
-@triton.jit
-def _after(z, ACT: tl.constexpr):
-    """The activation behind the norm."""
-    if ACT == 1:
-        z = tl.maximum(z, 0.0)
-    elif ACT == 2:
-        z = z * tl.sigmoid(z)
-    elif ACT == 3:
-        below, _ = _normal(z)
-        z = z * below
-    return z
-
-
-@triton.jit
-def _slope_after(z, ACT: tl.constexpr):
-    """Derivative of `_after`."""
-    if ACT == 1:
-        slope = tl.where(z > 0, 1.0, 0.0)
-    elif ACT == 2:
-        s = tl.sigmoid(z)
-        slope = s * (1.0 + z * (1.0 - s))
-    elif ACT == 3:
-        below, density = _normal(z)
-        slope = below + z * density
-    else:
-        slope = tl.full(z.shape, 1.0, tl.float32)
-    return slope
-
-
-@triton.jit
-def _affine(mean, variance, weight, bias, statistics, channel, C: tl.constexpr, EPS: tl.constexpr,
-            AFFINE: tl.constexpr):  # fmt: skip
-    """Mean, reciprocal deviation, scale and shift per channel."""
-    inside = channel < C
-    m = tl.load(mean + statistics + channel, mask=inside, other=0.0)
-    r = 1.0 / tl.sqrt(tl.load(variance + statistics + channel, mask=inside, other=1.0) + EPS)
-    scale, shift = r, -m * r
-    if AFFINE:
-        scale = r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - m * scale
-    return m, r, scale, shift
 
 
 @triton.jit
@@ -214,14 +147,14 @@ def _moments(x, partial_mean, partial_m2, voxels, steps, ACT: tl.constexpr,
     channel = tl.arange(0, LANES)
     begin = tl.program_id(0) * steps * ROWS
     x += tl.program_id(1) * voxels * C
-    origin = _before(tl.load(x + begin * C + channel, mask=channel < C, other=0.0).to(tl.float32), ACT)
+    origin = before_norm(tl.load(x + begin * C + channel, mask=channel < C, other=0.0).to(tl.float32), ACT)
     first = tl.zeros((ROWS, LANES), tl.float32)
     second = tl.zeros((ROWS, LANES), tl.float32)
     for step in range(steps):
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         value = tl.load(x + voxel[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, _before(value, ACT) - origin[None, :], 0.0)
+        value = tl.where(inside, before_norm(value, ACT) - origin[None, :], 0.0)
         first += value
         second += value * value
     count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
@@ -271,12 +204,12 @@ def _apply(
 ):  # fmt: skip
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
-    _, _, a, b = _affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
+    _, _, a, b = affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    value = _before(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32), ACT)
-    value = _after(value * a[None, :] + b[None, :], ACT)
+    value = before_norm(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32), ACT)
+    value = after_norm(value * a[None, :] + b[None, :], ACT)
     if RESIDUAL:
         value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
@@ -290,7 +223,7 @@ def _gradient_sums(
     """Sums of g, the gradient behind the norm, and of g times the normalised x."""
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
-    m, r, a, b = _affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
+    m, r, a, b = affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
     begin = tl.program_id(0) * steps * ROWS
     sum_g = tl.zeros((ROWS, LANES), tl.float32)
     sum_gx = tl.zeros((ROWS, LANES), tl.float32)
@@ -298,9 +231,9 @@ def _gradient_sums(
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-        value = _before(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32), ACT)
+        value = before_norm(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32), ACT)
         g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
-        g = g * _slope_after(value * a[None, :] + b[None, :], ACT)
+        g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
         sum_g += g
         sum_gx += g * (value - m[None, :]) * r[None, :]
     out = (sample * tl.num_programs(0) + tl.program_id(0)) * C + channel
@@ -340,7 +273,7 @@ def _apply_gradient(
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     statistics = sample * sample_stride
-    m, r, a, b = _affine(mean, variance, weight, bias, statistics, channel, C, EPS, AFFINE)
+    m, r, a, b = affine(mean, variance, weight, bias, statistics, channel, C, EPS, AFFINE)
     # per channel: dx = a g + by_x x + constant
     by_x = -r * r * tl.load(mean_gx + statistics + channel, mask=channel < C, other=0.0)
     constant = -m * by_x - r * tl.load(mean_g + statistics + channel, mask=channel < C, other=0.0)
@@ -350,10 +283,10 @@ def _apply_gradient(
     raw = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     value = raw
     if ACT == 4:
-        below, density = _normal(raw)
+        below, density = normal(raw)
         value = raw * below
     g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
-    g = g * _slope_after(value * a[None, :] + b[None, :], ACT)
+    g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
     g = g * a[None, :] + value * by_x[None, :] + constant[None, :]
     if ACT == 4:
         g = g * (below + raw * density)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops.conv import conv_gradients, same_conv
-from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.conv import conv_gradients, conv_norm_act, same_conv
 from nnunet_lgms.ops.norm_act import (
     NormSpec,
     apply_norm_act,
@@ -43,8 +42,12 @@ def upsample_conv(x: Tensor, scale: Sequence[int], size: Sequence[int], conv: _C
         (B, C_out, *size).
     """
     if torch.is_grad_enabled() and kernels_fit_upsample(x, size):
-        return _UpsampleConv.apply(x, conv.weight, conv.bias, tuple(scale), tuple(size))
+        return _UpsampleConv.apply(x, conv.weight, conv.bias, tuple(scale), tuple(size)).movedim(-1, 1)
     return same_conv(linear_upsample(x, scale, size), conv.weight, conv.bias)
+
+
+# torch.compile makes the gradients of a Function contiguous: a transposed copy of a channels-last map. So the Functions
+# below return (B, *spatial, C), which is contiguous, and the map is a view of that.
 
 
 class _UpsampleConv(Function):
@@ -52,13 +55,13 @@ class _UpsampleConv(Function):
     def forward(ctx, x, weight, bias, scale, size):
         ctx.save_for_backward(x, weight, bias)
         ctx.scale, ctx.size = scale, size
-        return same_conv(linear_upsample(x, scale, size), weight, bias)
+        return same_conv(linear_upsample(x, scale, size), weight, bias).movedim(1, -1)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         upsampled = linear_upsample(x, ctx.scale, ctx.size)
-        grad, grad_weight, grad_bias = conv_gradients(to_channels_last(grad), upsampled, weight, bias)
+        grad, grad_weight, grad_bias = conv_gradients(grad.movedim(-1, 1), upsampled, weight, bias)
         return linear_upsample_transposed(grad, ctx.scale, x.shape[2:]).to(x.dtype), grad_weight, grad_bias, None, None
 
 
@@ -81,9 +84,8 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
         out, *statistics = _InvertedBottleneck.apply(x, *parameters, *(NormSpec.of(n) for n in norms))
         for norm, mean, variance in zip(norms, statistics[::2], statistics[1::2]):
             update_running_statistics(norm, mean, variance, x)
-        return out
-    x = norm_act(x, norm1, "gelu_first")
-    x = norm_act(same_conv(x, expand.weight, expand.bias), norm2, "gelu_first")
+        return out.movedim(-1, 1)
+    x = conv_norm_act(norm_act(x, norm1, ACTIVATION), expand, norm2, ACTIVATION)
     return same_conv(x, squeeze.weight, squeeze.bias)
 
 
@@ -96,7 +98,7 @@ class _InvertedBottleneck(Function):
         ctx.save_for_backward(x, scale1, shift1, weight1, bias1, scale2, shift2, weight2, bias2, *moments1, *moments2)
         ctx.mark_non_differentiable(*moments1, *moments2)
         ctx.norms = norm1, norm2
-        return same_conv(y, weight2, bias2), *moments1, *moments2
+        return same_conv(y, weight2, bias2).movedim(1, -1), *moments1, *moments2
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -107,7 +109,7 @@ class _InvertedBottleneck(Function):
         second = (z, scale2, shift2, *moments[2:], *ctx.norms[1], ACTIVATION)
         y2 = apply_norm_act(*second)
 
-        grad, grad_weight2, grad_bias2 = conv_gradients(to_channels_last(grad), y2, weight2, bias2)
+        grad, grad_weight2, grad_bias2 = conv_gradients(grad.movedim(-1, 1), y2, weight2, bias2)
         grad, grad_scale2, grad_shift2 = norm_act_gradients(grad, *second)
         grad, grad_weight1, grad_bias1 = conv_gradients(grad, y1, weight1, bias1)
         grad, grad_scale1, grad_shift1 = norm_act_gradients(grad, *first)
