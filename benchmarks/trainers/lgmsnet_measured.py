@@ -68,7 +68,7 @@ class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
             }
             Path(self.output_folder, "measured.json").write_text(json.dumps(record))
         if self.current_epoch == int(os.environ.get("MEASURED_STOP", "-1")):
-            raise KeyboardInterrupt
+            raise RuntimeError("stopped, as MEASURED_STOP says")  # a KeyboardInterrupt would end a rank with code 0
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         if os.environ.get("MEASURED_VALIDATION") == "1":

@@ -6,7 +6,6 @@ nnU-Net finds them through ``trainers/``, which only imports them: the modules o
 
 import os
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -173,21 +172,23 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
 
         The file is read without running code first: nnU-Net's own way of reading runs what a file tells it to.
         """
+        way_out = "remove it, and --c goes on from another checkpoint if there is one"
         if isinstance(filename_or_checkpoint, str):
-            with said_in_one_sentence():
+            try:
                 read_checkpoint(filename_or_checkpoint)
+            except ValueError as error:
+                raise TrainingError(f"{str(error).rstrip('.')}; {way_out}.") from error
         try:
             super().load_checkpoint(filename_or_checkpoint)
-        except (RuntimeError, EOFError, UnpicklingError, KeyError, OSError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except KeyError as error:
+            raise TrainingError(f"{filename_or_checkpoint} has no {error}; {way_out}.") from error
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
                 raise
             reason = " ".join(str(error).split())[:120]
             raise TrainingError(
                 f"{filename_or_checkpoint} is of another network than these plans describe ({reason}): continue with "
                 "the plans that it was trained with, or train anew."
-                if "state_dict" in reason
-                else f"{filename_or_checkpoint} cannot be read ({reason}), it is damaged or was cut short: remove it, "
-                "and --c goes on from another checkpoint if there is one."
             ) from error
         # nnU-Net saves the latest before it looks whether the epoch was the best
         averages = self.logger.get_value("ema_fg_dice", step=None)

@@ -1,0 +1,36 @@
+"""The supported versions, each with the tests that touch what differs between them.
+
+    pip install nox && nox                # every Python that is installed, oldest and newest of torch and nnU-Net
+    nox -s "tests-3.12(newest)"           # one of them
+    nox -s "tests-3.11(oldest)" -- tests  # the whole suite
+
+What was run, and with what, is in docs/features.md.
+"""
+
+import nox
+
+# the lower bounds of setup.py, and whatever is newest
+VERSIONS = {"oldest": ["torch==2.11.*", "nnunetv2==2.8.0"], "newest": ["torch", "nnunetv2"]}
+# imports, signatures, trainers, plans, the network, and nnU-Net's own commands with two kinds of data
+SELECTION = [
+    "tests/test_signatures.py",
+    "tests/test_trainer.py",
+    "tests/test_config.py",
+    "tests/test_network_errors.py",
+    "tests/test_features.py::test_regions",
+    "tests/test_features.py::test_rgb_image",
+]
+
+nox.options.error_on_missing_interpreters = False
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+@nox.parametrize("versions", list(VERSIONS), ids=list(VERSIONS))
+def tests(session: nox.Session, versions: str) -> None:
+    session.install(".[test]", *VERSIONS[versions])
+    # as the Makefile does, where a CPU build of torch stands beside the index's torchvision
+    if session.run("python", "-c", "import torchvision", success_codes=[0, 1], silent=True, log=False):
+        session.install("./tools/torchvision_without_ops")
+    packages = ("torch", "nnunetv2", "numpy")
+    session.run("python", "-c", f"from importlib.metadata import version as v; print([(p, v(p)) for p in {packages}])")
+    session.run("pytest", "-q", "-m", "not gpu", *(session.posargs or SELECTION))
