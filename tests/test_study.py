@@ -293,6 +293,42 @@ def test_fold_that_the_splits_do_not_have_is_refused(folders: Path) -> None:
         _check_fold("Dataset101_B", 3)
 
 
+def test_a_case_counts_once_however_often_it_was_predicted_and_missing_folds_are_told(folders: Path) -> None:
+    from nnunet_lgms.evaluation.evaluate import FOREGROUND
+    from nnunet_lgms.evaluation.metrics import METRICS
+    from nnunet_lgms.study.report import report_html
+    from nnunet_lgms.study.results import Results
+
+    graph = Graph(written(folders, SMALLEST + "folds: [0, 1]\nseeds: [1, 2]\n"))
+    (model,) = graph.models("Dataset101_B")
+    # Dice of two labels; fold 1 of the second seed is missing, and one prediction lacks a label
+    dice = {("seed_1", 0): {"x": (0.2, 0.6)}, ("seed_1", 1): {"y": (0.4, 1.0)}, ("seed_2", 0): {"x": (0.6, None)}}
+    for (run, fold), cases in dice.items():
+        summary = graph.folder / graph.validated(run, model.dataset, model.name, fold)
+        summary.parent.mkdir(parents=True)
+        summary.write_text("{}")
+        lines = [",".join(["model", "case", "label", *METRICS])]
+        for case, values in cases.items():
+            for label, value in zip("ab", values):
+                row = ["" if value is None else str(value) if metric == "Dice" else "0.5" for metric in METRICS]
+                lines.append(",".join(["m", case, label, *row]))
+        summary.with_name("cases.csv").write_text("\n".join(lines) + "\n")
+
+    results = Results(graph, n_resamples=50)
+    means = {row.label: row.mean for row in results.rows if row.metric == "Dice"}
+    assert means["a"].mean == pytest.approx((0.4 + 0.4) / 2) and means["a"].n == 2
+    assert means["b"].mean == pytest.approx((0.6 + 1.0) / 2)
+    assert means[FOREGROUND].mean == pytest.approx(0.6)
+    assert {(row.folds, row.expected) for row in results.rows} == {(3, 4)}
+    assert [(worst.case, worst.dice) for worst in results.worst_cases(model, 2)] == [
+        ("x", pytest.approx(0.4)),
+        ("x", pytest.approx(0.6)),
+    ]
+    page = report_html(results)
+    assert "0.6000" in page and "3 of 4 folds" in page
+    assert "validate: 1</summary>" in page and "train: 4</summary>" in page  # nothing was trained here
+
+
 def test_pareto_front_is_what_nothing_beats() -> None:
     points = [(1, 0.5), (2, 0.4), (3, 0.9), (3, 0.8), (4, 0.9), (5, 0.95)]
     assert pareto_front(points) == [(1, 0.5), (3, 0.9), (5, 0.95)]

@@ -95,7 +95,13 @@ def _zeroshot_tables(results: Results) -> list[dict]:
         rows = [r for r in results.rows if r.cases not in known and (r.metric, r.label) == (metric, FOREGROUND)]
         if rows:
             tables.append(
-                _table(results, rows, "Zero-shot", metric, lambda r: (f"{r.dataset} → {r.cases}", r.configuration))
+                _table(
+                    results,
+                    rows,
+                    "Zero-shot",
+                    metric,
+                    lambda r: (f"{r.dataset} → {r.cases.removeprefix('Dataset')}", r.configuration),
+                )
             )
     return tables
 

@@ -17,7 +17,8 @@ if ! command -v slurmctld slurmdbd munged mariadbd >/dev/null; then
     DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm slurmdbd munge mariadb-server
 fi
 "$root/tests/slurm/cluster.sh" start "$folder/slurm"
-trap '"$root/tests/slurm/cluster.sh" stop "$folder/slurm"' EXIT
+study=
+trap '[[ -z $study ]] || kill $study 2>/dev/null; "$root/tests/slurm/cluster.sh" stop "$folder/slurm"' EXIT
 
 source <("$python" "$root/tests/study_data.py" "$folder/data") # the data, and nnU-Net's variables
 export STUDY_TEST_HOLDS=$folder/hold PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PATH=$(dirname "$python"):$PATH
