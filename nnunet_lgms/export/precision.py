@@ -87,6 +87,7 @@ def as_int8(
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        extra_options={"MatMulConstBOnly": True},  # the attention's products are of activations, and a softmax follows
     )
     target.with_suffix(".json").write_text(predictor.description.to_json(), "utf-8")
     say(f"measuring the Dice on {len(cases.evaluation)} others, in fp32 and int8")

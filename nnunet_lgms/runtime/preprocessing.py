@@ -1,6 +1,6 @@
 """Crop, normalise, resample: nnU-Net's DefaultPreprocessor for images without a segmentation.
 
-Everything that can be is done in place: a large volume exists twice, as source and as result of one resampling step.
+Everything that can be is done in place: a volume exists twice, as source and as result of one resampling step.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def preprocess(case: Case, description: Description) -> Prepared:
     size = new_shape(cropped, spacing, target)
     matrices = axis_matrices(description.resampling_data, cropped, size, spacing, target)
     thick = thick_axis(description.resampling_data, spacing, target)
-    if len(data) == 1:
-        channel = data[0]
-        del data
-        case.samples = None  # the only other reference: source and result of a step are all that there is
-        data = resample(channel, matrices, thick)[None]
-    else:
-        data = np.stack([resample(channel, matrices, thick) for channel in data])
+    channels = list(data)
+    del data
+    case.samples = None  # nothing but `channels` holds them: a channel is freed when it has been resampled
+    done = []
+    while channels:
+        done.append(resample(channels.pop(0), matrices, thick))
+    data = done[0][None] if len(done) == 1 else np.stack(done)
     back = axis_matrices(description.resampling_probabilities, size, cropped, target, spacing)
     return Prepared(data, shape, box, back)
 
