@@ -1,0 +1,212 @@
+"""What prediction without PyTorch costs: installation, import, latency and memory on two CPU cores.
+
+    python benchmarks/runtime.py [--threads 2] [--rounds 9] [--models FOLDER] [--output benchmarks/results]
+
+The published LGMSNet and nnU-Net's PlainConvUNet, with the stages that nnU-Net plans for the size, are exported in the
+same way and run by ONNX Runtime in turns; a ratio is the median of the rounds' ratios. Peak memory is what a process of
+its own gains while it loads the model and runs it once. Sizes are those of the installed files of all that a package
+requires, in this environment. Exported models are kept in --models and reused. Writes runtime.json and runtime.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+import nnunet_lgms
+from nnunet_lgms.files import written_whole
+
+ROWS = {
+    "2D 256²": {"patch": (256, 256), "channels": 1, "classes": 2, "n_stages": 7},
+    "3D 96³": {"patch": (96, 96, 96), "channels": 1, "classes": 14, "n_stages": 6},
+}
+NETWORKS = {"lgmsnet": "LGMSNet", "plain": "PlainConvUNet"}
+IMPORTS = {
+    "runtime": "import nnunet_lgms.runtime",
+    "nnunetv2": "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor",
+}
+INSTALLATIONS = {"runtime": ["numpy", "SimpleITK", "onnxruntime"], "nnunetv2": ["nnunetv2", "torch"]}
+PEAK = """
+import resource, sys
+import numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(sys.argv[2])
+options.log_severity_level = 3
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session.run(None, {"image": numpy.zeros([int(n) for n in sys.argv[3].split(",")], numpy.float32)})
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def exported(folder: Path, network: str, row: dict) -> Path:
+    """The network as an ONNX file for this patch, written once."""
+    path = folder / f"{network}_{'x'.join(map(str, row['patch']))}.onnx"
+    if not path.exists():
+        import onnx
+        import torch
+        from networks import build
+
+        from nnunet_lgms.export.onnx_file import to_onnx
+
+        torch.manual_seed(0)
+        dim = len(row["patch"])
+        module = build(network, dim, row["channels"], row["classes"], row["n_stages"])
+        with written_whole(path) as temporary:
+            onnx.save(to_onnx(module, row["channels"], row["patch"], (0,) * dim).model, temporary)
+    return path
+
+
+def latency(files: dict[str, Path], row: dict, threads: int, rounds: int) -> dict:
+    """Seconds of one window, the networks in turns."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    sessions = {
+        name: onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        for name, file in files.items()
+    }
+    image = np.random.default_rng(0).normal(size=(1, row["channels"], *row["patch"])).astype(np.float32)
+    times = {name: [] for name in sessions}
+    for turn in range(rounds + 1):
+        for name, session in sessions.items():
+            begin = time.perf_counter()
+            session.run(None, {"image": image})
+            if turn:  # the first is for warming up
+                times[name].append(time.perf_counter() - begin)
+    ratios = [a / b for a, b in zip(times["lgmsnet"], times["plain"], strict=True)]
+    return {
+        "seconds": times,
+        "median": {name: statistics.median(t) for name, t in times.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
+def peak_memory(file: Path, row: dict, threads: int) -> float:
+    """MiB that loading the model and running it once adds to a process."""
+    shape = ",".join(map(str, (1, row["channels"], *row["patch"])))
+    out = subprocess.check_output([sys.executable, "-c", PEAK, str(file), str(threads), shape], text=True)
+    before, after = map(int, out.split())
+    return (after - before) / 1024
+
+
+def import_time(statement: str, rounds: int) -> float:
+    """Median seconds of a new process that imports, less that of one that does not."""
+
+    def run(code: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - begin
+
+    run(statement)
+    return statistics.median(run(statement) - run("pass") for _ in range(rounds))
+
+
+def installed_size(names: list[str]) -> tuple[float, list[str]]:
+    """MiB of the files of these distributions and all that they require, and their names."""
+    todo, sizes = list(names), {}
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in sizes:
+            continue
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # for another system or Python
+            continue
+        files = (Path(distribution.locate_file(file)) for file in distribution.files or [])
+        sizes[name] = sum(file.stat().st_size for file in files if file.is_file())
+        for requirement in distribution.requires or []:
+            if "extra ==" not in requirement:
+                todo.append(re.match(r"[\w.-]+", requirement)[0])
+    return sum(sizes.values()) / 2**20, sorted(sizes)
+
+
+def markdown(result: dict) -> str:
+    lines = [
+        "# Prediction without PyTorch on the CPU",
+        "",
+        f"{result['date']}, {result['threads']} threads of {result['cpu']}, ONNX Runtime {result['onnxruntime']}, "
+        f"nnunet-lgms {result['version']}, float32. One window; median of {result['rounds']} rounds in turns, the "
+        "ratio's range in brackets.",
+        "",
+        "| | LGMSNet ms | PlainConvUNet ms | ratio | file MiB | peak memory MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        ours, theirs = (row["median"][n] * 1e3 for n in NETWORKS)
+        sizes, peaks = (" / ".join(f"{row[key][n]:.0f}" for n in NETWORKS) for key in ("file_mib", "peak_mib"))
+        low, high = row["ratio_range"]
+        lines.append(
+            f"| {name} | {ours:.0f} | {theirs:.0f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {sizes} | {peaks} |"
+        )
+    lines += [
+        "",
+        "| | runtime | nnU-Net with PyTorch |",
+        "|---|---|---|",
+        "| installed MiB | {runtime:.0f} | {nnunetv2:.0f} |".format(**result["installed_mib"]),
+        "| import s | {runtime:.2f} | {nnunetv2:.2f} |".format(**result["import_seconds"]),
+        "",
+        f"Installed: {', '.join(result['packages']['runtime'])}; against {len(result['packages']['nnunetv2'])} "
+        f"packages with torch {result['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    from cpu import processor
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description="Latency, memory and size of the runtime.")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir(), "nnunet_lgms_benchmark"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    args.models.mkdir(parents=True, exist_ok=True)
+    files = {
+        title: {name: exported(args.models, name, row) for name in NETWORKS}
+        for title, row in tqdm(ROWS.items(), desc="exporting")
+    }
+    rows = {}
+    for title, row in tqdm(ROWS.items(), desc="measuring"):
+        rows[title] = latency(files[title], row, args.threads, args.rounds) | {
+            "file_mib": {name: file.stat().st_size / 2**20 for name, file in files[title].items()},
+            "peak_mib": {name: peak_memory(file, row, args.threads) for name, file in files[title].items()},
+        }
+    sizes = {name: installed_size(packages) for name, packages in INSTALLATIONS.items()}
+    result = {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "cpu": processor(),
+        "onnxruntime": onnxruntime.__version__,
+        "torch": importlib.metadata.version("torch"),
+        "version": nnunet_lgms.__version__,
+        "rows": rows,
+        "installed_mib": {name: size for name, (size, _) in sizes.items()},
+        "packages": {name: packages for name, (_, packages) in sizes.items()},
+        "import_seconds": {name: import_time(code, 5) for name, code in IMPORTS.items()},
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    with written_whole(args.output / "runtime.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    with written_whole(args.output / "runtime.md") as temporary:
+        temporary.write_text(markdown(result), "utf-8")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
