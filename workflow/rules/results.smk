@@ -7,6 +7,7 @@ rule validate:
         "evaluation/{run}/{dataset}/{model}/fold_{fold}/summary.json",
     log:
         "logs/validate/{run}/{dataset}/{model}/fold_{fold}.log",
+    threads: STUDY.threads
     shell:
         "{STEP} validate {FILE} {output} {wildcards.run} {wildcards.dataset} {wildcards.model} {wildcards.fold}"
         " > {log} 2>&1"
@@ -18,6 +19,7 @@ rule find_best:
         "best/{run}/{dataset}/{variant}.json",
     log:
         "logs/find_best/{run}/{dataset}/{variant}.log",
+    threads: STUDY.threads
     shell:
         "{STEP} find_best {FILE} {output} {wildcards.run} {wildcards.dataset} {wildcards.variant} > {log} 2>&1"
 
@@ -41,6 +43,7 @@ rule evaluate:
         "test/{run}/{dataset}/{variant}/summary.json",
     log:
         "logs/evaluate/{run}/{dataset}/{variant}.log",
+    threads: STUDY.threads
     shell:
         "{STEP} evaluate {FILE} {output} {wildcards.run} {wildcards.dataset} {wildcards.variant} > {log} 2>&1"
 
