@@ -17,7 +17,7 @@ from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
 from nnunet_lgms.nnunet.trainer import MAX_STEPS_WITHOUT_LOSS
 from nnunet_lgms.planning.memory import label_manager
 
-# Four levels, none of them 2 deep: oneDNN 3.12 leaves a bfloat16 weight gradient uninitialised where a map of that depth
+# Four levels, none of them 2 deep: oneDNN 3.12 leaves a bfloat16 weight gradient uninitialised where a map that deep
 # meets a 3x3x3 kernel (torch 2.13 on a CPU with AVX-512). nnU-Net trains in float32 on a CPU.
 SIZE = {2: (32, 32), 3: (24, 16, 16)}
 

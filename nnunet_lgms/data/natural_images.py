@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
@@ -92,8 +92,8 @@ def _open(path: Path) -> Image.Image:
             if image.mode in _EIGHT_BIT_MODES:
                 return image.copy()
             mode = image.mode
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
+    except Exception as error:  # damaged files bring almost anything to light
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
     raise ValueError(f"{path} has pixels of type {mode}, expected 8 bits a channel")
 
 
