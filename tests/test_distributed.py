@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,13 +68,18 @@ def synced(module: nn.Module) -> nn.Module:
     return module
 
 
-def trained(case: dict) -> list[torch.Tensor]:
+def trained(case: dict, device: str = "cpu") -> list[torch.Tensor]:
     """The network's parameters after two steps of the trainer in float64; with DDP if there is a process group."""
     case = dict(case)
     dim, labels, compiled = case.pop("dim"), case.pop("labels", LABELS), case.pop("compiled", False)
     torch.manual_seed(0)
     trainer = make_trainer(labels=labels, patch_size=PATCH[dim], batch_size=BATCH_SIZE, **case)
-    trainer.network = network = synced(trainer.network.double())
+    if device == "cuda":  # PyTorch's own synchronised norm, and all processes on the one GPU
+        trainer.device = torch.device("cuda", 0)
+        network = trainer.network.double().cuda()
+        trainer.network = network = TO_SYNC_BATCH_NORM(network) if trainer.is_ddp else network
+    else:
+        trainer.network = network = synced(trainer.network.double())
     if compiled:
         torch._dynamo.reset()
         # nnU-Net compiles the Dice loss as well
@@ -99,10 +105,10 @@ def trained(case: dict) -> list[torch.Tensor]:
         target = [t[mine] for t in target] if isinstance(target, list) else target[mine]
         loss = trainer.train_step({"data": batch["data"][mine], "target": target})["loss"]
         assert np.isfinite(loss)
-    return [p.detach() for p in network.parameters()]
+    return [p.detach().cpu() for p in network.parameters()]
 
 
-COMPILE = torch.compile
+COMPILE, TO_SYNC_BATCH_NORM = torch.compile, nn.SyncBatchNorm.convert_sync_batchnorm
 
 
 def shares(global_batch: int) -> tuple[int, float]:
@@ -110,26 +116,29 @@ def shares(global_batch: int) -> tuple[int, float]:
     return trainer.batch_size, trainer.oversample_foreground_percent
 
 
-def process(rank: int, port: int, folder: str) -> None:
+def process(rank: int, port: int, folder: str, device: str) -> None:
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = f"{folder}/{name}"
     gloo.replace_devices()
     gloo.start(rank, N_PROCESSES, port)
-    result = {name: trained(case) for name, case in CASES.items()}
+    result = {name: trained(case, device) for name, case in CASES.items()}
     torch.save({"parameters": result, "shares": [shares(n) for n in GLOBAL_BATCHES]}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[dict]:
+def run_two_processes(folder: Path, device: str) -> list[dict]:
     """What each process has at its end."""
-    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=N_PROCESSES)
+    torch.multiprocessing.spawn(process, (port, str(folder), device), nprocs=N_PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    return run_two_processes(tmp_path_factory.mktemp("processes"), "cpu")
 
 
 @pytest.fixture
@@ -142,10 +151,24 @@ def folders(tmp_path, monkeypatch):
 def test_two_processes_learn_what_one_learns(two_processes, folders, monkeypatch, name):
     monkeypatch.setattr(torch, "compile", COMPILE)
     expected = trained({key: value for key, value in CASES[name].items() if key != "compiled"})
-    close = {"rtol": 1e-4, "atol": 1e-6} if CASES[name].get("compiled") else {"rtol": 1e-5, "atol": 1e-7}
     for result in two_processes:
-        for parameter, value in zip(result["parameters"][name], expected, strict=True):
-            torch.testing.assert_close(parameter, value, **close)
+        assert_close(result["parameters"][name], expected, name)
+
+
+def assert_close(parameters: list[torch.Tensor], expected: list[torch.Tensor], name: str) -> None:
+    close = {"rtol": 1e-4, "atol": 1e-6} if CASES[name].get("compiled") else {"rtol": 1e-5, "atol": 1e-7}
+    for parameter, value in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter, value, **close)
+
+
+@pytest.mark.gpu
+def test_two_processes_share_a_gpu(folders, tmp_path):
+    """gloo with CUDA tensors, as NCCL wants a GPU for each process; batch norms are PyTorch's SyncBatchNorm."""
+    results = run_two_processes(tmp_path, "cuda")
+    for name, case in CASES.items():
+        expected = trained({key: value for key, value in case.items() if key != "compiled"}, "cuda")
+        for result in results:
+            assert_close(result["parameters"][name], expected, name)
 
 
 @pytest.mark.parametrize("global_batch", GLOBAL_BATCHES)
