@@ -17,7 +17,8 @@ from torch.library import wrap_triton
 from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm, normal, slope_after_norm
 from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
 
-TILE = 4096  # elements that a program holds at once
+TILE = 4096  # elements of a program that writes a map
+SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
 JOINED = 16384  # slices x channels that are joined by one program, at most
 
 
@@ -28,17 +29,18 @@ class _Plan:
         self.batch, self.channels = x.shape[:2]
         self.voxels = x[0, 0].numel()
         self.lanes = triton.next_power_of_2(self.channels)
-        self.rows = max(1, TILE // self.lanes)
+        rows, sum_rows = max(1, TILE // self.lanes), max(1, SUM_TILE // self.lanes)
         # The batch norm joins the slices of all samples, the others those of one.
         self.statistics = 1 if kind == "batch" else self.batch
         self.joined_samples = self.batch // self.statistics
-        tiles = triton.cdiv(self.voxels, self.rows)
+        tiles = triton.cdiv(self.voxels, sum_rows)
         slices = min(tiles, max(1, JOINED // (self.lanes * triton.next_power_of_2(self.joined_samples))))
         self.steps = triton.cdiv(tiles, slices)
         self.slices = triton.cdiv(tiles, self.steps)
         self.group_channels = self.channels // groups if kind == "group" else 1
         self.sample_stride = 0 if kind == "batch" else self.channels
-        self.tiles_grid = (tiles, self.batch)
+        self.slice_voxels = self.steps * sum_rows
+        self.tiles_grid = (triton.cdiv(self.voxels, rows), self.batch)
         self.slices_grid = (self.slices, self.batch)
         self.join = {
             "slices": self.slices * self.joined_samples,
@@ -47,7 +49,8 @@ class _Plan:
             "LANES": self.lanes,
             "GROUP": self.group_channels,
         }
-        self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": self.rows}
+        self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": rows}
+        self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows}
 
     def empty(self, x: Tensor, n: int, rows: int) -> list[Tensor]:
         """n buffers of (rows, C) in float32."""
@@ -67,7 +70,9 @@ def forward(
     """(out, mean, variance); see `norm_act.py`."""
     plan = _Plan(x, kind, groups)
     partial = plan.empty(x, 2, plan.batch * plan.slices)
-    wrap_triton(_moments)[plan.slices_grid](x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.tile)
+    wrap_triton(_moments)[plan.slices_grid](
+        x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.sum_tile
+    )
     mean, variance = plan.empty(x, 2, plan.statistics)
     wrap_triton(_join_moments)[(plan.statistics,)](
         *partial,
@@ -76,7 +81,7 @@ def forward(
         plan.voxels,
         plan.joined_samples,
         plan.slices,
-        plan.steps * plan.rows,
+        plan.slice_voxels,
         **plan.join,
         num_warps=8,
     )
@@ -126,7 +131,7 @@ def backward(
     partial = plan.empty(x, 2, plan.batch * plan.slices)
     wrap_triton(_gradient_sums)[plan.slices_grid](
         grad, x, mean, variance, weight, bias, *partial, plan.voxels, plan.steps, plan.sample_stride,
-        **constants, **plan.tile,
+        **constants, **plan.sum_tile,
     )  # fmt: skip
     grad_weight, grad_bias, mean_g, mean_gx = plan.empty(x, 4, plan.statistics)
     wrap_triton(_join_gradient_sums)[(plan.statistics,)](
