@@ -356,3 +356,14 @@ def test_commands_say_one_sentence(workshop, organs, model, data, tmp_path, clea
         assert "Traceback" not in result.stdout + result.stderr
         lines = result.stderr.strip().splitlines()
         assert lines[-1].startswith("These plans need nnunet_lgms 99.0 or newer, but")
+
+
+def test_own_commands_treat_it_as_bad_input(monkeypatch, capsys):
+    from nnunet_lgms.cli import doctor
+
+    def run(args) -> int:
+        raise TrainingError("what is wrong, and the way out")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "nnunet_lgms: what is wrong, and the way out\n"
