@@ -26,6 +26,10 @@ wait_for() { # seconds, what, command…
 }
 
 stop() {
+    if [[ $(readlink /etc/slurm/slurm.conf) == "$folder/slurm.conf" ]]; then # never a real cluster's jobs
+        timeout 10 scancel --user=root || true
+        sleep 3
+    fi
     for name in slurmctld slurmd slurmdbd mariadb munged; do
         [[ -f $folder/$name.pid ]] && kill "$(<"$folder/$name.pid")" 2>/dev/null || true
     done
