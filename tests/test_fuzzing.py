@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import string
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -29,7 +30,7 @@ from nnunet_lgms.config import LGMSSettings
 from nnunet_lgms.config.resolve import Topology, network_kwargs
 from nnunet_lgms.data import natural_images, volumes
 from nnunet_lgms.data.datasets import DESCRIPTIONS
-from nnunet_lgms.data.find import Case
+from nnunet_lgms.data.find import Case, find_cases
 from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.segmentation import Reader, differences
@@ -300,3 +301,22 @@ def test_names_on_the_command_line(folder, command, arguments, name, monkeypatch
     error = capfd.readouterr().err
     assert "Traceback" not in error
     assert {path for path in home.rglob("*") if folder not in path.parents} == outside
+
+
+@fuzz(200)
+@given(name=st.one_of(st.text(max_size=40), texts, st.sampled_from(["../../etc/passwd", "..", "a/../b", "a\\..\\b"])))
+def test_names_of_cases_stay_in_their_folder(name):
+    """Files in a download name nnU-Net's cases, and so the files that a conversion writes."""
+    for description in DESCRIPTIONS.values():
+        assert set(description.identify(name)) <= set(string.ascii_letters + string.digits + "_")
+
+
+@pytest.mark.parametrize("name", ["---.png", "\u00e4\u00f6.png"])
+def test_names_without_letters_are_a_problem_of_their_own(tmp_path, name):
+    for folder in ("images", "masks"):
+        for file in (name, "good.png"):
+            (tmp_path / "Kvasir-SEG" / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "Kvasir-SEG" / folder / file.replace("png", "jpg")).write_bytes(png())
+    found = find_cases(DESCRIPTIONS["kvasir"], tmp_path)
+    assert [case.identifier for case in found.cases] == ["good"]
+    assert "no letter and no digit" in found.problems[0].text

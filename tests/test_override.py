@@ -301,6 +301,8 @@ def with_value(value, *path: str):
         (with_value({}, "configurations"), "have no configuration"),
         (with_value(None, "configurations", "2d"), "configuration '2d' is None"),
         (with_value(None, "configurations", "2d", "lgmsnet"), '2d: "lgmsnet" is None'),
+        (with_value({}, "configurations", "a/../../b"), "'a/../../b' cannot name a configuration"),
+        (with_value({}, "configurations", "-x"), "'-x' cannot name a configuration"),
         (with_value("2d", "configurations", "2d", "inherits_from"), "in a circle, '2d' from '2d'"),
         (with_value("gone", "configurations", "2d", "inherits_from"), "inherits from 'gone', which the plans do not"),
         (without("configurations", "2d", "batch_size"), "'2d' has no batch_size"),

@@ -104,6 +104,9 @@ def _pair(
         if any(_belongs(pattern, key) for pattern in unwanted):
             continue
         identifier = description.identify(key)
+        if not identifier:
+            problems.append(Problem(key, "its name has no letter and no digit, of which nnU-Net's name could be made"))
+            continue
         if key not in images:
             problems.append(Problem(identifier, f"the mask {masks[key][0]} has no image"))
             continue

@@ -18,6 +18,7 @@ from nnunet_lgms.files import read_json, shown, written_whole
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}")
+CONFIGURATION_NAME = re.compile(r"[^-./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
 MAX_BATCH = 4096
 #: what nnU-Net's commands and this package's read of a configuration, beside its topology
 NEEDED = {
@@ -120,6 +121,8 @@ def check_configurations(plans: Mapping[str, Any]) -> None:
     for name, content in there.items():
         if not isinstance(content, Mapping):
             raise ValueError(f"configuration {shown(name)} is {shown(content)}: it must be a table; plan again.")
+        if not CONFIGURATION_NAME.fullmatch(name):
+            raise ValueError(f"{shown(name)} cannot name a configuration, which names files and folders: rename it.")
     for name in there:
         resolved: dict[str, Any] = {}
         heir, seen = name, []
