@@ -124,7 +124,7 @@ def test_the_description_has_all_that_prediction_needs(exported, model_folder):
     plans = json.loads((model_folder / "plans.json").read_text())
     assert content["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
     assert content["channel_names"] == ["MRI"] and content["reader"] == "SimpleITKIO"
-    assert content["mirror_axes"] == [0, 1] and content["patch_size"] == [24, 32, 24]
+    assert content["mirror_axes"] == [1] and content["patch_size"] == [22, 32, 24]
     assert content["spacing"] == plans["configurations"]["3d_fullres"]["spacing"]
     assert (content["dataset"], content["configuration"], content["folds"]) == (HIPPOCAMPUS, "3d_fullres", ["0"])
 
@@ -133,7 +133,7 @@ def test_half_precision(tmp_path, model_folder, exported, hippocampus, monkeypat
     monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", _translated(exported))
     file = tmp_path / "half.onnx"
     assert main(["export", str(model_folder), "--fp16", "-o", str(file)]) == 0
-    assert file.stat().st_size < 0.7 * exported.stat().st_size
+    assert weights(file, onnx.TensorProto.FLOAT16) > 0.9 * weights(exported, onnx.TensorProto.FLOAT)
     case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
     assert dice(Predictor(file).predict(case), Predictor(exported).predict(case)) > 0.99
 
@@ -141,17 +141,22 @@ def test_half_precision(tmp_path, model_folder, exported, hippocampus, monkeypat
 def test_int8_reports_what_it_costs(tmp_path, model_folder, exported, hippocampus, monkeypatch, capsys):
     monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", _translated(exported))
     file = tmp_path / "int8.onnx"
-    words = ["export", str(model_folder), "--int8", "--calibration", str(hippocampus), "--cases", "3", "-o", str(file)]
+    words = ["export", str(model_folder), "--int8", "--calibration", str(hippocampus), "--cases", "2", "-o", str(file)]
     assert main(words) == 0
     assert "Dice" in capsys.readouterr().out
     report = Description.read(file.with_suffix(".json")).quantisation
-    assert len(report["calibration_cases"]) == len(report["evaluation_cases"]) == 3
+    assert len(report["calibration_cases"]) == len(report["evaluation_cases"]) == 2
     assert not set(report["calibration_cases"]) & set(report["evaluation_cases"])
     assert report["dice_fp32"] > 0.6 and report["dice_loss"] < 0.05
     assert report["dice_loss"] == pytest.approx(report["dice_fp32"] - report["dice_int8"])
     operators = {node.op_type for node in onnx.load(file).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
-    assert file.stat().st_size < 0.6 * exported.stat().st_size
+    assert weights(file, onnx.TensorProto.INT8) > 0.8 * weights(exported, onnx.TensorProto.FLOAT)
+
+
+def weights(file: Path, kind: int) -> int:
+    """Numbers of this type that the file holds."""
+    return sum(int(np.prod(c.dims)) for c in onnx.load(file).graph.initializer if c.data_type == kind)
 
 
 def _translated(file: Path):
@@ -207,7 +212,9 @@ def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
     assert "--threads 0" in refused(["runtime", exported, "-i", case, *out, "--threads", "0"], capsys)
     assert "step" in refused(["runtime", exported, "-i", case, *out, "--step", "0"], capsys)
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
-    assert "cannot be read" in refused(["runtime", exported, "-i", tmp_path / "broken.nii.gz", *out], capsys)
+    assert "damaged" in refused(["runtime", exported, "-i", tmp_path / "broken.nii.gz", *out], capsys)
+    (tmp_path / "broken.nrrd").write_bytes(b"no image")
+    assert "cannot be read" in refused(["runtime", exported, "-i", tmp_path / "broken.nrrd", *out], capsys)
     alone = tmp_path / "alone.onnx"
     alone.write_bytes(exported.read_bytes())
     assert "two files" in refused(["runtime", alone, "-i", case, *out], capsys)

@@ -81,7 +81,7 @@ def load_model(
         network = copy.deepcopy(predictor.network)
         network.load_state_dict(parameters)
         networks.append(network)
-    return networks[0] if len(networks) == 1 else MeanLogits(networks), description
+    return (networks[0] if len(networks) == 1 else MeanLogits(networks)).eval(), description
 
 
 def size_steps(network: nn.Module) -> tuple[int, ...]:
