@@ -7,6 +7,7 @@ processes. The networks have seen one batch: what is tested is that everything f
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_trainer import make_batch, make_trainer
 from workshop import LABELS, TRAINER, Workshop, read
 
@@ -41,6 +43,16 @@ def validation(workshop: Workshop, dataset: str, configuration: str = "3d_fullre
 
 def losses(checkpoint: dict) -> list[float]:
     return [*checkpoint["logging"]["train_losses"], *checkpoint["logging"]["val_losses"]]
+
+
+def test_every_row_of_the_documentation_links_to_its_test():
+    links = re.findall(r"\[([^\]]+)\]\((\.\./[^)]+)\)", (ROOT / "docs" / "features.md").read_text())
+    assert len(links) > 30
+    for text, target in links:
+        file = (ROOT / "docs" / target).resolve()
+        assert file.exists(), target
+        if re.fullmatch(r"test_\w+", text):
+            assert f"def {text}(" in file.read_text(), text
 
 
 # --- kinds of data ---------------------------------------------------------------------------------------------------
