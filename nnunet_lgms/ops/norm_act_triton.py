@@ -19,7 +19,8 @@ from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
 
 TILE = 4096  # elements of a program that writes a map
 SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
-JOINED = 16384  # slices x channels that are joined by one program, at most
+JOINED = 8192  # slices x channels that are joined by one program, at most
+JOINED_CHANNELS = 8  # that one program joins: a sector of memory
 
 
 class _Plan:
@@ -33,11 +34,12 @@ class _Plan:
         # The batch norm joins the slices of all samples, the others those of one.
         self.statistics = 1 if kind == "batch" else self.batch
         self.joined_samples = self.batch // self.statistics
+        self.group_channels = self.channels // groups if kind == "group" else 1
+        joined_lanes = self.lanes if self.group_channels > 1 else min(self.lanes, JOINED_CHANNELS)
         tiles = triton.cdiv(self.voxels, sum_rows)
-        slices = min(tiles, max(1, JOINED // (self.lanes * triton.next_power_of_2(self.joined_samples))))
+        slices = min(tiles, max(1, JOINED // (joined_lanes * triton.next_power_of_2(self.joined_samples))))
         self.steps = triton.cdiv(tiles, slices)
         self.slices = triton.cdiv(tiles, self.steps)
-        self.group_channels = self.channels // groups if kind == "group" else 1
         self.sample_stride = 0 if kind == "batch" else self.channels
         self.slice_voxels = self.steps * sum_rows
         self.tiles_grid = (triton.cdiv(self.voxels, rows), self.batch)
@@ -46,9 +48,10 @@ class _Plan:
             "slices": self.slices * self.joined_samples,
             "SLICES_2": triton.next_power_of_2(self.slices * self.joined_samples),
             "C": self.channels,
-            "LANES": self.lanes,
+            "LANES": joined_lanes,
             "GROUP": self.group_channels,
         }
+        self.join_grid = (self.statistics, triton.cdiv(self.channels, joined_lanes))
         self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": rows}
         self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows}
 
@@ -74,7 +77,7 @@ def forward(
         x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.sum_tile
     )
     mean, variance = plan.empty(x, 2, plan.statistics)
-    wrap_triton(_join_moments)[(plan.statistics,)](
+    wrap_triton(_join_moments)[plan.join_grid](
         *partial,
         mean,
         variance,
@@ -134,7 +137,7 @@ def backward(
         **constants, **plan.sum_tile,
     )  # fmt: skip
     grad_weight, grad_bias, mean_g, mean_gx = plan.empty(x, 4, plan.statistics)
-    wrap_triton(_join_gradient_sums)[(plan.statistics,)](
+    wrap_triton(_join_gradient_sums)[plan.join_grid](
         *partial, weight, grad_weight, grad_bias, mean_g, mean_gx, plan.voxels, plan.joined_samples,
         AFFINE=weight is not None, **plan.join, num_warps=8,
     )  # fmt: skip
@@ -184,7 +187,7 @@ def _join_moments(
     SLICES_2: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     statistic = tl.program_id(0)
-    channel, piece = tl.arange(0, LANES), tl.arange(0, SLICES_2)
+    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, SLICES_2)
     inside = (piece < slices)[:, None] & (channel < C)[None, :]
     offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
     means = tl.load(partial_mean + offset, mask=inside, other=0.0)
@@ -253,7 +256,7 @@ def _join_gradient_sums(
 ):  # fmt: skip
     """Sums over all slices, and the means of w g and of w g xhat over what shares a statistic."""
     statistic = tl.program_id(0)
-    channel, piece = tl.arange(0, LANES), tl.arange(0, SLICES_2)
+    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, SLICES_2)
     inside = (piece < slices)[:, None] & (channel < C)[None, :]
     offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
     sum_g = tl.sum(tl.load(partial_g + offset, mask=inside, other=0.0), 0)
