@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 
 
@@ -66,7 +67,8 @@ class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
                 "losses": [float(x) for x in self.logger.get_value("train_losses", step=None)],
                 "batch_size": self.configuration_manager.batch_size,
             }
-            Path(self.output_folder, "measured.json").write_text(json.dumps(record))
+            with written_whole(Path(self.output_folder, "measured.json")) as temporary:
+                temporary.write_text(json.dumps(record))
         if self.current_epoch == int(os.environ.get("MEASURED_STOP", "-1")):
             raise RuntimeError("stopped, as MEASURED_STOP says")  # a KeyboardInterrupt would end a rank with code 0
 
