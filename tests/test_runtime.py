@@ -130,6 +130,42 @@ def test_flat_pictures(tmp_path):
     np.testing.assert_array_equal(labels, picture[..., 0] == 255)
 
 
+def test_breast_ultrasound_as_nnunets_predictor(shared_data, tmp_path):
+    """Real BUSI images through nnU-Net's own predictor and ours, the network the same single convolution."""
+    import tiny_model
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    folder = tiny_model.model_folder(tmp_path, "Dataset901_Home")
+    plans, dataset = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
+    manager = PlansManager(plans)
+    network = torch.nn.Conv2d(1, 2, 1)
+    network.load_state_dict({"weight": torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), "bias": torch.tensor([0.0, -1.0])})
+    theirs = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    theirs.manual_initialization(
+        network, manager, manager.get_configuration("2d"), [network.state_dict()], dataset, "none", (0, 1)
+    )
+    ours = Predictor(
+        onnx_stub.threshold_model(
+            tmp_path / "m.onnx",
+            patch_size=(32, 32),
+            reader="NaturalImage2DIO",
+            file_ending=".png",
+            spacing=tuple(manager.get_configuration("2d").spacing),
+            mirror_axes=(0, 1),
+        )
+    )
+    reader = manager.image_reader_writer_class()
+    files = sorted((shared_data / "busi_256" / "images").glob("*.png"))[::130]
+    assert len(files) >= 4
+    for file in files:
+        (expected,) = theirs.predict_single_npy_array(*reader.read_images([str(file)]))
+        labels = ours.predict(file)
+        assert labels.shape == expected.shape and 0 < labels.mean() < 0.5
+        assert 2 * (labels & expected).sum() / (labels.sum() + expected.sum()) >= 0.999
+
+
 def test_a_file_that_was_cut_short_is_refused(tmp_path, hippocampus):
     case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
     (tmp_path / "short.nii.gz").write_bytes(case.read_bytes()[:-2000])
