@@ -38,16 +38,19 @@ IMPORTS = {
     "nnunetv2": "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor",
 }
 INSTALLATIONS = {"runtime": ["numpy", "SimpleITK", "onnxruntime"], "nnunetv2": ["nnunetv2", "torch"]}
+# VmHWM, as ru_maxrss of a new process starts from its parent's
 PEAK = """
-import resource, sys
+import re, sys
 import numpy, onnxruntime
+def peak():
+    return re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(sys.argv[2])
 options.log_severity_level = 3
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 session.run(None, {"image": numpy.zeros([int(n) for n in sys.argv[3].split(",")], numpy.float32)})
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak())
 """
 
 
