@@ -7,27 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-#: Environment variable: "on" is the depthwise kernels, which are held to PyTorch on a GPU by benchmarks/results. "all"
-#: adds the kernels of dense convolutions, norms, pooling and upsampling, which have not been through that yet. "off" is
-#: PyTorch alone.
+#: Environment variable: "on" (default) or "off", PyTorch alone.
 KERNELS = os.environ.get("NNUNET_LGMS_KERNELS", "on").lower()
-if KERNELS not in ("off", "on", "all"):
-    raise ValueError(f"NNUNET_LGMS_KERNELS is {KERNELS!r}: set it to off, on or all, or unset it.")
+if KERNELS not in ("off", "on"):
+    raise ValueError(f"NNUNET_LGMS_KERNELS is {KERNELS!r}: set it to off or on, or unset it.")
 HAS_TRITON = find_spec("triton") is not None
 HALF = (torch.float16, torch.bfloat16)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether this tensor goes to the Triton kernels of dense operators; each adds the limits of its own."""
-    return KERNELS == "all" and HAS_TRITON and x.is_cuda
+    """Whether this tensor goes to the Triton kernels; each operator adds the limits of its own."""
+    return KERNELS == "on" and HAS_TRITON and x.is_cuda
 
 
 def channels_last(x: Tensor) -> bool:
@@ -52,9 +48,3 @@ def in_layout_of(reference: Tensor, x: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of x works in: autocast's where that is on."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-
-
-def triton_module(name: str, x: Tensor) -> ModuleType | None:
-    """The module `nnunet_lgms.ops.<name>` for a CUDA tensor where kernels are wanted, else None; not for traced "
-    "code."""
-    return import_module(f"nnunet_lgms.ops.{name}") if KERNELS != "off" and HAS_TRITON and x.is_cuda else None

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, triton_module
+from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels
 from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -303,5 +303,8 @@ def _weight_grad_chunk(x: Tensor, grad: Tensor, kernel: tuple[int, int, int]) ->
 
 def _triton_kernels(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> ModuleType | None:
     """The module with the CUDA kernels if it can serve this call, else None."""
-    module = triton_module("depthwise_triton", x)
-    return module if module is not None and module.supports(x, channels, kernels) else None
+    if not use_kernels(x):
+        return None
+    from nnunet_lgms.ops import depthwise_triton
+
+    return depthwise_triton if depthwise_triton.supports(x, channels, kernels) else None

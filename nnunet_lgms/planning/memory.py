@@ -208,7 +208,7 @@ class OnGPU(TorchFunctionMode):
 
     Convolutions and products work in float16 and losses in float32, as under ``torch.autocast("cuda")``. Norms stay in
     the dtype that comes and keep their input only, activations keep nothing, and pooling keeps no indices: compilation
-    fuses norm and activation and computes them again, and so do this package's kernels (NNUNET_LGMS_KERNELS=all).
+    fuses norm and activation and computes them again, and so do this package's kernels.
     """
 
     HALF = {"conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm"}

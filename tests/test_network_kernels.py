@@ -1,0 +1,64 @@
+"""The published network with every kernel against PyTorch's operators, on a GPU, in the half precision of training."""
+
+import copy
+
+import pytest
+import torch
+
+from nnunet_lgms import LGMSNet
+from nnunet_lgms.ops import backend, conv
+
+SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=[2, 3])
+def network_and_batch(request, monkeypatch):
+    monkeypatch.setattr(conv, "MIN_VOXELS", 0)  # the kernels of large maps on small ones
+    torch.manual_seed(0)
+    shape = SHAPE[request.param]
+    return LGMSNet.paper(shape[1], 3, dim=request.param).cuda(), torch.randn(shape, device="cuda")
+
+
+def run(network, x, kernels, monkeypatch, half=True):
+    """Output and all gradients in float64."""
+    monkeypatch.setattr(backend, "KERNELS", kernels)
+    network = copy.deepcopy(network)
+    network, x = (network, x) if half else (network.double(), x.double())
+    with torch.autocast("cuda", enabled=half):
+        out = network(x)
+    grad = torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)
+    (1024 * (out.double() * grad).mean()).backward()
+    gradients = torch.cat([p.grad.flatten().double() for p in network.parameters() if p.grad is not None])
+    with torch.no_grad(), torch.autocast("cuda", enabled=half):
+        predicted = network.eval()(x)
+    return out.detach().double(), gradients, predicted.double()
+
+
+def error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_errors_are_those_of_half_precision(network_and_batch, monkeypatch):
+    expected = run(*network_and_batch, "off", monkeypatch, half=False)
+    pytorch = run(*network_and_batch, "off", monkeypatch)
+    ours = run(*network_and_batch, "on", monkeypatch)
+    for name, want, theirs, mine in zip(("output", "gradient", "prediction"), expected, pytorch, ours, strict=True):
+        print(f"{name}: PyTorch {error(theirs, want):.2e}, kernels {error(mine, want):.2e}")
+        assert error(mine, want) < 1.5 * error(theirs, want) + 1e-4
+
+
+def test_gradients_repeat_bit_for_bit(network_and_batch, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    first = run(*network_and_batch, "on", monkeypatch)
+    second = run(*network_and_batch, "on", monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiled_step_is_the_eager_one(network_and_batch, monkeypatch):
+    network, x = network_and_batch
+    out, gradients, predicted = run(network, x, "on", monkeypatch)
+    compiled = run(torch.compile(network, fullgraph=True), x, "on", monkeypatch)
+    for a, b in zip(compiled, (out, gradients, predicted), strict=True):
+        assert error(a, b) < 2e-2
