@@ -1,61 +1,100 @@
-"""Time and memory of one network's training and inference step on a GPU.
+"""Time and memory of training and inference steps on a GPU, LGMSNet beside other networks.
 
-    python benchmarks/gpu.py 3d lgmsnet [--eager] [--profile]
-    python benchmarks/gpu.py 3d plain
+    python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md,png}
+    python benchmarks/gpu.py --cases 3d --networks lgmsnet plain
+    python benchmarks/gpu.py --sweep              how the cost grows with the size, uncompiled
+    python benchmarks/gpu.py --row 3d lgmsnet compiled [--profile]      one row, one line of JSON
 
 A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Only the
 network is compiled, as in nnU-Net. Times are medians of CUDA events after warm-up, with the 5th and 95th percentile;
-the first step includes compilation. `--profile` lists the most expensive kernels. Prints one line of JSON.
+the memory is what PyTorch allocated at the peak of a step; the first step includes compilation; x is the ratio to
+PlainConvUNet, compiled. Every row runs in a process of its own with empty compiler caches, one after the other. The
+table is written after every row, so a run that is cut short leaves what it has measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from networks import NETWORKS, build, loss_function, parameters
+from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+RESULTS = Path(__file__).parent / "results"
 CASES = {  # stages: what nnU-Net plans for the patch
     "3d": {"input": (2, 1, 128, 128, 128), "classes": 4, "n_stages": 6},
     "2d": {"input": (16, 3, 256, 256), "classes": 1, "n_stages": 7},
 }
+SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
+ROW_SECONDS = 400  # after which a row is given up
+REFERENCE = ("plain", "compiled")
 
 
-def median_ms(step, seconds: float = 3.0, warmup: int = 5) -> tuple[float, float, float]:
+def median_ms(step, device: torch.device, seconds: float = 3.0, warmup: int = 5) -> tuple[float, float, float]:
     """Median, 5th and 95th percentile of a step in ms."""
     for _ in range(warmup):
         step()
-    torch.cuda.synchronize()
+    synchronize(device)
     times, begin = [], time.perf_counter()
     while len(times) < 10 or time.perf_counter() - begin < seconds:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:  # a rehearsal
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
     times.sort()
     return statistics.median(times), times[len(times) // 20], times[-1 - len(times) // 20]
 
 
-def measure(case: str, name: str, compiled: bool, profile: bool) -> dict:
-    """All figures of one network on one input."""
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_gib(step, device: torch.device) -> float | None:
+    """GiB that PyTorch allocated at the peak of a step."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def measure(case: str, name: str, compiled: bool, size: int | None = None, profile: bool = False) -> dict:
+    """All figures of one network on one input; ``size`` in place of the case's voxels per axis."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, classes = CASES[case]["input"], CASES[case]["classes"]
+    shape = shape if size is None else (*shape[:2], *(size,) * (len(shape) - 2))
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).cuda()
+    network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).to(device)
     model = torch.compile(network) if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
-    scaler = torch.GradScaler("cuda")
-    data = torch.randn(shape, device="cuda")
-    target = torch.randint(0, max(classes, 2), (shape[0], *shape[2:]), device="cuda")
+    scaler = torch.GradScaler(device.type, enabled=device.type == "cuda")
+    data = torch.randn(shape, device=device)
+    target = torch.randint(0, max(classes, 2), (shape[0], *shape[2:]), device=device)
 
     def train():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda"):
+        with torch.autocast(device.type, enabled=device.type == "cuda"):
             loss = loss_function(model(data), target)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -64,38 +103,33 @@ def measure(case: str, name: str, compiled: bool, profile: bool) -> dict:
         scaler.update()
 
     def infer():
-        with torch.inference_mode(), torch.autocast("cuda"):
+        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
             model(data)
 
     begin = time.perf_counter()
     train()
-    torch.cuda.synchronize()
-    first_step = time.perf_counter() - begin
-    train_ms = median_ms(train)
-    torch.cuda.reset_peak_memory_stats()
-    train()
-    torch.cuda.synchronize()
-    train_gib = torch.cuda.max_memory_allocated() / 2**30
-    if profile:
-        show_profile(train)
-
-    optimizer.zero_grad(set_to_none=True)
-    network.eval()
-    infer_ms = median_ms(infer)
-    if profile:
-        show_profile(infer)
-    return {
+    synchronize(device)
+    row = {
         "case": case,
         "network": name,
-        "compiled": compiled,
+        "mode": "compiled" if compiled else "eager",
+        "input": shape,
         "parameters": parameters(network),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "train_ms": train_ms,
-        "infer_ms": infer_ms,
-        "train_gib": train_gib,
-        "first_step_s": first_step,
+        "first_step_s": time.perf_counter() - begin,
+        "train_ms": median_ms(train, device),
+        "train_gib": peak_gib(train, device),
     }
+    if profile:
+        show_profile(train)
+    optimizer.zero_grad(set_to_none=True)
+    network.eval()
+    row["infer_ms"] = median_ms(infer, device)
+    row["infer_gib"] = peak_gib(infer, device)
+    if profile:
+        show_profile(infer)
+    return row
 
 
 def show_profile(step, rows: int = 45) -> None:
@@ -114,15 +148,140 @@ def show_profile(step, rows: int = 45) -> None:
         print(f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x  {e.key[:110]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of one network on a GPU.")
-    parser.add_argument("case", choices=CASES)
-    parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--profile", action="store_true", help="list the most expensive kernels")
+def row_in_a_process(case: str, name: str, mode: str, size: int | None = None) -> dict:
+    """The row, or what went wrong with it."""
+    command = [sys.executable, __file__, "--row", case, name, mode]
+    command += [] if size is None else ["--size", str(size)]
+    with tempfile.TemporaryDirectory() as caches:
+        empty = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+        environment = {**os.environ, **(empty if mode == "compiled" else {})}
+        about = {"case": case, "network": name, "mode": mode, "size": size}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ROW_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {**about, "failed": f"took longer than {ROW_SECONDS} s"}
+    if done.returncode:
+        return {**about, "failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "size": size}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, with ratios to nnU-Net's own U-Net, compiled."""
+    lines = [
+        "| case | network | | parameters | train ms (5 to 95 %) | × | infer ms (5 to 95 %) | × | GiB | × | first s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['failed']} |" + " |" * 7)
+            continue
+        reference = next(
+            (
+                r
+                for r in rows
+                if (r["network"], r["mode"]) == REFERENCE and r["case"] == row["case"] and "failed" not in r
+            ),
+            None,
+        )
+        cells = [row["case"], row["network"], row["mode"], f"{row['parameters'] / 1e6:.2f} M"]
+        for key in ("train_ms", "infer_ms"):
+            median, low, high = row[key]
+            cells += [
+                f"{median:.1f} ({low:.1f} to {high:.1f})",
+                f"{median / reference[key][0]:.2f}" if reference else "",
+            ]
+        cells += [f"{row['train_gib']:.2f}" if row["train_gib"] else ""]
+        cells += [f"{row['train_gib'] / reference['train_gib']:.2f}" if reference and row["train_gib"] else ""]
+        lines.append("| " + " | ".join([*cells, f"{row['first_step_s']:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sweep_table(rows: list[dict]) -> str:
+    lines = ["| case | network | voxels per axis | train ms | infer ms | train GiB |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['case']} | {row['network']} | {row['size']} | {row['failed']} | | |")
+            continue
+        gib = f"{row['train_gib']:.2f}" if row["train_gib"] else ""
+        cells = [
+            row["case"],
+            row["network"],
+            row["size"],
+            f"{row['train_ms'][0]:.1f}",
+            f"{row['infer_ms'][0]:.1f}",
+            gib,
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Bars of the four columns, a colour for each network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if "failed" not in row]
+    panels = {"train_ms": "training step, ms", "infer_ms": "inference, ms", "train_gib": "training, GiB"}
+    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
+    figure, axes = plt.subplots(len(cases), len(panels), figsize=(4 * len(panels), 2.6 * len(cases)), squeeze=False)
+    for case, line in zip(cases, axes):
+        those = [row for row in rows if row["case"] == case]
+        labels = [f"{row['network']}, {row['mode']}" for row in those]
+        for (key, title), axis in zip(panels.items(), line):
+            values = [row[key][0] if isinstance(row[key], (list, tuple)) else row[key] or 0 for row in those]
+            axis.barh(labels, values, color=["C1" if row["network"] == "lgmsnet" else "C0" for row in those])
+            axis.set_title(f"{case}: {title}", fontsize=9)
+            axis.tick_params(labelsize=7)
+            axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
+    from nnunet_lgms.files import written_whole
+
+    done = [row for row in rows if "failed" not in row]
+    device = f"{done[0]['device']}, torch {done[0]['torch']}" if done else "no row"
+    heading = f"{datetime.date.today().isoformat()}, {device}, float16 autocast\n\n"
+    contents = {".json": json.dumps(rows, indent=1) + "\n", ".md": heading + (sweep_table if sweep else table)(rows)}
+    out.mkdir(parents=True, exist_ok=True)
+    for ending, text in contents.items():
+        with written_whole(out / f"{name}{ending}") as temporary:
+            temporary.write_text(text, "utf-8")
+    if done and not sweep:
+        with written_whole(out / f"{name}.png") as temporary:
+            draw(rows, temporary)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--modes", nargs="+", choices=["compiled", "eager"], default=["compiled", "eager"])
+    parser.add_argument("--sweep", action="store_true", help="sizes in place of modes, uncompiled")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
+    parser.add_argument("--row", nargs=3, metavar=("CASE", "NETWORK", "MODE"), help="measure this row alone")
+    parser.add_argument("--size", type=int, help="with --row: voxels per axis")
+    parser.add_argument("--profile", action="store_true", help="with --row: list the most expensive kernels")
     args = parser.parse_args()
-    print(json.dumps(measure(args.case, args.network, not args.eager, args.profile)))
+    if args.row:
+        case, name, mode = args.row
+        print(json.dumps(measure(case, name, mode == "compiled", args.size, args.profile)))
+        return 0
+    if args.sweep:
+        jobs = [(c, n, "eager", size) for c in args.cases for size in SIZES[c] for n in args.networks]
+    else:
+        jobs = [(c, n, m, None) for c in args.cases for m in args.modes for n in args.networks]
+    rows = []
+    for job in tqdm(jobs, desc="rows"):
+        rows.append(row_in_a_process(*job))
+        write(rows, args.out, "gpu_sweep" if args.sweep else "gpu", args.sweep)
+        tqdm.write(json.dumps(rows[-1]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

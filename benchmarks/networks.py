@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NETWORKS = ("lgmsnet", "plain", "resenc_m")
+NETWORKS = ("lgmsnet", "plain", "resenc_m", "mednext_s")
 FEATURES = {2: 512, 3: 320}  # nnU-Net's widest level
 
 
@@ -14,7 +14,8 @@ def build(name: str, dim: int, input_channels: int, classes: int, n_stages: int)
     """The network by its name in the tables.
 
     Args:
-        name: "lgmsnet" (the published one, always five levels), "plain" (PlainConvUNet) or "resenc_m".
+        name: "lgmsnet" (the published one, always five levels), "plain" (PlainConvUNet), "resenc_m" (nnU-Net's), or
+            "mednext_s" (five levels, see `mednext.py`).
         dim: 2 or 3.
         input_channels: channels of the image.
         classes: channels of the output.
@@ -27,6 +28,11 @@ def build(name: str, dim: int, input_channels: int, classes: int, n_stages: int)
         from nnunet_lgms import LGMSNet
 
         return LGMSNet.paper(input_channels, classes, dim=dim)
+
+    if name == "mednext_s":
+        from mednext import MedNeXtS
+
+        return MedNeXtS(dim, input_channels, classes)
 
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
