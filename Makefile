@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations=15
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
