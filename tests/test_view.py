@@ -54,8 +54,12 @@ def server(model: Path, tmp_path: Path, clean_env):
         try:
             yield match[0], tmp_path
         finally:
-            process.send_signal(2)
-            process.wait(60)
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
     assert not list(tmp_path.glob("nnunet_lgms_view_*")), "the temporary folder outlived the program"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise RequirementError(f"view needs {error.name}: pip install 'nnunet-lgms[view]'.") from error
 
+    # However it is stopped, images and masks go with it; a shell starts what runs in its background deaf to SIGINT.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     with TemporaryDirectory(prefix="nnunet_lgms_view_") as folder:
         serve(
             args.model,
