@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra [runtime]")
 
 import onnx_stub  # noqa: E402
 
+from nnunet_lgms.cli import main  # noqa: E402
 from nnunet_lgms.runtime import Predictor  # noqa: E402
 
 NEEDED = ("numpy", "SimpleITK", "onnxruntime")
@@ -171,6 +172,30 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path, hippocampus):
     (tmp_path / "short.nii.gz").write_bytes(case.read_bytes()[:-2000])
     with pytest.raises(ValueError, match="short.nii.gz.*cut short"):
         Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx")).predict(tmp_path / "short.nii.gz")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_images_that_are_not_finite_are_refused(tmp_path, value):
+    image = np.zeros((6, 7, 8), np.float32)
+    image[2, 3, 4] = value
+    sitk.WriteImage(sitk.GetImageFromArray(image), tmp_path / "c.nrrd")  # of a NIfTI file SimpleITK reads 0 there
+    with pytest.raises(ValueError, match="c.nrrd holds NaN or infinity"):
+        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx", file_ending=".nrrd")).predict(tmp_path / "c.nrrd")
+
+
+def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):
+    for name in ("whole", "gap_0000", "gap_0002"):
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 7, 8), np.float32)), tmp_path / f"{name}.nii.gz")
+    model = str(onnx_stub.threshold_model(tmp_path / "m.onnx"))
+    image, before = tmp_path / "whole.nii.gz", (tmp_path / "whole.nii.gz").read_bytes()
+    assert main(["runtime", model, "-i", str(image), "-o", str(tmp_path)]) == 2
+    assert "would replace the image" in capsys.readouterr().err and image.read_bytes() == before
+    channels = [str(tmp_path / f"gap_{i}.nii.gz") for i in ("0000", "0002")]
+    for images in ([str(tmp_path)], channels, channels[::-1], channels[:1] * 2):
+        assert main(["runtime", model, "-i", *images, "-o", str(tmp_path / "out")]) == 2
+        assert "give every channel once, in the order of their numbers" in capsys.readouterr().err
+    assert main(["runtime", model, "-i", str(image), "-o", str(tmp_path / "out"), "--threads", "99999"]) == 2
+    assert "this machine has 1 to" in capsys.readouterr().err
 
 
 def test_importing_it_loads_no_torch(clean_env):

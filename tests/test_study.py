@@ -62,6 +62,9 @@ def written(folder: Path, text: str) -> Path:
         ("a: {}", "a: {override: x/k.json}, b: {override: y/k.json}", "would name the same plans"),
         (SMALLEST, "- a", "is list, not a table"),
         (SMALLEST, "a: [", "is not YAML"),
+        (SMALLEST, "[" * 3000, "is nested too deeply"),
+        ("name: a", "name: a\nname: b", "'name' appears twice: keep one"),
+        ("a: {}", "1: {}, '1': {epochs: 2}", "'1' appears twice"),
     ],
 )
 def test_what_is_wrong_in_a_study_is_one_sentence(folders, capsys, old: str, new: str, said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -43,11 +44,15 @@ def run(args: argparse.Namespace) -> int:
             f"runtime needs {error.name}: pip install numpy SimpleITK onnxruntime, or 'nnunet-lgms[runtime]'."
         ) from error
 
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads {args.threads}: at least 1 is needed.")
+    cores = os.cpu_count() or 1
+    if args.threads is not None and not 1 <= args.threads <= cores:
+        raise ValueError(f"--threads {args.threads}: this machine has 1 to {cores}.")
     predictor = Predictor(args.model, threads=args.threads, mirroring=not args.no_mirroring, step=args.step)
     ending = predictor.description.file_ending
     cases = find_cases(args.images, ending)
+    targets = {(args.output / f"{name}{ending}").resolve() for name in cases}
+    if overwritten := [file for files in cases.values() for file in files if file.resolve() in targets]:
+        raise ValueError(f"The prediction would replace the image {overwritten[0]}: give another folder with -o.")
     args.output.mkdir(parents=True, exist_ok=True)
     for number, (name, files) in enumerate(cases.items(), start=1):
         begin = time.perf_counter()
@@ -61,20 +66,33 @@ def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
     """Name of each case and its files in the order of their channels.
 
     Raises:
-        ValueError: a folder has no such images, or a file does not exist.
+        ValueError: a folder has no such images, a file does not exist, or a channel is missing or given twice.
     """
     if len(images) > 1 or not images[0].is_dir():
         if missing := [file for file in images if not file.is_file()]:
             raise ValueError(f"The image {missing[0]} does not exist.")
-        name = images[0].name.removesuffix(ending)
-        return {re.sub(r"_\d{4}$", "", name): images}
+        case = re.sub(r"_\d{4}$", "", images[0].name.removesuffix(ending))
+        if len(images) > 1:
+            _check_channels(case, images, ending)
+        return {case: images}
     cases: dict[str, list[Path]] = {}
     for file in sorted(images[0].glob(f"*{ending}")):
         if match := re.fullmatch(r"(.+)_\d{4}", file.name.removesuffix(ending)):
             cases.setdefault(match[1], []).append(file)
     if not cases:
         raise ValueError(f"{images[0]} has no images named CASE_0000{ending}, as nnU-Net names channels.")
+    for case, files in cases.items():
+        _check_channels(case, files, ending)
     return cases
+
+
+def _check_channels(case: str, files: list[Path], ending: str) -> None:
+    expected = [f"{case}_{channel:04d}{ending}" for channel in range(len(files))]
+    if (given := [file.name for file in files]) != expected:
+        raise ValueError(
+            f"The channels of {case} are {', '.join(given)}, not {', '.join(expected)}: give every channel once, in "
+            "the order of their numbers."
+        )
 
 
 def _progress(title: str):

@@ -36,12 +36,14 @@ def read_case(files: Sequence[Path], description: Description) -> Case:
         part, spacing, geometry = _read(Path(file), description)
         parts.append(part)
         geometries.append((part.shape[1:], spacing, geometry))
-    for file, (shape, spacing, _) in zip(files, geometries):
+    for file, part, (shape, spacing, _) in zip(files, parts, geometries):
         if shape != geometries[0][0] or spacing != geometries[0][1]:
             raise ValueError(
                 f"The channels of a case differ: {files[0]} has {geometries[0][0]} voxels of {geometries[0][1]} mm, "
                 f"{file} has {shape} of {spacing}."
             )
+        if not all(np.isfinite(plane).all() for plane in part):
+            raise ValueError(f"The image {file} holds NaN or infinity: correct it before it is predicted.")
     samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
     _, spacing, geometry = geometries[0]
     check_channels(len(samples), description, str(files[0]))

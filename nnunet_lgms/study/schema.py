@@ -136,9 +136,11 @@ class Study(_Strict):
         """
         path = find_study(path_or_name)
         try:
-            content = yaml.safe_load(path.read_text("utf-8"))
+            content = yaml.load(path.read_text("utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply: docs/study.md lists what a study holds.") from None
         if not isinstance(content, dict):
             raise ValueError(
                 f"{path} is {type(content).__name__}, not a table: docs/study.md lists what a study holds."
@@ -149,6 +151,18 @@ class Study(_Strict):
             raise ValueError(_sentence(error, content, path)) from None
         _check_together(study, path)
         return study
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key appears once: the usual loader lets the last of several win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]!r} appears twice: keep one", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 def find_study(path_or_name: str | Path) -> Path:
