@@ -198,6 +198,37 @@ def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):
     assert "this machine has 1 to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("patch_size", "abc"),
+        ("patch_size", [0, 0, 0]),
+        ("spacing", [1e-9, 1, 1]),
+        ("labels", {"background": None}),
+        ("labels", [1, 2]),
+        ("channel_names", None),
+        ("intensity_properties", []),
+        ("normalization_schemes", []),
+        ("transpose_backward", [1, 0, 2]),
+        ("mirror_axes", [5]),
+        ("file_ending", "../x"),
+    ],
+)
+def test_a_damaged_description_is_one_sentence(tmp_path, field, value):
+    model = onnx_stub.threshold_model(tmp_path / "m.onnx")
+    description = tmp_path / "m.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match="m.json is not what `nnunet_lgms export` writes"):
+        Predictor(model)
+
+
+def test_files_of_two_models_are_refused(tmp_path):
+    one, two = (onnx_stub.threshold_model(tmp_path / f"{n}.onnx", channels=n) for n in (1, 2))
+    two.replace(one)
+    with pytest.raises(ValueError, match="they are of two models"):
+        Predictor(one)
+
+
 def test_importing_it_loads_no_torch(clean_env):
     code = "import sys, nnunet_lgms.runtime; print([m for m in ('torch', 'nnunetv2', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=clean_env | {"PYTHONPATH": str(ROOT)}, capture_output=True)

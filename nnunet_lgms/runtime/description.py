@@ -105,8 +105,32 @@ class Description:
                 )
             for key in ("resampling_data", "resampling_probabilities"):
                 content[key] = Resampling(**content[key])
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            description = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+            wrong = description._wrong_field()
+        except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is not what `nnunet_lgms export` writes ({' '.join(str(error).split())[:120]})."
             ) from error
+        if wrong:
+            raise ValueError(
+                f"{path} is not what `nnunet_lgms export` writes: {wrong} is {str(getattr(description, wrong))[:80]}; "
+                "export the model again."
+            )
+        return description
+
+    def _wrong_field(self) -> str:
+        """Name of a field that cannot be, "" if there is none."""
+        axes, channels = len(self.patch_size), len(self.channel_names)
+        back = [self.transpose_forward.index(axis) for axis in range(len(self.transpose_forward))]
+        fine = {
+            "patch_size": axes in (2, 3) and all(isinstance(n, int) and n > 0 for n in self.patch_size),
+            "spacing": all(isinstance(mm, (int, float)) and 1e-4 < mm < 1e4 for mm in self.spacing),
+            "transpose_backward": list(self.transpose_backward) == back,
+            "mirror_axes": set(self.mirror_axes) <= set(range(axes)),
+            "channel_names": channels > 0 and all(isinstance(name, str) for name in self.channel_names),
+            "normalization_schemes": len(self.normalization_schemes) == channels,
+            "intensity_properties": len(self.intensity_properties) == channels,
+            "labels": len(self.label_values) > 1,
+            "file_ending": self.file_ending.startswith(".") and not set(self.file_ending) & set("/\\"),
+        }
+        return next((name for name, is_fine in fine.items() if not is_fine), "")

@@ -51,6 +51,13 @@ class Predictor:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has classes of its own for this
             raise ValueError(f"{path} is no ONNX model ({' '.join(str(error).split())[:120]}).") from error
+        (image,) = self._session.get_inputs()
+        channels = len(self.description.channel_names)
+        if len(image.shape) != 2 + len(self.description.patch_size) or image.shape[1] != channels:
+            raise ValueError(
+                f"{path} takes {image.shape}, but the JSON beside it describes {channels} channel(s) and a patch of "
+                f"{list(self.description.patch_size)}: they are of two models; export again."
+            )
 
     def network(self, window: np.ndarray) -> np.ndarray:
         """(B, C, *patch) float32 -> logits (B, heads, *patch)."""
