@@ -206,7 +206,7 @@ def test_export_refuses(tmp_path, model_folder, hippocampus, capsys, monkeypatch
 def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
     case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
     out = ["-o", tmp_path / "out"]
-    assert "1: MRI" in refused(["runtime", exported, "-i", case, case, *out], capsys)
+    assert "give every channel once" in refused(["runtime", exported, "-i", case, case, *out], capsys)
     assert "does not exist" in refused(["runtime", exported, "-i", tmp_path / "none.nii.gz", *out], capsys)
     assert "CASE_0000" in refused(["runtime", exported, "-i", tmp_path, *out], capsys)
     assert "--threads 0" in refused(["runtime", exported, "-i", case, *out, "--threads", "0"], capsys)

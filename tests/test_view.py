@@ -6,6 +6,7 @@ skipped. NNUNET_LGMS_SCREENSHOT names a file for a picture of the page.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -123,7 +124,10 @@ def test_drop_look_scroll_download(page, server, model, hippocampus, tmp_path):
     assert [file for file in root.rglob("*_mask.nii.gz") if "uploads" not in file.parts]
     page.goto("about:blank")
     deadline = time.monotonic() + 120
-    while [file for file in root.rglob("*_mask.nii.gz") if "uploads" not in file.parts]:
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # a folder that is removed while it is searched
+            if not [file for file in root.rglob("*_mask.nii.gz") if "uploads" not in file.parts]:
+                break
         assert time.monotonic() < deadline, "the mask outlived its page"
         time.sleep(0.2)
 

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model} is a folder: export it first, `nnunet_lgms export {args.model} -o model.onnx`.")
     if args.max_upload < 1:
         raise ValueError(f"--max-upload {args.max_upload}: give at least 1 MB.")
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: give one from 1 to 65535, or leave it out.")
     try:
         from nnunet_lgms.view.page import serve
     except ImportError as error:
