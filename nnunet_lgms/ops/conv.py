@@ -159,7 +159,7 @@ def conv_gradients(
         (grad_x,) = _convolve_transposed(grad, weight, 1, 1)
     else:
         grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0)
-    grad_weight = _aten_gradient(grad, x, weight.to(x.dtype), 1).to(weight.dtype)
+    grad_weight = _weight_gradient(grad, x, weight, 1)
     return grad_x, grad_weight, None if bias is None else _bias_gradient(grad).to(bias.dtype)
 
 

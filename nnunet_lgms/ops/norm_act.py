@@ -159,7 +159,7 @@ def apply_norm_act(
     """The result again, without a residual, from the statistics of :func:`norm_act_forward`."""
     from nnunet_lgms.ops import norm_act_triton
 
-    return norm_act_triton.apply(x, weight, bias, None, mean, variance, kind, groups, eps, activation)
+    return norm_act_triton.apply(x, weight, bias, mean, variance, kind, groups, eps, activation)
 
 
 def norm_act_gradients(

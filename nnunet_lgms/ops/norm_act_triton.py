@@ -88,15 +88,13 @@ def forward(
         **plan.join,
         num_warps=8,
     )
-    out = apply(x, weight, bias, residual, mean, variance, kind, groups, eps, activation)
-    return out, mean, variance
+    return _write(plan, x, weight, bias, residual, mean, variance, eps, activation), mean, variance
 
 
 def apply(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     mean: Tensor,
     variance: Tensor,
     kind: str,
@@ -104,8 +102,14 @@ def apply(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """activation(norm(x)) + residual with given statistics."""
-    plan = _Plan(x, kind, groups)
+    """activation(norm(x)) with given statistics."""
+    return _write(_Plan(x, kind, groups), x, weight, bias, None, mean, variance, eps, activation)
+
+
+def _write(
+    plan: _Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor,
+    variance: Tensor, eps: float, activation: str,
+) -> Tensor:  # fmt: skip
     out = map_memory(x, plan.channels, x.shape[2:])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
