@@ -6,7 +6,8 @@ Decided once, when the package is imported, so that `torch.compile` sees constan
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -21,9 +22,23 @@ HALF = (torch.float16, torch.bfloat16)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+_as_on_gpu = False
+
+
 def use_kernels(x: Tensor) -> bool:
     """Whether this tensor goes to the Triton kernels; each operator adds the limits of its own."""
-    return KERNELS == "on" and HAS_TRITON and x.is_cuda
+    return KERNELS == "on" and HAS_TRITON and (x.is_cuda or _as_on_gpu)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, tensors take the path of CUDA tensors wherever they are; for those without numbers, to count memory."""
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
 
 
 def channels_last(x: Tensor) -> bool:
