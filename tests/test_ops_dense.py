@@ -36,6 +36,12 @@ NORMS = {  # input shape, norm, activation, mean of the input
     "gelu_before_batch": ((3, 8, 9, 10), nn.BatchNorm2d(8), "gelu_first", 1),
     "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first", 1),
 }
+BOTTLENECKS = {  # input shape, output channels, norms of input and hidden channels
+    "instance": ((2, 16, 5, 6, 7), 8, InstanceNorm3d(16), InstanceNorm3d(32)),
+    "batch": ((3, 12, 9, 10), 5, nn.BatchNorm2d(12), nn.BatchNorm2d(20)),
+    "group": ((2, 16, 9, 31), 16, nn.GroupNorm(4, 16), nn.GroupNorm(8, 64)),
+    "wide": ((1, 64, 4, 5, 6), 32, InstanceNorm3d(64, affine=True), InstanceNorm3d(128, affine=True)),
+}
 UPSAMPLINGS = {  # input shape, scale, voxels cropped
     "2x": ((2, 3, 3, 4, 5), (2, 2, 2), 0),
     "anisotropic_cropped": ((2, 4, 3, 4, 5), (1, 2, 2), 1),
@@ -88,10 +94,46 @@ def norm_errors(shape, norm, activation, mean, device):
     wanted = [x, *norm.parameters()]
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     x = x.detach()
-    out, mean, variance = norm_act_triton.forward(x, weight, bias, residual, *spec, activation)
-    actual = norm_act_triton.backward(grad, x, weight, bias, mean, variance, *spec, activation)
+    kind, groups, eps = spec
+    statistics = norm_act_triton.moments(x, kind, groups, activation)
+    record = norm_act_triton.Norm(*statistics, weight, bias, eps)
+    out = norm_act_triton.apply(x, record, residual, kind, groups, activation)
+    actual = norm_act_triton.backward(grad, x, record, kind, groups, activation)
     actual = [actual[0], actual[1].sum(0), actual[2].sum(0)][: len(wanted)]
     return [relative(out, expected.detach()), *map(relative, actual, gradients)]
+
+
+def bottleneck_errors(shape, out_channels, norm1, norm2, device):
+    from nnunet_lgms.ops import bottleneck
+
+    hidden = norm2.num_channels if isinstance(norm2, nn.GroupNorm) else norm2.num_features
+    conv_op = {4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+    modules = nn.ModuleList([norm1, conv_op(shape[1], hidden, 1), norm2, conv_op(hidden, out_channels, 1)]).to(
+        device, torch.float64
+    )
+    parameters = [p for m in modules for p in (m.weight, m.bias)]
+    for p in parameters:
+        if p is not None:
+            nn.init.normal_(p)
+    x = draw(shape, device).requires_grad_()
+    expected = bottleneck.inverted_bottleneck(x.double(), *modules)
+    grad = draw(expected.shape, device)
+    wanted = [x, *(p for p in parameters if p is not None)]
+    gradients = torch.autograd.grad(expected, wanted, grad.double())
+    x, parameters = x.detach(), [None if p is None else p.detach().float() for p in parameters]
+    specs = [norm for m in (norm1, norm2) for norm in bottleneck.NormSpec.of(m)]
+    out, *statistics = bottleneck._inverted_bottleneck(x, *parameters, *specs)
+    actual = bottleneck._inverted_bottleneck_backward(grad, x, *statistics, *parameters, *specs)
+    actual = [g.sum(0) if i in (1, 2, 5, 6) else g for i, g in enumerate(actual)]
+    actual = [actual[0], *(g for g, p in zip(actual[1:], parameters, strict=True) if p is not None)]
+    errors = [relative(out, expected.detach())]
+    errors += [relative(a.view_as(e), e) for a, e in zip(actual, gradients, strict=True)]
+    if isinstance(norm1, nn.BatchNorm2d):
+        modules.eval()
+        norms = [s.float() for n in (norm1, norm2) for s in (n.running_mean, n.running_var)]
+        known = bottleneck._inverted_bottleneck_known(x, *norms, *parameters, norm1.eps, norm2.eps)
+        errors.append(relative(known, bottleneck.inverted_bottleneck(x.double(), *modules).detach()))
+    return errors
 
 
 def upsampling_errors(shape, scale, crop, device):
@@ -138,6 +180,7 @@ GROUPS = {
     "layout": (LAYOUTS, layout_errors),
     "convolution": (CONVOLUTIONS, convolution_errors),
     "norm": (NORMS, norm_errors),
+    "bottleneck": (BOTTLENECKS, bottleneck_errors),
     "upsampling": (UPSAMPLINGS, upsampling_errors),
     "pooling": (POOLINGS, pooling_errors),
 }
@@ -153,7 +196,7 @@ def errors(group, case, device):
 def network_errors():
     """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off."""
     from nnunet_lgms import LGMSNet
-    from nnunet_lgms.ops import conv, layout, max_pool, norm_act, upsample
+    from nnunet_lgms.ops import bottleneck, conv, layout, max_pool, norm_act, upsample
 
     found = []
     for conv_op, shape in ((nn.Conv2d, (2, 3, 12, 10)), (nn.Conv3d, (1, 1, 5, 6, 4))):
@@ -167,7 +210,9 @@ def network_errors():
             network.zero_grad()
             for module in (conv, layout, max_pool, norm_act, upsample):
                 module.use_kernels = lambda x, on=on: on
-            conv.HALF, conv.MIN_VOXELS, conv.compute_dtype = (torch.float32,), 0, lambda x: x.dtype
+            for module in (bottleneck, conv):
+                module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype
+            conv.MIN_VOXELS = 0
             out = network(x)
             out.square().mean().backward()
             gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
@@ -198,7 +243,7 @@ def test_interpreted_kernels_leave_the_network_as_it_is(interpreted, dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("group", "case"), CASES)
 def test_compiled_kernels_match_float64(group, case):
-    limit = 2e-3 if group == "convolution" else 2e-5  # Triton multiplies float32 in tf32
+    limit = 2e-3 if group in ("convolution", "bottleneck") else 2e-5  # Triton multiplies float32 in tf32
     assert max(errors(group, case, "cuda")) < limit
 
 

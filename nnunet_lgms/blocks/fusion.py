@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
-from nnunet_lgms.ops.conv import conv_norm_act, same_conv
+from nnunet_lgms.ops.bottleneck import inverted_bottleneck
+from nnunet_lgms.ops.conv import same_conv
 from nnunet_lgms.ops.norm_act import norm_act
-from nnunet_lgms.ops.recompute import inverted_bottleneck
 
 EXPANSION = 4
 
@@ -61,10 +60,6 @@ class FusionBlock(nn.Module):
     def forward(self, x: Tensor, upsampled: Tensor | None = None) -> Tensor:
         """(B, D, *spatial), or its two halves apart, which need not be joined then -> (B, C, *spatial)."""
         halves = [x] if upsampled is None else [x, upsampled]
-        if torch.is_grad_enabled():
-            x = same_conv(halves, self.grouped.weight, self.grouped.bias, groups=2)
-            x = inverted_bottleneck(x, self.norm1, self.expand, self.norm2, self.squeeze)
-            return norm_act(x, self.norm3, "gelu_first")
-        x = conv_norm_act(halves, self.grouped, self.norm1, "gelu_first")
-        x = conv_norm_act(x, self.expand, self.norm2, "gelu_first")
-        return conv_norm_act(x, self.squeeze, self.norm3, "gelu_first")
+        x = same_conv(halves, self.grouped.weight, self.grouped.bias, groups=2)
+        x = inverted_bottleneck(x, self.norm1, self.expand, self.norm2, self.squeeze)
+        return norm_act(x, self.norm3, "gelu_first")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct
-from nnunet_lgms.ops.recompute import upsample_conv
 from nnunet_lgms.ops.upsample import linear_upsample
+from nnunet_lgms.ops.upsample_conv import upsample_conv
 
 
 class UpBlock(nn.Module):

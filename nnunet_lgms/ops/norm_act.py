@@ -49,7 +49,7 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
     """
     if kernels_fit_norm(x, norm):
         residual = None if residual is None else residual.to(x.dtype)
-        out, mean, variance = norm_act_forward(x, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation)
+        out, mean, variance = _norm_act_forward(x, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation)
         update_running_statistics(norm, mean, variance, x)
         return out
     if activation == "gelu_first":
@@ -76,23 +76,26 @@ class NormSpec(NamedTuple):
 def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None) -> bool:
     """Whether the kernels serve this norm of a map of the size of x (of ``channels`` channels, if not those of x).
 
-    They do for statistics of this very batch, channels innermost, and 32-bit offsets; the statistics of SyncBatchNorm
-    span other processes.
+    They do for statistics of this very batch; the statistics of SyncBatchNorm span other processes.
     """
-    channels = channels or x.shape[1]
-    if not use_kernels(x) or isinstance(norm, nn.SyncBatchNorm):
+    if isinstance(norm, nn.SyncBatchNorm):
         return False
     if isinstance(norm, (_BatchNorm, _InstanceNorm)):
         from_this_batch = not norm.track_running_stats or (isinstance(norm, _BatchNorm) and norm.training)
     else:
         from_this_batch = isinstance(norm, nn.GroupNorm)
+    return from_this_batch and kernels_fit_map(x, channels) and x[0, 0].numel() > 1
+
+
+def kernels_fit_map(x: Tensor, channels: int | None = None) -> bool:
+    """Channels innermost, not too many, and 32-bit offsets."""
+    channels = channels or x.shape[1]
     return (
-        from_this_batch
+        use_kernels(x)
         and x.dtype in (*HALF, torch.float32)
         and channels_last(x)
         and channels <= MAX_CHANNELS
         and x.numel() // x.shape[1] * channels < 2**31
-        and x[0, 0].numel() > 1
     )
 
 
@@ -109,7 +112,7 @@ def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, x
 
 
 @triton_op("nnunet_lgms::norm_act", mutates_args=())
-def norm_act_forward(
+def _norm_act_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -122,7 +125,9 @@ def norm_act_forward(
     """(out, mean, variance); the statistics are (B, C), or (1, C) for the batch norm, in float32."""
     from nnunet_lgms.ops import norm_act_triton
 
-    return norm_act_triton.forward(x, weight, bias, residual, kind, groups, eps, activation)
+    mean, variance = norm_act_triton.moments(x, kind, groups, activation)
+    norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
+    return norm_act_triton.apply(x, norm, residual, kind, groups, activation), mean, variance
 
 
 @triton_op("nnunet_lgms::norm_act_backward", mutates_args=())
@@ -141,46 +146,8 @@ def _norm_act_backward(
     """Gradients of x, and of weight and bias per sample, (B, C), or (1, C) for the batch norm."""
     from nnunet_lgms.ops import norm_act_triton
 
-    return norm_act_triton.backward(grad, x, weight, bias, mean, variance, kind, groups, eps, activation)
-
-
-@triton_op("nnunet_lgms::norm_act_apply", mutates_args=())
-def apply_norm_act(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    kind: str,
-    groups: int,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """The result again, without a residual, from the statistics of :func:`norm_act_forward`."""
-    from nnunet_lgms.ops import norm_act_triton
-
-    return norm_act_triton.apply(x, weight, bias, mean, variance, kind, groups, eps, activation)
-
-
-def norm_act_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    kind: str,
-    groups: int,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias of :func:`norm_act_forward`, from that of its result, (B, C, *spatial)."""
-    grad_x, grad_weight, grad_bias = _norm_act_backward(
-        to_channels_last(grad), x, weight, bias, mean, variance, kind, groups, eps, activation
-    )
-    grad_weight = None if weight is None else grad_weight.sum(0).to(weight.dtype)
-    grad_bias = None if bias is None else grad_bias.sum(0).to(bias.dtype)
-    return grad_x, grad_weight, grad_bias
+    norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
+    return norm_act_triton.backward(grad, x, norm, kind, groups, activation)
 
 
 def _setup(ctx, inputs, output):
@@ -192,8 +159,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_mean, _grad_variance):
-    grads = norm_act_gradients(grad, *ctx.saved_tensors, *ctx.spec)
-    return *grads, grad if ctx.has_residual else None, *[None] * len(ctx.spec)
+    x, weight, bias, mean, variance = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = _norm_act_backward(
+        to_channels_last(grad), x, weight, bias, mean, variance, *ctx.spec
+    )
+    grad_weight = None if weight is None else grad_weight.sum(0).to(weight.dtype)
+    grad_bias = None if bias is None else grad_bias.sum(0).to(bias.dtype)
+    return grad_x, grad_weight, grad_bias, grad if ctx.has_residual else None, *[None] * len(ctx.spec)
 
 
-norm_act_forward.register_autograd(_backward, setup_context=_setup)
+_norm_act_forward.register_autograd(_backward, setup_context=_setup)

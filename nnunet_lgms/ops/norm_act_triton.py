@@ -8,6 +8,8 @@ their slice: a large mean costs no digits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,26 +25,40 @@ JOINED = 8192  # slices x channels that are joined by one program, at most
 JOINED_CHANNELS = 8  # that one program joins: a sector of memory
 
 
-class _Plan:
-    """Grid and sizes of the kernels for one map and kind of norm."""
+class Plan:
+    """Grid and sizes of the kernels for a map like x, of one kind of norm.
 
-    def __init__(self, x: Tensor, kind: str, groups: int):
-        self.batch, self.channels = x.shape[:2]
+    Args:
+        channels: those of x if None.
+        rows: voxels that a program of the sums holds at once.
+        slices: of a sample, at most; a program of the sums works on one.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        kind: str,
+        groups: int,
+        channels: int | None = None,
+        rows: int | None = None,
+        slices: int | None = None,
+    ):
+        self.batch, self.channels = x.shape[0], channels or x.shape[1]
         self.voxels = x[0, 0].numel()
         self.lanes = triton.next_power_of_2(self.channels)
-        rows, sum_rows = max(1, TILE // self.lanes), max(1, SUM_TILE // self.lanes)
+        tile_rows, sum_rows = max(1, TILE // self.lanes), rows or max(1, SUM_TILE // self.lanes)
         # The batch norm joins the slices of all samples, the others those of one.
         self.statistics = 1 if kind == "batch" else self.batch
         self.joined_samples = self.batch // self.statistics
         self.group_channels = self.channels // groups if kind == "group" else 1
         joined_lanes = self.lanes if self.group_channels > 1 else min(self.lanes, JOINED_CHANNELS)
+        joined = max(1, JOINED // (joined_lanes * triton.next_power_of_2(self.joined_samples)))
         tiles = triton.cdiv(self.voxels, sum_rows)
-        slices = min(tiles, max(1, JOINED // (joined_lanes * triton.next_power_of_2(self.joined_samples))))
-        self.steps = triton.cdiv(tiles, slices)
+        self.steps = triton.cdiv(tiles, min(tiles, joined, slices or joined))
         self.slices = triton.cdiv(tiles, self.steps)
         self.sample_stride = 0 if kind == "batch" else self.channels
         self.slice_voxels = self.steps * sum_rows
-        self.tiles_grid = (triton.cdiv(self.voxels, rows), self.batch)
+        self.tiles_grid = (triton.cdiv(self.voxels, tile_rows), self.batch)
         self.slices_grid = (self.slices, self.batch)
         self.join = {
             "slices": self.slices * self.joined_samples,
@@ -52,105 +68,102 @@ class _Plan:
             "GROUP": self.group_channels,
         }
         self.join_grid = (self.statistics, triton.cdiv(self.channels, joined_lanes))
-        self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": rows}
+        self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": tile_rows}
         self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows}
 
     def empty(self, x: Tensor, n: int, rows: int) -> list[Tensor]:
         """n buffers of (rows, C) in float32."""
         return [torch.empty((rows, self.channels), dtype=torch.float32, device=x.device) for _ in range(n)]
 
+    def partial(self, x: Tensor) -> list[Tensor]:
+        """Two buffers for what the slices give."""
+        return self.empty(x, 2, self.batch * self.slices)
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    kind: str,
-    groups: int,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, mean, variance); see `norm_act.py`."""
-    plan = _Plan(x, kind, groups)
-    partial = plan.empty(x, 2, plan.batch * plan.slices)
+
+class Norm(NamedTuple):
+    """Statistics and parameters of a norm: (B, C) or, for the batch norm, (1, C); (C,) or None."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+    def constants(self) -> dict:
+        return {"EPS": self.eps, "AFFINE": self.weight is not None}
+
+
+def moments(x: Tensor, kind: str, groups: int, activation: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x, behind the activation if that comes first; see `norm_act.py`."""
+    plan = Plan(x, kind, groups)
+    partial = plan.partial(x)
     wrap_triton(_moments)[plan.slices_grid](
         x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.sum_tile
     )
-    mean, variance = plan.empty(x, 2, plan.statistics)
+    return join_moments(plan, partial)
+
+
+def join_moments(plan: Plan, partial: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(mean, variance) from the moments of all slices."""
+    mean, variance = plan.empty(partial[0], 2, plan.statistics)
     wrap_triton(_join_moments)[plan.join_grid](
-        *partial,
-        mean,
-        variance,
-        plan.voxels,
-        plan.joined_samples,
-        plan.slices,
-        plan.slice_voxels,
-        **plan.join,
-        num_warps=8,
-    )
-    return _write(plan, x, weight, bias, residual, mean, variance, eps, activation), mean, variance
+        *partial, mean, variance, plan.voxels, plan.joined_samples, plan.slices, plan.slice_voxels,
+        **plan.join, num_warps=8,
+    )  # fmt: skip
+    return mean, variance
 
 
-def apply(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    kind: str,
-    groups: int,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """activation(norm(x)) with given statistics."""
-    return _write(_Plan(x, kind, groups), x, weight, bias, None, mean, variance, eps, activation)
-
-
-def _write(
-    plan: _Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor,
-    variance: Tensor, eps: float, activation: str,
-) -> Tensor:  # fmt: skip
+def apply(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int, activation: str) -> Tensor:
+    """activation(norm(x)) + residual with given statistics."""
+    plan = Plan(x, kind, groups)
     out = map_memory(x, plan.channels, x.shape[2:])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
     wrap_triton(_apply)[plan.tiles_grid](
-        x, mean, variance, weight, bias, residual, out, plan.voxels, plan.sample_stride,
-        RESIDUAL=residual is not None, ACT=CODES[activation], EPS=eps, AFFINE=weight is not None, **plan.tile,
+        x, *norm.tensors, residual, out, plan.voxels, plan.sample_stride,
+        RESIDUAL=residual is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
     )  # fmt: skip
     return out.movedim(-1, 1)
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    kind: str,
-    groups: int,
-    eps: float,
-    activation: str,
+    grad: Tensor, x: Tensor, norm: Norm, kind: str, groups: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; see `norm_act.py`."""
-    plan = _Plan(x, kind, groups)
-    constants = {"EPS": eps, "AFFINE": weight is not None, "ACT": CODES[activation]}
-    partial = plan.empty(x, 2, plan.batch * plan.slices)
+    plan = Plan(x, kind, groups)
+    partial = plan.partial(x)
     wrap_triton(_gradient_sums)[plan.slices_grid](
-        grad, x, mean, variance, weight, bias, *partial, plan.voxels, plan.steps, plan.sample_stride,
-        **constants, **plan.sum_tile,
+        grad, x, *norm.tensors, *partial, plan.voxels, plan.steps, plan.sample_stride,
+        ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
     )  # fmt: skip
-    grad_weight, grad_bias, mean_g, mean_gx = plan.empty(x, 4, plan.statistics)
+    grad_weight, grad_bias, *means = join_gradient_sums(plan, partial, norm)
+    return apply_gradient(plan, grad, x, norm, *means, activation), grad_weight, grad_bias
+
+
+def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Tensor]:
+    """Gradients of weight and bias, means of w g and of w g xhat, from the sums of all slices."""
+    out = plan.empty(partial[0], 4, plan.statistics)
     wrap_triton(_join_gradient_sums)[plan.join_grid](
-        *partial, weight, grad_weight, grad_bias, mean_g, mean_gx, plan.voxels, plan.joined_samples,
-        AFFINE=weight is not None, **plan.join, num_warps=8,
+        *partial, norm.weight, *out, plan.voxels, plan.joined_samples,
+        AFFINE=norm.weight is not None, **plan.join, num_warps=8,
     )  # fmt: skip
+    return out
+
+
+def apply_gradient(
+    plan: Plan, grad: Tensor, x: Tensor, norm: Norm, mean_g: Tensor, mean_gx: Tensor, activation: str
+) -> Tensor:
+    """Gradient of x."""
     out = map_memory(x, plan.channels, x.shape[2:])
     wrap_triton(_apply_gradient)[plan.tiles_grid](
-        grad, x, mean, variance, weight, bias, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
-        **constants, **plan.tile,
+        grad, x, *norm.tensors, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
+        ACT=CODES[activation], **norm.constants(), **plan.tile,
     )  # fmt: skip
-    return out.movedim(-1, 1), grad_weight, grad_bias
+    return out.movedim(-1, 1)
 
 
 @triton.jit

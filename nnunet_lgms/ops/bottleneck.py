@@ -1,0 +1,184 @@
+"""Inverted bottleneck of the Fusion block as one operator (LGMSNet, arXiv 2508.15476, section 3.4).
+
+Its wide map has four times the channels of the block's result, at full resolution: read and written ten times in a
+training step, it was the largest part of the step's memory. Where the kernels run (`bottleneck_triton.py`) it is never
+stored: every pass computes it again from the narrow input, in registers. Everywhere else, and everywhere when the
+environment variable NNUNET_LGMS_KERNELS is `off`, the operator is its convolutions and norms one by one.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.library import triton_op
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_lgms.ops.backend import HALF, compute_dtype
+from nnunet_lgms.ops.conv import conv_norm_act, same_conv
+from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.norm_act import NormSpec, kernels_fit_map, kernels_fit_norm, norm_act, update_running_statistics
+
+ACTIVATION = "gelu_first"
+MAX_CHANNELS = 64  # of input and output
+MAX_HIDDEN = 128  # two matrices of the weights stay in the registers of a program
+
+
+def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> Tensor:
+    """squeeze(norm2(gelu(expand(norm1(gelu(x))))))
+
+    Args:
+        x: (B, D, *spatial).
+        norm1: norm of D channels.
+        expand: 1x1 convolution to H channels, with bias.
+        norm2: norm of H channels.
+        squeeze: 1x1 convolution to C channels, with bias.
+
+    Returns:
+        (B, C, *spatial).
+    """
+    if not _kernels_fit(x, norm1, expand, norm2, squeeze):
+        x = conv_norm_act(norm_act(x, norm1, ACTIVATION), expand, norm2, ACTIVATION)
+        return same_conv(x, squeeze.weight, squeeze.bias)
+    x = x.to(compute_dtype(x))
+    parameters = [p for m in (norm1, expand, norm2, squeeze) for p in (m.weight, m.bias)]
+    if _statistics_known(norm1):
+        statistics = [s for n in (norm1, norm2) for s in (n.running_mean, n.running_var)]
+        return _inverted_bottleneck_known(x, *statistics, *parameters, norm1.eps, norm2.eps)
+    out, mean1, variance1, mean2, variance2 = _inverted_bottleneck(
+        x, *parameters, *NormSpec.of(norm1), *NormSpec.of(norm2)
+    )
+    update_running_statistics(norm1, mean1, variance1, x)
+    update_running_statistics(norm2, mean2, variance2, x)
+    return out
+
+
+def _statistics_known(norm: nn.Module) -> bool:
+    return isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats
+
+
+def _kernels_fit(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> bool:
+    """Half precision, few channels, and norms that the kernels serve; known statistics only without a gradient."""
+    if compute_dtype(x) not in HALF or max(expand.weight.shape[1], squeeze.weight.shape[0]) > MAX_CHANNELS:
+        return False
+    if expand.weight.shape[0] > MAX_HIDDEN or expand.bias is None or squeeze.bias is None:
+        return False
+    norms = norm1, norm2
+    if all(map(_statistics_known, norms)):
+        return not torch.is_grad_enabled() and kernels_fit_map(x)
+    return all(kernels_fit_norm(x, norm, expand.weight.shape[0]) for norm in norms)
+
+
+def _kernels() -> ModuleType:
+    from nnunet_lgms.ops import bottleneck_triton
+
+    return bottleneck_triton
+
+
+@triton_op("nnunet_lgms::inverted_bottleneck", mutates_args=())
+def _inverted_bottleneck(
+    x: Tensor,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    kind1: str,
+    groups1: int,
+    eps1: float,
+    kind2: str,
+    groups2: int,
+    eps2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, mean1, variance1, mean2, variance2); statistics are (B, C), or (1, C) for the batch norm, in float32."""
+    kernels = _kernels()
+    mean1, variance1 = kernels.first_norm(x, kind1, groups1)
+    norm1 = kernels.Norm(mean1, variance1, scale1, shift1, eps1)
+    b = kernels.Bottleneck(norm1, expand, expand_bias, None, squeeze, squeeze_bias)
+    mean2, variance2 = kernels.second_norm(x, b, kind2, groups2)
+    b = b._replace(norm2=kernels.Norm(mean2, variance2, scale2, shift2, eps2))
+    return kernels.forward(x, b), mean1, variance1, mean2, variance2
+
+
+@triton_op("nnunet_lgms::inverted_bottleneck_known", mutates_args=())
+def _inverted_bottleneck_known(
+    x: Tensor,
+    mean1: Tensor,
+    variance1: Tensor,
+    mean2: Tensor,
+    variance2: Tensor,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    eps1: float,
+    eps2: float,
+) -> Tensor:
+    """With given statistics, (C,); for prediction, it has no gradient."""
+    kernels = _kernels()
+    norm1 = kernels.Norm(mean1[None], variance1[None], scale1, shift1, eps1)
+    norm2 = kernels.Norm(mean2[None], variance2[None], scale2, shift2, eps2)
+    return kernels.forward(x, kernels.Bottleneck(norm1, expand, expand_bias, norm2, squeeze, squeeze_bias))
+
+
+@triton_op("nnunet_lgms::inverted_bottleneck_backward", mutates_args=())
+def _inverted_bottleneck_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean1: Tensor,
+    variance1: Tensor,
+    mean2: Tensor,
+    variance2: Tensor,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    kind1: str,
+    groups1: int,
+    eps1: float,
+    kind2: str,
+    groups2: int,
+    eps2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, scale1, shift1, expand and its bias, scale2, shift2, squeeze and its bias, in float32 but x's.
+
+    Those of the norms' parameters are per statistic, (B, C) or (1, C).
+    """
+    kernels = _kernels()
+    norm1 = kernels.Norm(mean1, variance1, scale1, shift1, eps1)
+    norm2 = kernels.Norm(mean2, variance2, scale2, shift2, eps2)
+    b = kernels.Bottleneck(norm1, expand, expand_bias, norm2, squeeze, squeeze_bias)
+    return kernels.backward(grad, x, b, ((kind1, groups1), (kind2, groups2)))
+
+
+def _setup(ctx, inputs, output):
+    x, *ctx.spec = inputs[0], *inputs[9:]
+    _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(x, *statistics, *inputs[1:9])
+
+
+def _backward(ctx, grad, *_):
+    x, *saved = ctx.saved_tensors
+    parameters = saved[4:]
+    grad_x, *grads = _inverted_bottleneck_backward(to_channels_last(grad), x, *saved, *ctx.spec)
+    for i in (0, 1, 4, 5):  # of the norms
+        grads[i] = grads[i].sum(0)
+    grads = [None if p is None else g.view(p.shape).to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+    return grad_x, *grads, *[None] * len(ctx.spec)
+
+
+_inverted_bottleneck.register_autograd(_backward, setup_context=_setup)

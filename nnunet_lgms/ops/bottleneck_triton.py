@@ -1,0 +1,312 @@
+"""Triton kernels of the inverted bottleneck: its wide map lives in registers alone.
+
+    y = norm1(gelu(x))       D channels
+    z = expand y + b         H channels, H = 2 D
+    v = norm2(gelu(z))       H channels
+    out = squeeze v + b      C channels
+
+All four steps act on single voxels but for the statistics of the norms, so every pass over the map reads x (and the
+gradient of out) and computes the rest again: `_hidden_moments` for the statistics of norm2, `_bottleneck` for the
+result, `_hidden_gradient_sums` and `_bottleneck_gradient` for the gradients. The narrow maps are all that memory moves;
+z and v, written out, were four fifths of it. The weights fit into registers; products are on tensor cores with sums in
+float32, z stays in float32. Slices of voxels are joined in a fixed order, so gradients repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from nnunet_lgms.ops.activation_triton import affine, normal
+from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.norm_act_triton import (
+    Norm,
+    Plan,
+    apply_gradient,
+    join_gradient_sums,
+    join_moments,
+    moments,
+)
+
+ELEMENTS = 4096  # of the wide map in a program
+WARPS = 8
+SLICES = 512  # of the batch, for the sums: each holds a partial gradient of the weights
+ACTIVATION = "gelu_first"
+
+
+class Bottleneck(NamedTuple):
+    """Norms and weights; expand (H, D, 1...) and squeeze (C, H, 1...) with their biases."""
+
+    norm1: Norm
+    expand: Tensor
+    expand_bias: Tensor
+    norm2: Norm | None
+    squeeze: Tensor
+    squeeze_bias: Tensor
+
+    def constants(self) -> dict[str, int]:
+        """Sizes, and powers of two that hold them and suit a tensor core."""
+        sizes = {"D": self.expand.shape[1], "H": self.expand.shape[0], "C": self.squeeze.shape[0]}
+        padded = {f"{name}_2": max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
+        return {**sizes, **padded, "EPS1": self.norm1.eps, "AFFINE1": self.norm1.weight is not None}
+
+    def constants2(self) -> dict[str, int]:
+        return {**self.constants(), "EPS2": self.norm2.eps, "AFFINE2": self.norm2.weight is not None}
+
+
+def _rows(b: Bottleneck) -> int:
+    return max(16, ELEMENTS // b.constants()["H_2"])
+
+
+def _strides(b: Bottleneck) -> tuple[int, ...]:
+    """From the statistics of a sample to those of the next."""
+    return tuple(n.mean.shape[1] if n.mean.shape[0] > 1 else 0 for n in (b.norm1, b.norm2) if n is not None)
+
+
+def _slices(x: Tensor) -> int:
+    return max(1, SLICES // x.shape[0])
+
+
+def first_norm(x: Tensor, kind: str, groups: int) -> tuple[Tensor, Tensor]:
+    """Statistics of norm1."""
+    return moments(x, kind, groups, ACTIVATION)
+
+
+def second_norm(x: Tensor, b: Bottleneck, kind: str, groups: int) -> tuple[Tensor, Tensor]:
+    """Statistics of norm2."""
+    plan = Plan(x, kind, groups, b.expand.shape[0], _rows(b), _slices(x))
+    partial = plan.partial(x)
+    wrap_triton(_hidden_moments)[plan.slices_grid](
+        x, *b.norm1.tensors, b.expand, b.expand_bias, *partial, plan.voxels, plan.steps, *_strides(b),
+        ROWS=_rows(b), **b.constants(), num_warps=WARPS,
+    )  # fmt: skip
+    return join_moments(plan, partial)
+
+
+def forward(x: Tensor, b: Bottleneck) -> Tensor:
+    """(B, D, *spatial) channels-last -> (B, C, *spatial) channels-last, with given statistics."""
+    out = map_memory(x, b.squeeze.shape[0], x.shape[2:])
+    plan = Plan(x, "instance", 1, None, _rows(b), _slices(x))
+    wrap_triton(_bottleneck)[plan.slices_grid](
+        x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, b.squeeze_bias, out, plan.voxels,
+        plan.steps, *_strides(b), ROWS=_rows(b), **b.constants2(), num_warps=WARPS,
+    )  # fmt: skip
+    return out.movedim(-1, 1)
+
+
+def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, int]]) -> tuple[Tensor, ...]:
+    """Gradients of x, of weight and bias of norm1, expand, norm2, squeeze; those of norms per statistic, (B, C).
+
+    ``specs`` are kind and groups of the two norms.
+    """
+    rows, (hidden, channels), out_channels = _rows(b), b.expand.shape[:2], b.squeeze.shape[0]
+    plan1 = Plan(x, *specs[0], channels, rows, _slices(x))
+    plan2 = Plan(x, *specs[1], hidden, rows, _slices(x))
+    programs = plan1.batch * plan1.slices
+
+    def partial(*shape: int) -> Tensor:
+        return torch.empty((programs, *shape), dtype=torch.float32, device=x.device)
+
+    sums2, grad_squeeze, grad_squeeze_bias = plan2.partial(x), partial(out_channels, hidden), partial(out_channels)
+    wrap_triton(_hidden_gradient_sums)[plan1.slices_grid](
+        grad, x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, *sums2, grad_squeeze,
+        grad_squeeze_bias, plan1.voxels, plan1.steps, *_strides(b), ROWS=rows, **b.constants2(), num_warps=WARPS,
+    )  # fmt: skip
+    grad_weight2, grad_bias2, *means = join_gradient_sums(plan2, sums2, b.norm2)
+
+    sums1, grad_expand, grad_expand_bias = plan1.partial(x), partial(hidden, channels), partial(hidden)
+    grad_y = map_memory(x, channels, x.shape[2:])
+    wrap_triton(_bottleneck_gradient)[plan1.slices_grid](
+        grad, x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, *means, grad_y, *sums1,
+        grad_expand, grad_expand_bias, plan1.voxels, plan1.steps, *_strides(b),
+        ROWS=rows, **b.constants2(), num_warps=WARPS,
+    )  # fmt: skip
+    grad_weight1, grad_bias1, *means = join_gradient_sums(plan1, sums1, b.norm1)
+    grad_x = apply_gradient(plan1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION)
+    return (
+        grad_x, grad_weight1, grad_bias1, grad_expand.sum(0), grad_expand_bias.sum(0),
+        grad_weight2, grad_bias2, grad_squeeze.sum(0), grad_squeeze_bias.sum(0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile(x, first, voxels, N: tl.constexpr, N_2: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, N_2) of a map of N channels from voxel `first` on, zero outside, and the rows that are inside."""
+    voxel, channel = first + tl.arange(0, ROWS), tl.arange(0, N_2)
+    inside = (voxel < voxels)[:, None]
+    offset = voxel[:, None] * N + channel[None, :]
+    return tl.load(x + offset, mask=inside & (channel < N)[None, :], other=0.0), inside
+
+
+@triton.jit
+def _weights(weight, ROWS: tl.constexpr, ROWS_2: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_2: tl.constexpr,
+             TRANSPOSED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """A matrix of (ROWS, COLUMNS), or its transpose, padded with zeros."""
+    row, column = tl.arange(0, ROWS_2), tl.arange(0, COLUMNS_2)
+    if TRANSPOSED:
+        offset, inside = row[None, :] * COLUMNS + column[:, None], (row < ROWS)[None, :] & (column < COLUMNS)[:, None]
+    else:
+        offset, inside = row[:, None] * COLUMNS + column[None, :], (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(weight + offset, mask=inside, other=0.0).to(dtype)
+
+
+@triton.jit
+def _gelu(x):
+    below, _ = normal(x)
+    return x * below
+
+
+@triton.jit
+def _vector(pointer, N: tl.constexpr, N_2: tl.constexpr):
+    channel = tl.arange(0, N_2)
+    return tl.load(pointer + channel, mask=channel < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _hidden_moments(
+    x, mean1, variance1, scale1, shift1, expand, expand_bias, partial_mean, partial_m2, voxels, steps, stride1,
+    EPS1: tl.constexpr, AFFINE1: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, D_2: tl.constexpr,
+    H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Mean and centred second moment of gelu(z) over a slice, about its first voxel; as `_moments` of the norm."""
+    sample, hidden = tl.program_id(1), tl.arange(0, H_2)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += sample * voxels * D
+    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D_2), D, EPS1, AFFINE1)
+    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
+    begin = tl.program_id(0) * steps * ROWS
+    nearest = tl.load(x + begin * D + tl.arange(0, D_2), mask=tl.arange(0, D_2) < D, other=0.0).to(tl.float32)
+    nearest = (_gelu(nearest) * a1 + b1)[:, None] * weight.to(tl.float32)
+    origin = _gelu(tl.sum(nearest, 0) + bias)
+    total, squares = tl.zeros((H_2,), tl.float32), tl.zeros((H_2,), tl.float32)
+    for step in range(steps):
+        raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
+        y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
+        value = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
+        value = tl.where(inside, value - origin[None, :], 0.0)
+        total += tl.sum(value, 0)
+        squares += tl.sum(value * value, 0)
+    count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
+    out = (sample * tl.num_programs(0) + tl.program_id(0)) * H + hidden
+    tl.store(partial_mean + out, origin + total / count, mask=hidden < H)
+    tl.store(partial_m2 + out, squares - total * total / count, mask=hidden < H)
+
+
+@triton.jit
+def _bottleneck(
+    x, mean1, variance1, scale1, shift1, expand, expand_bias, mean2, variance2, scale2, shift2, squeeze, squeeze_bias,
+    out, voxels, steps, stride1, stride2, EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr,
+    AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr,
+    C_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    sample, channel = tl.program_id(1), tl.arange(0, C_2)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += sample * voxels * D
+    out += sample * voxels * C
+    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D_2), D, EPS1, AFFINE1)
+    m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, tl.arange(0, H_2), H, EPS2, AFFINE2)
+    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
+    weight2, bias2 = _weights(squeeze, C, C_2, H, H_2, True, dtype), _vector(squeeze_bias, C, C_2)
+    begin = tl.program_id(0) * steps * ROWS
+    for step in range(steps):
+        raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
+        y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
+        value = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
+        result = tl.dot((value * a2[None, :] + b2[None, :]).to(dtype), weight2) + bias2[None, :]
+        offset = (begin + step * ROWS + tl.arange(0, ROWS))[:, None] * C + channel[None, :]
+        tl.store(out + offset, result.to(dtype), mask=inside & (channel < C)[None, :])
+
+
+@triton.jit
+def _hidden_gradient_sums(
+    grad, x, mean1, variance1, scale1, shift1, expand, expand_bias, mean2, variance2, scale2, shift2, squeeze,
+    partial_g, partial_gx, grad_squeeze, grad_squeeze_bias, voxels, steps, stride1, stride2, EPS1: tl.constexpr,
+    AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of a slice: the sums that the gradient of norm2 needs, and its part of the gradients of squeeze."""
+    sample, hidden, channel = tl.program_id(1), tl.arange(0, H_2), tl.arange(0, C_2)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += sample * voxels * D
+    grad += sample * voxels * C
+    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D_2), D, EPS1, AFFINE1)
+    m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, hidden, H, EPS2, AFFINE2)
+    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
+    back = _weights(squeeze, C, C_2, H, H_2, False, dtype)
+    begin = tl.program_id(0) * steps * ROWS
+    sum_g, sum_gx = tl.zeros((H_2,), tl.float32), tl.zeros((H_2,), tl.float32)
+    sum_weight, sum_bias = tl.zeros((C_2, H_2), tl.float32), tl.zeros((C_2,), tl.float32)
+    for step in range(steps):
+        raw, rows = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
+        incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)  # zero outside: no part in any sum
+        incoming = incoming.to(dtype)
+        y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
+        centred = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :]) - m2[None, :]
+        g = tl.dot(incoming, back)
+        sum_g += tl.sum(g, 0)
+        sum_gx += tl.sum(g * centred, 0)
+        sum_weight = tl.dot(tl.trans(incoming), centred.to(dtype), sum_weight)
+        sum_bias += tl.sum(incoming.to(tl.float32), 0)
+    # v is a2 times what was summed, plus norm2's shift
+    sum_weight = sum_weight * a2[None, :] + sum_bias[:, None] * (b2 + m2 * a2)[None, :]
+    program = sample * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partial_g + program * H + hidden, sum_g, mask=hidden < H)
+    tl.store(partial_gx + program * H + hidden, sum_gx * r2, mask=hidden < H)
+    matrix = (program * C + channel)[:, None] * H + hidden[None, :]
+    tl.store(grad_squeeze + matrix, sum_weight, mask=(channel < C)[:, None] & (hidden < H)[None, :])
+    tl.store(grad_squeeze_bias + program * C + channel, sum_bias, mask=channel < C)
+
+
+@triton.jit
+def _bottleneck_gradient(
+    grad, x, mean1, variance1, scale1, shift1, expand, expand_bias, mean2, variance2, scale2, shift2, squeeze,
+    mean_g, mean_gx, grad_y, partial_g, partial_gx, grad_expand, grad_expand_bias, voxels, steps, stride1, stride2,
+    EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of y; of a slice: the sums that the gradient of norm1 needs, and its part of the gradients of expand."""
+    sample, hidden, channel = tl.program_id(1), tl.arange(0, H_2), tl.arange(0, D_2)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += sample * voxels * D
+    grad += sample * voxels * C
+    grad_y += sample * voxels * D
+    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, channel, D, EPS1, AFFINE1)
+    m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, hidden, H, EPS2, AFFINE2)
+    # the gradient of gelu(z) is a2 squeeze' grad + by_value gelu(z) + constant, per hidden channel
+    by_value = -r2 * r2 * _vector(mean_gx + sample * stride2, H, H_2)
+    constant = -m2 * by_value - r2 * _vector(mean_g + sample * stride2, H, H_2)
+    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
+    weight_back = _weights(expand, H, H_2, D, D_2, False, dtype)
+    back = (_weights(squeeze, C, C_2, H, H_2, False, tl.float32) * a2[None, :]).to(dtype)
+    begin = tl.program_id(0) * steps * ROWS
+    sum_g, sum_gx = tl.zeros((D_2,), tl.float32), tl.zeros((D_2,), tl.float32)
+    sum_weight, sum_bias = tl.zeros((H_2, D_2), tl.float32), tl.zeros((H_2,), tl.float32)
+    for step in range(steps):
+        raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
+        incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)
+        first = _gelu(raw.to(tl.float32))
+        y = (first * a1[None, :] + b1[None, :]).to(dtype)
+        z = tl.dot(y, weight) + bias[None, :]
+        below, density = normal(z)
+        g = tl.dot(incoming.to(dtype), back) + z * below * by_value[None, :] + constant[None, :]
+        g = tl.where(inside, g * (below + z * density), 0.0)
+        sum_bias += tl.sum(g, 0)
+        sum_weight = tl.dot(tl.trans(g.to(dtype)), y, sum_weight)
+        g = tl.dot(g.to(dtype), weight_back)
+        sum_g += tl.sum(g, 0)
+        sum_gx += tl.sum(g * (first - m1[None, :]), 0) * r1
+        voxel = begin + step * ROWS + tl.arange(0, ROWS)
+        offset = voxel[:, None] * D + channel[None, :]
+        tl.store(grad_y + offset, g.to(dtype), mask=inside & (channel < D)[None, :])
+    program = sample * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partial_g + program * D + channel, sum_g, mask=channel < D)
+    tl.store(partial_gx + program * D + channel, sum_gx, mask=channel < D)
+    matrix = (program * H + hidden)[:, None] * D + channel[None, :]
+    tl.store(grad_expand + matrix, sum_weight, mask=(hidden < H)[:, None] & (channel < D)[None, :])
+    tl.store(grad_expand_bias + program * H + hidden, sum_bias, mask=hidden < H)

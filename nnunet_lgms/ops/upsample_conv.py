@@ -1,0 +1,54 @@
+"""Linear upsampling and the convolution behind it, which keep the small map for the backward pass.
+
+A convolution keeps its input for the gradient of its weight; here that is the upsampled map, at full resolution one of
+the largest of a training step. It is made again instead, from the map below it. Only where the kernels run: elsewhere
+memory is not short, and the chain is its operators one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_lgms.ops.conv import conv_gradients, same_conv
+from nnunet_lgms.ops.upsample import kernels_fit_upsample, linear_upsample, linear_upsample_transposed
+
+
+def upsample_conv(x: Tensor, scale: Sequence[int], size: Sequence[int], conv: _ConvNd) -> Tensor:
+    """conv(linear_upsample(x)), which keeps x and not the upsampled map.
+
+    Args:
+        x: (B, C_in, *spatial).
+        scale: whole factor per axis.
+        size: voxels per axis of the result, at most ``scale`` times those of x.
+        conv: stride 1, "same" padding.
+
+    Returns:
+        (B, C_out, *size).
+    """
+    if torch.is_grad_enabled() and kernels_fit_upsample(x, size):
+        return _UpsampleConv.apply(x, conv.weight, conv.bias, tuple(scale), tuple(size)).movedim(-1, 1)
+    return same_conv(linear_upsample(x, scale, size), conv.weight, conv.bias)
+
+
+# torch.compile makes the gradients of a Function contiguous: a transposed copy of a channels-last map. So this one
+# returns (B, *spatial, C), which is contiguous, and the map is a view of that.
+
+
+class _UpsampleConv(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, size):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.scale, ctx.size = scale, size
+        return same_conv(linear_upsample(x, scale, size), weight, bias).movedim(1, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        upsampled = linear_upsample(x, ctx.scale, ctx.size)
+        grad, grad_weight, grad_bias = conv_gradients(grad.movedim(-1, 1), upsampled, weight, bias)
+        return linear_upsample_transposed(grad, ctx.scale, x.shape[2:]).to(x.dtype), grad_weight, grad_bias, None, None
