@@ -1,13 +1,12 @@
 """A network as an ONNX model of plain operators, through `torch.export` and PyTorch's ONNX exporter.
 
 `torch.export` records this package's operators by their names, which no other runtime knows. The one that exists on the
-CPU is translated by :func:`plain_depthwise`; the others are for CUDA and never enter a graph recorded on the CPU.
+CPU is translated by :func:`.operators.depthwise`; the others are for CUDA and never enter a graph recorded on the CPU.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -16,13 +15,14 @@ from dataclasses import dataclass
 import onnx
 import onnxscript.optimizer
 import torch
-from onnxscript import opset20 as op
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 import nnunet_lgms.ops.depthwise  # noqa: F401  registers the operator that is translated here
+from nnunet_lgms.export.fold import fold_norms
+from nnunet_lgms.export.operators import attention, depthwise
 
 OPSET = 20  # the first with Gelu
 INPUT, OUTPUT = "image", "logits"
@@ -53,32 +53,6 @@ class MeanLogits(nn.Module):
         return first / len(self.networks)
 
 
-def plain_depthwise(
-    x, parameters, channels: Sequence[int], kernels: Sequence[int], has_bias: bool, flip: bool, residual: bool
-):
-    """`nnunet_lgms::multi_kernel_depthwise` in ONNX's operators: one grouped convolution a group of channels.
-
-    Called by the exporter while it translates the graph; x (B, C, *spatial) and the flat `parameters` are ONNX values.
-    """
-    if flip:
-        raise ValueError("Only gradients mirror their kernels: export the network for inference.")
-    axes = len(kernels) // len(channels)
-    out = []
-    weight_start, first = 0, 0
-    bias_start = sum(c * math.prod(kernels[i * axes : (i + 1) * axes]) for i, c in enumerate(channels))
-    for i, c in enumerate(channels):
-        kernel = list(kernels[i * axes : (i + 1) * axes])
-        weight_end = weight_start + c * math.prod(kernel)
-        part = op.Slice(x, [first], [first + c], [1]) if len(channels) > 1 else x
-        inputs = [part, op.Reshape(op.Slice(parameters, [weight_start], [weight_end], [0]), [c, 1, *kernel])]
-        if has_bias:
-            inputs.append(op.Slice(parameters, [bias_start + first], [bias_start + first + c], [0]))
-        out.append(op.Conv(*inputs, group=c, kernel_shape=kernel, pads=[k // 2 for k in kernel] * 2))
-        weight_start, first = weight_end, first + c
-    out = op.Concat(*out, axis=1) if len(out) > 1 else out[0]
-    return op.Add(out, x) if residual else out
-
-
 def to_onnx(network: nn.Module, input_channels: int, patch_size: Sequence[int], step: Sequence[int]) -> Exported:
     """`network` for a batch of any size, and for maps that differ from the patch by whole steps.
 
@@ -92,7 +66,7 @@ def to_onnx(network: nn.Module, input_channels: int, patch_size: Sequence[int], 
         the model; its input is `image`, its output `logits`, both float32. Where PyTorch cannot keep an axis free, all
         are fixed to the patch.
     """
-    network = network.cpu().float().eval()
+    network = fold_norms(network.cpu().float().eval())
     try:
         model, steps = _translate(network, input_channels, patch_size, step), tuple(step)
     except (UserError, ConstraintViolationError):  # some size would have to be a constant
@@ -125,7 +99,10 @@ def _translate(
             opset_version=OPSET,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            custom_translation_table={torch.ops.nnunet_lgms.multi_kernel_depthwise.default: plain_depthwise},
+            custom_translation_table={
+                torch.ops.nnunet_lgms.multi_kernel_depthwise.default: depthwise,
+                torch.ops.aten.scaled_dot_product_attention.default: attention,
+            },
             verbose=False,
         )
     # The exporter folds small constants only; the depthwise weights, packed for our operator, are to be plain weights.

@@ -19,8 +19,8 @@ from nnunet_lgms.runtime.predictor import Predictor
 from nnunet_lgms.runtime.preprocessing import preprocess
 from nnunet_lgms.runtime.sliding_window import window_starts
 
-#: statistics over many voxels, which float16 cannot hold
-FLOAT32_OPS = ("InstanceNormalization", "LayerNormalization", "Softmax", "Resize")
+#: statistics over many voxels, which float16 cannot hold; Scan is the attention with its softmax
+FLOAT32_OPS = ("InstanceNormalization", "LayerNormalization", "Scan", "Softmax", "Resize")
 #: what is computed in 8 bits; norms, activations and attention products stay as they are
 INT8_OPS = ("Conv", "MatMul")
 WINDOWS_PER_CASE = 4
