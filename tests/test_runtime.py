@@ -212,6 +212,9 @@ def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):
         ("transpose_backward", [1, 0, 2]),
         ("mirror_axes", [5]),
         ("file_ending", "../x"),
+        ("resampling_data", {"function": "resample_torch"}),
+        ("resampling_data", {"function": "resample_data_or_seg_to_shape", "order": 7}),
+        ("resampling_probabilities", {"function": "resample_data_or_seg_to_shape", "order_z": -1}),
     ],
 )
 def test_a_damaged_description_is_one_sentence(tmp_path, field, value):
@@ -220,6 +223,42 @@ def test_a_damaged_description_is_one_sentence(tmp_path, field, value):
     description.write_text(json.dumps(json.loads(description.read_text()) | {field: value}))
     with pytest.raises(ValueError, match="m.json is not what `nnunet_lgms export` writes"):
         Predictor(model)
+
+
+@pytest.mark.parametrize("step", ["1e-4", "nan", "2"])
+def test_steps_that_nobody_means_are_refused(tmp_path, capsys, step):
+    model = str(onnx_stub.threshold_model(tmp_path / "m.onnx"))
+    assert main(["runtime", model, "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--step", step]) == 2
+    assert "patches: give 0.05 to 1; nnU-Net's is 0.5" in capsys.readouterr().err
+
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    model = str(onnx_stub.threshold_model(tmp_path / "m.onnx"))
+    image = sitk.GetImageFromArray(np.random.default_rng(0).random((8, 9, 10), np.float32))
+    for name in ("a", "c"):
+        sitk.WriteImage(image, tmp_path / f"{name}_0000.nii.gz")
+    (tmp_path / "b_0000.nii.gz").write_bytes(b"no image")
+    words = ["runtime", model, "-i", str(tmp_path), "-o", str(tmp_path / "out")]
+    assert main(words) == 2
+    out, error = capsys.readouterr()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert "[3/3] c" in out and "[2/3] b: " in error and "damaged" in error
+    assert error.splitlines()[-1] == (
+        f"nnunet_lgms: 1 of 3 cases are not predicted, for the reasons above: b; the others are in {tmp_path / 'out'}."
+    )
+    image.SetSpacing((1e4, 1, 1))
+    sitk.WriteImage(image, tmp_path / "b_0000.nii.gz")
+    assert main(words) == 2
+    assert "10000 mm and would have" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_one_sentence(tmp_path, capsys):
+    model, image = str(onnx_stub.threshold_model(tmp_path / "m.onnx")), tmp_path / "a_0000.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 4, 4), np.float32)), image)
+    for output in (tmp_path / "m.json", tmp_path / "m.json" / "below"):
+        assert main(["runtime", model, "-i", str(image), "-o", str(output)]) == 2
+        error = capsys.readouterr().err
+        assert f"-o {output} is a file, or lies below one: give a folder." in error and "Errno" not in error
 
 
 def test_files_of_two_models_are_refused(tmp_path):

@@ -36,15 +36,28 @@ SPACINGS = [(1.0, 1.0, 1.0), (5.0, 0.7, 0.7), (0.8, 4.0, 0.8), (0.7, 0.7, 3.0), 
 )
 def test_resampling_is_nnunets(old, current, target, order, order_z, separate, seed):
     volume = np.random.default_rng(seed).normal(size=(1, *old)).astype(np.float32)
-    size = new_shape(old, current, target)
-    assert size == tuple(compute_new_shape(old, current, target))
-    if 0 in size or max(size) > 60:
+    size = tuple(compute_new_shape(old, current, target))
+    if 0 in size:
+        with pytest.raises(ValueError, match="correct the spacing"):
+            new_shape(old, current, target)
+        return
+    assert new_shape(old, current, target) == size
+    if max(size) > 60:
         return
     kwargs = {"order": order, "order_z": order_z, "force_separate_z": separate}
     expected = resample_data_or_seg_to_shape(volume.copy(), size, current, target, is_seg=False, **kwargs)
     rule = Resampling("resample_data_or_seg_to_shape", **kwargs)
     found = resample(volume[0], axis_matrices(rule, old, size, current, target), thick_axis(rule, current, target))
     np.testing.assert_allclose(found, expected[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "mm", [(1e4, 1, 1), (1e-4, 1, 1), (70, 70, 70), (0, 1, 1), (-1, 1, 1), (float("inf"), 1, 1), (float("nan"), 1, 1)]
+)
+def test_sizes_that_nobody_means_are_refused(mm):
+    with pytest.raises(ValueError, match="20 x 20 x 20 voxels has a spacing of .* allowed are 1 to 8192 an axis"):
+        new_shape((20, 20, 20), mm, (1, 1, 1))
+    assert new_shape((1, 20000, 20000), (1, 1, 1), (1, 1, 1)) == (1, 20000, 20000)  # as large as it came
 
 
 @pytest.mark.parametrize("spacing, target", [((1, 1, 1), (0.7, 1.3, 0.9)), ((5, 1, 1), (3, 0.8, 0.8))])

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -168,9 +169,18 @@ def test_slices():
         (["view", "none.onnx"], "does not exist"),
         (["view", "MODEL", "none.nii.gz"], "does not exist"),
         (["view", "MODEL", "--max-upload", "0"], "--max-upload 0"),
+        (["view", "MODEL", "--host", "203.0.113.7"], "--host 203.0.113.7 is no address of this machine"),
+        (["view", "MODEL", "--host", "no such host"], "--host no such host is no address of this machine"),
     ],
 )
 def test_view_refuses(words, message, model, tmp_path, capsys):
     places = {"FOLDER": str(tmp_path), "MODEL": str(model)}
     assert main([places.get(word, word) for word in words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_taken_port_names_the_option(model, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["view", str(model), "--no-browser", "--port", str(port)]) == 2
+    assert f"--port {port} of 127.0.0.1 is taken: give another one" in capsys.readouterr().err

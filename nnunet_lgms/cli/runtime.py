@@ -28,10 +28,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="a folder with CASE_0000, CASE_0001, … as nnU-Net names channels; or the files of one case, in the order "
         "of the channels",
     )
-    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="one file a case")
+    parser.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="one file a case; a case that fails does not stop the others",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="(all cores)")
     parser.add_argument("--no-mirroring", action="store_true", help="2 to 8 times faster, a little less accurate")
-    parser.add_argument("--step", type=float, default=0.5, metavar="S", help="of the sliding window, in patches (0.5)")
+    parser.add_argument(
+        "--step", type=float, default=0.5, metavar="S", help="of the sliding window, in patches, 0.05 to 1 (0.5)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,12 +62,28 @@ def run(args: argparse.Namespace) -> int:
     targets = {(args.output / f"{name}{ending}").resolve() for name in cases}
     if overwritten := [file for files in cases.values() for file in files if file.resolve() in targets]:
         raise ValueError(f"The prediction would replace the image {overwritten[0]}: give another folder with -o.")
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"-o {args.output} is a file, or lies below one: give a folder.") from None
+    failed = []
     for number, (name, files) in enumerate(cases.items(), start=1):
         begin = time.perf_counter()
-        target = args.output / f"{name}{ending}"
-        predictor.predict_file(files, target, progress=_progress(f"[{number}/{len(cases)}] {name}"))
-        print(f"\r[{number}/{len(cases)}] {name}: {time.perf_counter() - begin:.1f} s -> {target}", flush=True)
+        target, title = args.output / f"{name}{ending}", f"[{number}/{len(cases)}] {name}"
+        try:
+            predictor.predict_file(files, target, progress=_progress(title))
+        except (ValueError, OSError) as error:
+            if len(cases) == 1:
+                raise
+            failed.append(name)
+            print(f"{title}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            print(f"\r{title}: {time.perf_counter() - begin:.1f} s -> {target}", flush=True)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(cases)} cases are not predicted, for the reasons above: {', '.join(failed)}; the "
+            f"others are in {args.output}."
+        )
     return 0
 
 

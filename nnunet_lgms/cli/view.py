@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
+import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-upload {args.max_upload}: give at least 1 MB.")
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: give one from 1 to 65535, or leave it out.")
+    check_address(args.host, args.port)
     try:
         from nnunet_lgms.view.page import serve
     except ImportError as error:
@@ -51,3 +54,27 @@ def run(args: argparse.Namespace) -> int:
             open_browser=not args.no_browser,
         )
     return 0
+
+
+def check_address(host: str, port: int | None) -> None:
+    """The page can be served there; a web server that cannot would wait for itself for ever.
+
+    Raises:
+        ValueError: the address is not this machine's, or the port is taken or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as web servers do
+            listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise ValueError(
+                f"--port {port} of {host} is taken: give another one, or leave --port out for the first free one."
+            ) from None
+        if getattr(error, "errno", None) == errno.EACCES:
+            raise ValueError(f"--port {port} may not be used: give one from 1024 to 65535, or leave it out.") from None
+        raise ValueError(
+            f"--host {host} is no address of this machine ({error}): 127.0.0.1 serves to this machine only, 0.0.0.0 on "
+            "all of its addresses."
+        ) from None

@@ -16,6 +16,7 @@ NORMALIZATIONS = (
     "RGBTo01Normalization",
 )
 RESAMPLINGS = ("resample_data_or_seg_to_shape", "no_resampling_hack")
+SPLINE_ORDERS = (0, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Resampling:
     order: int = 3
     order_z: int = 0
     force_separate_z: bool | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the runtime can do it."""
+        orders = (self.order, self.order_z)
+        return self.function in RESAMPLINGS and all(order in SPLINE_ORDERS for order in orders)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,8 @@ class Description:
             "channel_names": channels > 0 and all(isinstance(name, str) for name in self.channel_names),
             "normalization_schemes": len(self.normalization_schemes) == channels,
             "intensity_properties": len(self.intensity_properties) == channels,
+            "resampling_data": self.resampling_data.known,
+            "resampling_probabilities": self.resampling_probabilities.known,
             "labels": len(self.label_values) > 1,
             "file_ending": self.file_ending.startswith(".") and not set(self.file_ending) & set("/\\"),
         }

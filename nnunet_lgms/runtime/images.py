@@ -91,7 +91,11 @@ def _read(file: Path, description: Description) -> tuple[np.ndarray, tuple[float
 
 
 def write_labels(labels: np.ndarray, case: Case, path: Path) -> None:
-    """Write (Z, Y, X) or (Y, X) labels on the grid of the case, whole or not at all."""
+    """Write (Z, Y, X) or (Y, X) labels on the grid of the case, whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     image = sitk.GetImageFromArray(labels)
     if case.geometry is not None:
         spacing, origin, direction = case.geometry
@@ -102,4 +106,7 @@ def write_labels(labels: np.ndarray, case: Case, path: Path) -> None:
         image.SetOrigin(origin)
         image.SetDirection(direction)
     with written_whole(path) as temporary:
-        sitk.WriteImage(image, str(temporary), True)
+        try:
+            sitk.WriteImage(image, str(temporary), True)
+        except RuntimeError as error:
+            raise OSError(f"{path} cannot be written ({' '.join(str(error).split())[-120:]}).") from error

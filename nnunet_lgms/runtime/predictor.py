@@ -15,6 +15,7 @@ from nnunet_lgms.runtime.preprocessing import preprocess
 from nnunet_lgms.runtime.sliding_window import resampled_rows, sliding_window
 
 INPUT = "image"  # what the exporter names the network's input
+SMALLEST_STEP = 0.05  # 8000 windows for each patch of a volume; nothing smaller is meant
 
 
 class Predictor:
@@ -25,15 +26,17 @@ class Predictor:
         threads: of ONNX Runtime; default: all cores that this process may use.
         mirroring: average over mirrored copies along the axes that the training mirrored, as nnU-Net does; without,
             prediction is 2 to 8 times faster.
-        step: of the sliding window, in patches.
+        step: of the sliding window, in patches, ``SMALLEST_STEP`` to 1.
 
     Raises:
-        ValueError: the model cannot be loaded, or `step` is not between 0 and 1.
+        ValueError: the model cannot be loaded, or `step` is too small or above 1.
     """
 
     def __init__(self, model: str | Path, *, threads: int | None = None, mirroring: bool = True, step: float = 0.5):
-        if not 0 < step <= 1:
-            raise ValueError(f"The step of the sliding window is {step}: it must be above 0 and at most 1.")
+        if not SMALLEST_STEP <= step <= 1:
+            raise ValueError(
+                f"The step of the sliding window is {step:g} patches: give {SMALLEST_STEP} to 1; nnU-Net's is 0.5."
+            )
         path = Path(model)
         if not path.is_file():
             raise ValueError(f"The model {path} does not exist: give the .onnx file that `nnunet_lgms export` wrote.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 
@@ -16,11 +17,29 @@ from nnunet_lgms.runtime.description import Resampling
 ANISOTROPY = 3  # nnU-Net's ANISO_THRESHOLD: spacings that differ by more are thick slices
 EDGE = 12  # samples that scipy adds at either end before its prefilter
 CHUNK = 1 << 22  # numbers that one matrix product writes
+LARGEST_AXIS, LARGEST_VOLUME = 1 << 13, 1 << 31  # voxels that resampling may make of an image
 
 
 def new_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> tuple[int, ...]:
-    """Voxels per axis after resampling from `spacing` to `target` (mm)."""
-    return tuple(int(round(i / j * k)) for i, j, k in zip(spacing, target, shape))
+    """Voxels per axis after resampling from `spacing` to `target` (mm).
+
+    Raises:
+        ValueError: an axis would vanish, or become larger than anybody can mean; an image may keep its own size.
+    """
+    exact = [i / j * k for i, j, k in zip(spacing, target, shape)]
+    # after rounding half to even, as nnU-Net does, at least one voxel; NaN is refused as well
+    fits = all(0.5 < size <= max(old, LARGEST_AXIS) for size, old in zip(exact, shape))
+    if not fits or prod(exact) > max(prod(shape), LARGEST_VOLUME):
+        raise ValueError(
+            f"The image of {_by(shape)} voxels has a spacing of {_by(spacing)} mm and would have "
+            f"{_by(exact)} voxels at the model's {_by(target)} mm: allowed are 1 to {LARGEST_AXIS} an axis and "
+            f"{LARGEST_VOLUME:.1e} in all; correct the spacing in the image's header."
+        )
+    return tuple(int(round(size)) for size in exact)
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def thick_axis(resampling: Resampling, current: Sequence[float], new: Sequence[float]) -> int | None:

@@ -135,18 +135,28 @@ def labelled(description) -> dict[str, int]:
 def serve(
     model: Path, image: Path | None, folder: Path, *, host: str, port: int | None, megabytes: int, open_browser: bool
 ) -> None:
-    """Serve the page until interrupted; everything that it writes lies in `folder`."""
+    """Serve the page until interrupted; everything that it writes lies in `folder`.
+
+    Raises:
+        ValueError: the model or the image is not what it should be.
+        OSError: no port is free.
+    """
     predictor = Predictor(model)
     if image is not None:
         read_case([image], predictor.description)  # what is wrong with it is said here, not on the page
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     page = build_page(predictor, folder, image)
-    page.queue(default_concurrency_limit=1).launch(
-        server_name=host,
-        server_port=port,
-        max_file_size=megabytes * 2**20,
-        inbrowser=open_browser,
-        share=False,
-        allowed_paths=[str(folder)],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    )
+    try:
+        page.queue(default_concurrency_limit=1).launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=megabytes * 2**20,
+            inbrowser=open_browser,
+            share=False,
+            allowed_paths=[str(folder)],
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError as error:
+        if "port" in str(error):  # Gradio names its own ways out, which are not ours
+            raise OSError(f"No port from 7860 on is free at {host}: name one with --port.") from error
+        raise
