@@ -1,0 +1,163 @@
+"""Preprocessed data small enough to travel, and results cut into pieces that may come back."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import pickle
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_lgms.files import read_json, written_whole
+
+DESCRIPTIONS = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
+#: differences of neighbouring bytes: a tenth less for images
+NEIGHBOURS = [{"id": lzma.FILTER_DELTA, "dist": 1}, {"id": lzma.FILTER_LZMA2, "preset": 6}]
+
+
+def pack_dataset(dataset: Path, identifier: str, plans: Sequence[str], pack: Path) -> None:
+    """A dataset of ``nnUNet_preprocessed`` as one file.
+
+    Images are kept as whole numbers that point into a table of their values, which loses nothing: an image that was
+    normalised but not resampled has as many values as it had grey levels. The places from which nnU-Net draws
+    foreground are left out: they follow from the labels, by nnU-Net's own seeded function.
+
+    Args:
+        dataset: ``nnUNet_preprocessed/DATASET``.
+        identifier: folder of the preprocessed cases in it.
+        plans: names of the plans that go along.
+        pack: a ``.tar.xz`` to write.
+    """
+    import blosc2
+
+    arrays = {}
+    cases = sorted(path.stem for path in (dataset / identifier).glob("*.pkl"))
+    for case in tqdm(cases, desc=f"packing {dataset.name}"):
+        image, labels = (blosc2.open(str(dataset / identifier / f"{case}{end}.b2nd"))[:] for end in ("", "_seg"))
+        levels, codes = np.unique(image, return_inverse=True)
+        if len(levels) > 2**16 or labels.min() < -128 or labels.max() > 127:
+            raise ValueError(f"{case} has more than 65536 grey levels or labels beyond 8 bits: it cannot be packed.")
+        arrays[f"{case}/codes"] = codes.reshape(image.shape).astype(np.uint8 if len(levels) <= 256 else np.uint16)
+        arrays[f"{case}/levels"], arrays[f"{case}/labels"] = levels, labels.astype(np.int8)
+        properties = pickle.loads((dataset / identifier / f"{case}.pkl").read_bytes())
+        del properties["class_locations"]
+        arrays[f"{case}/properties"] = np.frombuffer(pickle.dumps(properties), np.uint8)
+    descriptions = [dataset / name for name in (*DESCRIPTIONS, *(f"{name}.json" for name in plans))]
+    with tempfile.TemporaryDirectory() as folder, written_whole(pack) as temporary:
+        np.savez(Path(folder, "cases.npz"), **arrays)
+        with lzma.open(temporary, "wb", filters=NEIGHBOURS) as xz, tarfile.open(fileobj=xz, mode="w") as tar:
+            tar.add(Path(folder, "cases.npz"), f"{dataset.name}/{identifier}.npz")
+            for path in [p for p in descriptions if p.is_file()] + sorted((dataset / "gt_segmentations").iterdir()):
+                tar.add(path, path.relative_to(dataset.parent).as_posix())
+
+
+def unpack_dataset(pack: Path, preprocessed: Path, workers: int) -> None:
+    """What `pack_dataset` packed, as nnU-Net itself would have written it."""
+    with tarfile.open(pack) as tar:
+        dataset = tar.next().name.split("/")[0]
+        tar.extractall(preprocessed, filter="data")
+    (file,) = (preprocessed / dataset).glob("*.npz")
+    file.with_suffix("").mkdir(exist_ok=True)
+    with np.load(file) as arrays:
+        cases = sorted({name.split("/")[0] for name in arrays.files})
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        list(pool.map(_save_cases, *zip(*((file, cases[i::workers]) for i in range(workers)))))
+    file.unlink()
+
+
+def _save_cases(file: Path, cases: Sequence[str]) -> None:
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    folder, description = file.with_suffix(""), read_json(file.parent / "dataset.json")
+    plans = read_json(next(file.parent.glob("nnUNetPlans*.json")))["configurations"].values()
+    patch = next(tuple(c["patch_size"]) for c in plans if c.get("data_identifier") == folder.name)
+    foreground = LabelManager(description["labels"], description.get("regions_class_order")).foreground_labels
+    with np.load(file) as arrays:
+        for case in cases:
+            levels, codes, labels = (arrays[f"{case}/{key}"] for key in ("levels", "codes", "labels"))
+            image, labels = levels[codes], labels.astype(np.int16)
+            blocks, chunks = comp_blosc2_params(image.shape, patch, image.itemsize)
+            blocks_seg, chunks_seg = comp_blosc2_params(labels.shape, patch, labels.itemsize)
+            properties = pickle.loads(arrays[f"{case}/properties"].tobytes())
+            properties["class_locations"] = DefaultPreprocessor._sample_foreground_locations(labels, foreground)
+            for end in ("", "_seg"):  # blosc2 does not write over what is there
+                (folder / f"{case}{end}.b2nd").unlink(missing_ok=True)
+            sizes = {"blocks": blocks, "chunks": chunks, "blocks_seg": blocks_seg, "chunks_seg": chunks_seg}
+            nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / case), **sizes)
+
+
+def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int) -> list[str]:
+    """What comes back from the machine: all records and predictions, then models, as far as there is room.
+
+    Args:
+        runs: folder of the runs' records and predictions.
+        results: folder with a ``nnUNet_results`` for each run.
+        out: where the pieces go: ``results.tar.xz.00``, ``models.tar.00``, ….
+        piece: bytes of a piece.
+        pieces: how many there may be in all.
+
+    Returns:
+        names of the models that found no room.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder, "results.tar.xz")
+        with tarfile.open(small, "w:xz") as tar:
+            tar.add(runs, "runs")
+        left = pieces - cut(small, out, piece)
+        room, chosen, left_out = left * piece - 2**20, [], []
+        for run in sorted(runs.iterdir()):
+            files = _model_files(results / run.name) if (run / "record.json").is_file() else []
+            size = sum(f.stat().st_size for f in files) + 4096 * len(files)
+            if files and size <= room:
+                room -= size
+                chosen += files
+            elif files:
+                left_out.append(run.name)
+        if chosen:
+            with tarfile.open(Path(folder, "models.tar"), "w") as tar:
+                for file in chosen:
+                    tar.add(file, f"models/{file.relative_to(results).as_posix()}")
+            cut(Path(folder, "models.tar"), out, piece)
+    return left_out
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """What prediction needs of a trained model."""
+    weights = list(folder.glob("*/*/fold_*/weights.pth"))
+    return weights + [p for w in weights for p in sorted(w.parents[1].glob("*.json"))]
+
+
+def cut(file: Path, out: Path, piece: int) -> int:
+    """A file as ``NAME.00``, ``NAME.01``, … of at most ``piece`` bytes; how many."""
+    n = 0
+    with file.open("rb") as stream:
+        while content := stream.read(piece):
+            with written_whole(out / f"{file.name}.{n:02d}") as temporary:
+                temporary.write_bytes(content)
+            n += 1
+    return n
+
+
+def join(folder: Path, name: str, target: Path) -> bool:
+    """Unpack ``NAME.00``, ``NAME.01``, … into a folder; False if there are none."""
+    pieces = sorted(folder.glob(f"{name}.[0-9][0-9]"))
+    if not pieces:
+        return False
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile() as whole:
+        for file in pieces:
+            whole.write(file.read_bytes())
+        whole.seek(0, os.SEEK_SET)
+        with tarfile.open(fileobj=whole) as tar:
+            tar.extractall(target, filter="data")
+    return True

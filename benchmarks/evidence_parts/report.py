@@ -1,0 +1,411 @@
+"""Tables from the JSONs of ``benchmarks/results``, and the README's section; nothing is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_lgms.evaluation.evaluate import FOREGROUND
+from nnunet_lgms.evaluation.statistics import bootstrap_mean
+from nnunet_lgms.files import read_json, written_whole
+
+from .runs import ABLATIONS, STAGES, STU
+
+BEGIN, END = "<!-- evidence: made by benchmarks/evidence.py report; a test compares -->", "<!-- end of evidence -->"
+NOT_RUN = "not run"
+REFERENCES = Path(__file__).with_name("references.json")
+MINUS = "\N{MINUS SIGN}"
+
+
+class Results:
+    """Everything that was measured.
+
+    Args:
+        folder: ``benchmarks/results``.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        files = sorted((folder / "evidence").glob("*.json"))
+        contents = [(file, read_json(file)) for file in files]
+        self.runs = [content for _, content in contents if "scores" in content]
+        self.state = self._read("evidence/state.json") or {}
+        self.costs = self._read("evidence/costs.json") or {"runs": {}, "sizes": {}}
+        self.references = read_json(REFERENCES)
+
+    def _read(self, name: str):
+        return read_json(self.folder / name) if (self.folder / name).is_file() else None
+
+    def schedules(self, stage: str) -> list[tuple[int, int]]:
+        """Epochs and steps of the stage's runs, the longest first."""
+        found = {(r["run"]["epochs"], r["iterations"]) for r in self.runs if r["run"]["stage"] == stage}
+        return sorted(found, key=lambda schedule: -schedule[1])
+
+    def of(self, stage: str, model: str, schedule: tuple[int, int] | None = None) -> list[dict]:
+        """The finished runs of a model, one a seed."""
+        return [
+            r
+            for r in self.runs
+            if (r["run"]["stage"], r["run"]["model"]) == (stage, model)
+            and schedule in (None, (r["run"]["epochs"], r["iterations"]))
+        ]
+
+
+def per_case(runs: Sequence[dict], scores: str, metric: str, label: str | None = None) -> dict[str, float]:
+    """Case → metric, the mean over seeds; over labels if none is named. NaN where undefined."""
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        for case, labels in run["scores"][scores]["cases"].items():
+            chosen = [m[metric] for name, m in labels.items() if label in (None, name)]
+            numbers = [np.nan if value is None else value for value in chosen]
+            values.setdefault(case, []).append(float(np.nanmean(numbers)) if not np.isnan(numbers).all() else np.nan)
+    return {case: float(np.mean(v)) for case, v in values.items()}
+
+
+def interval(runs: Sequence[dict], scores: str, metric: str, label: str | None = None) -> tuple[float, float, float]:
+    """Mean over cases with its 95 % bootstrap interval."""
+    mean = bootstrap_mean(np.array(list(per_case(runs, scores, metric, label).values())))
+    return mean.mean, mean.low, mean.high
+
+
+def difference(ours: Sequence[dict], theirs: Sequence[dict], scores: str, metric: str) -> tuple[float, float, float]:
+    """Mean over cases of ours - theirs, paired, with its 95 % bootstrap interval."""
+    a, b = per_case(ours, scores, metric), per_case(theirs, scores, metric)
+    mean = bootstrap_mean(np.array([a[case] - b[case] for case in a if case in b]))
+    return mean.mean, mean.low, mean.high
+
+
+def spread(runs: Sequence[dict], scores: str, metric: str) -> float:
+    """Standard deviation over seeds of the mean over cases; 0 for one seed."""
+    means = [np.nanmean(list(per_case([run], scores, metric).values())) for run in runs]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+
+
+def noise(diff: tuple[float, float, float], *spreads: float) -> str:
+    """Whether a difference stands out from cases and seeds."""
+    inside = diff[1] <= 0 <= diff[2] or abs(diff[0]) <= 2 * max(spreads, default=0.0)
+    return "within noise" if inside else ("better" if diff[0] > 0 else "worse")
+
+
+# ---- how numbers look ------------------------------------------------------------------------------------------------
+
+
+def with_interval(values: tuple[float, float, float], digits: int = 3) -> str:
+    return f"{values[0]:.{digits}f} [{values[1]:.{digits}f}, {values[2]:.{digits}f}]"
+
+
+def signed(values: tuple[float, float, float], digits: int = 3) -> str:
+    low, mean, high = (f"{v:+.{digits}f}".replace("-", MINUS) for v in (values[1], values[0], values[2]))
+    return f"{mean} [{low}, {high}]"
+
+
+def millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def from_to(values: Sequence[float]) -> str:
+    low, high = (f"{v:.3f}" for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+
+def _schedule(run: dict) -> str:
+    return f"{run['run']['epochs']} × {run['iterations_per_epoch']}"
+
+
+def _step(runs: Sequence[dict]) -> str:
+    steps = [run["step_ms_alone"][0] for run in runs if run["step_ms_alone"]]
+    return f"{np.mean(steps):.1f}" if steps else NOT_RUN
+
+
+def _seeds(runs: Sequence[dict]) -> str:
+    return ", ".join(str(run["run"]["seed"]) for run in runs)
+
+
+def scores_table(results: Results, stage: str, schedule: tuple[int, int], scores: str, digits: int = 3) -> list[str]:
+    """A line a model: scores without mirroring, Dice with it, and the difference to nnU-Net's U-Net."""
+    unit = next((r["scores"][scores]["unit"] for r in results.runs if r["run"]["stage"] == stage), "")
+    heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}", "Dice, mirrored"]
+    heads += ["Dice against nnU-Net", "", "step, ms"]
+    rows = []
+    baseline = results.of(stage, "nnunet", schedule)
+    for name, model in STAGES[stage].models.items():
+        runs = results.of(stage, name, schedule)
+        if not runs:
+            rows.append([model.title, NOT_RUN, *[""] * (len(heads) - 2)])
+            continue
+        cells = [model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), _seeds(runs)]
+        cells += [with_interval(interval(runs, scores, metric), digits) for metric in ("IoU", "Dice")]
+        cells += [with_interval(interval(runs, scores, "HD95"), 1 if unit == "pixels" else 2)]
+        cells += [with_interval(interval(runs, f"{scores}-mirrored", "Dice"), digits)]
+        if baseline and name != "nnunet":
+            diff = difference(runs, baseline, scores, "Dice")
+            spreads = spread(runs, scores, "Dice"), spread(baseline, scores, "Dice")
+            cells += [signed(diff, digits), noise(diff, *spreads)]
+        else:
+            cells += ["", ""]
+        rows.append([*cells, _step(runs)])
+    return table(heads, rows)
+
+
+def reference_line(results: Results, data: str, scores: str, stage: str = "busi") -> list[str]:
+    """The authors' figures, and where ours lie."""
+    authors = results.references["authors"]
+    figures = ", ".join(f"{metric} {from_to(authors[data][metric])}" for metric in ("IoU", "Dice"))
+    lines = [f"Reference: {figures} ({authors['what']}; {authors['source']})."]
+    for schedule in results.schedules(stage)[:1]:
+        for name in ("published", "lgmsnet"):
+            if runs := results.of(stage, name, schedule):
+                low, high = min(authors[data]["IoU"]), max(authors[data]["IoU"])
+                mean = interval(runs, scores, "IoU")[0]
+                place = "below" if mean < low else "above" if mean > high else "inside"
+                lines.append(f"{STAGES[stage].models[name].title}: IoU {mean:.3f}, {place} that range.")
+    return lines
+
+
+def labels_table(results: Results, stage: str, schedule: tuple[int, int]) -> list[str]:
+    """Dice and HD95 of each label, a line a model."""
+    runs = next(r for r in results.runs if r["run"]["stage"] == stage)
+    labels = [label for label in runs["scores"]["validation"]["mean"] if label != FOREGROUND]
+    heads = ["model", *(f"{m} {label}" for m in ("Dice", "HD95") for label in labels), "GPU s of all steps"]
+    rows = []
+    for name, model in STAGES[stage].models.items():
+        if not (runs := results.of(stage, name, schedule)):
+            rows.append([model.title, NOT_RUN, *[""] * (len(heads) - 2)])
+            continue
+        cells = [with_interval(interval(runs, "validation", "Dice", label)) for label in labels]
+        cells += [with_interval(interval(runs, "validation", "HD95", label), 2) for label in labels]
+        alone = runs[0]["step_ms_alone"]
+        seconds = f"{alone[0] * runs[0]['iterations'] / 1e3:.0f}" if alone else NOT_RUN
+        rows.append([model.title, *cells, seconds])
+    return table(heads, rows)
+
+
+def ablations_table(results: Results, stage: str, schedule: tuple[int, int]) -> list[str]:
+    """A line a variant: mean over seeds, spread over seeds, difference to the default, cost."""
+    heads = ["variant", "parameters", "GMAC", "step, ms", "Dice", "SD of seeds", "against the default", "", "seeds"]
+    costs = results.costs["runs"].get(STAGES[stage].dataset, {})
+    default, rows = results.of(stage, "default", schedule), []
+    for name in ABLATIONS:
+        runs = results.of(stage, name, schedule)
+        if name not in STAGES[stage].models:
+            rows.append([ABLATIONS[name], "the same network as the default", *[""] * (len(heads) - 2)])
+            continue
+        if not runs:
+            rows.append([ABLATIONS[name], NOT_RUN, *[""] * (len(heads) - 2)])
+            continue
+        gmac = f"{costs[name]['gmac']:.2f}" if name in costs else NOT_RUN
+        sd = spread(runs, "validation", "Dice")
+        cells = [ABLATIONS[name], millions(runs[0]["parameters"]), gmac, _step(runs)]
+        cells += [with_interval(interval(runs, "validation", "Dice")), f"{sd:.3f}" if len(runs) > 1 else ""]
+        if default and name != "default":
+            diff = difference(runs, default, "validation", "Dice")
+            cells += [signed(diff), noise(diff, sd, spread(default, "validation", "Dice"))]
+        else:
+            cells += ["", ""]
+        rows.append([*cells, _seeds(runs)])
+    return table(heads, rows)
+
+
+NETWORK_NAMES = {
+    "lgmsnet": "LGMSNet",
+    "plain": "nnU-Net's PlainConvUNet",
+    "resenc_m": "nnU-Net's ResEnc M",
+    "mednext_s": "MedNeXt-S-like",
+}
+
+
+def costs_table(results: Results) -> list[str]:
+    """Parameters and GMAC, the GPU's and the CPU's time where `gpu.py` and `cpu.py` measured them."""
+    heads = ["network", "input", "parameters", "GMAC", "GPU training step, ms", "GPU inference, ms", "GPU GiB"]
+    heads += ["CPU inference, ms"]
+    gpu = {(r["case"], r["network"]): r for r in results._read("gpu.json") or [] if _is_measured(r)}
+    cpu = (results._read("cpu.json") or {"rows": {}})["rows"]
+    rows = []
+    for size, networks in results.costs["sizes"].items():
+        dim, voxels = size.split(" ")
+        for name, cost in networks.items():
+            measured = gpu.get((dim.lower(), name))
+            cells = [f"{measured[k][0]:.1f}" for k in ("train_ms", "infer_ms")] if measured else [NOT_RUN, NOT_RUN]
+            cells += [f"{measured['train_gib']:.2f}" if measured else NOT_RUN]
+            row = next((row for key, row in cpu.items() if key.startswith("inference") and _same(key, size)), None)
+            latency = f"{1e3 * row['median'][name]:.0f}" if row and name in row["median"] else NOT_RUN
+            rows.append(
+                [NETWORK_NAMES[name], size, millions(cost["parameters"]), f"{cost['gmac']:.2f}", *cells, latency]
+            )
+    for other in results.references["published"]:
+        cells = [f"{other['network']}, not measured here", other["source"], millions(other["parameters"])]
+        rows.append([*cells, f"{other['gflops']} GFLOPs as published", *[""] * 4])
+    return table(heads, rows)
+
+
+def _is_measured(row: dict) -> bool:
+    return "failed" not in row and row.get("mode") == "compiled" and row.get("train_gib") is not None
+
+
+def _same(key: str, size: str) -> bool:
+    return key.replace("^2", "²").replace("^3", "³").endswith(size)
+
+
+# ---- the texts -------------------------------------------------------------------------------------------------------
+
+HOW = """How: nnU-Net's own training loop, loader, augmentation and predictor; trainers and plans as in the table. An
+epoch is one pass over the training cases (as many steps as batches hold them, drawn with replacement), the last epoch
+is evaluated, nothing is chosen on the validation cases. In 2D all models have the paper's batch of 16 and its Dice per
+sample in place of nnU-Net's batch of 32 and Dice per batch. Scores are without mirroring at prediction unless the
+column says so. Intervals are 95 % bootstrap intervals over cases, differences are paired by case; "within noise" is a
+difference whose interval holds 0, or that is less than two standard deviations over seeds. Step times are medians of
+steps that had the GPU to themselves."""
+
+
+def evidence_md(results: Results) -> str:
+    """The whole of ``evidence.md``."""
+    lines = ["# Evidence", "", HOW, ""]
+    for stage, title, zero_shot in (
+        ("busi", "BUSI, the paper's split 1", True),
+        ("hippocampus", "Hippocampus, fold 0 of nnU-Net's five, equal epochs", False),
+        ("hippocampus_equal_time", "Hippocampus, equal GPU time", False),
+    ):
+        lines += [f"## {title}", ""]
+        if not results.schedules(stage):
+            lines += [f"{NOT_RUN.capitalize()}.", ""]
+        for schedule in _shown(results, stage):
+            lines += [*scores_table(results, stage, schedule, "validation"), ""]
+            if not zero_shot:
+                lines += [*labels_table(results, stage, schedule), ""]
+        if zero_shot:
+            lines += [*reference_line(results, "busi", "validation"), "", "## Zero-shot, STU-Hospital", ""]
+            if not results.schedules(stage):
+                lines += [f"{NOT_RUN.capitalize()}.", ""]
+            for schedule in _shown(results, stage):
+                lines += [*scores_table(results, stage, schedule, STU), ""]
+            lines += [*reference_line(results, "stu", STU), ""]
+    for stage in ("ablations_busi", "ablations_hippocampus"):
+        lines += [f"## Ablations, {STAGES[stage].dataset}", ""]
+        if not results.schedules(stage):
+            lines += [f"{NOT_RUN.capitalize()}.", ""]
+        for schedule in _shown(results, stage):
+            lines += [f"{schedule[0]} epochs, {schedule[1]} steps.", ""]
+            lines += [*ablations_table(results, stage, schedule), ""]
+    lines += ["## Cost", "", *costs_table(results), ""]
+    lines += ["## What was run, and what was left", ""]
+    lines += [*_runs_table(results), ""]
+    return "\n".join(lines)
+
+
+def _shown(results: Results, stage: str) -> list:
+    """One table a schedule; in equal time every model has its own, and there is one table."""
+    if STAGES[stage].equal_time_of and results.schedules(stage):
+        return [None]
+    return results.schedules(stage)
+
+
+def _runs_table(results: Results) -> list[str]:
+    rows = []
+    for run in results.runs:
+        about = [
+            run["date"],
+            run["device"],
+            f"torch {run['versions']['torch']}, nnunetv2 {run['versions']['nnunetv2']}",
+        ]
+        about += [(run["commit"] or NOT_COMMITTED)[:12], f"{run['seconds']:.0f}", f"{run['waiting_for_batches']:.0%}"]
+        rows.append([f"`{_name(run)}`", *about])
+    done = {_name(run) for run in results.runs}
+    rows += [[f"`{name}`", what, *[""] * 5] for name, what in results.state.items() if name not in done]
+    heads = ["run", "date", "device", "versions", "commit", "s of training beside others", "waiting for batches"]
+    return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
+
+
+NOT_COMMITTED = "not committed"
+
+
+def _name(run: Mapping) -> str:
+    from .runs import Run
+
+    return Run(**run["run"]).name
+
+
+def readme_section(results: Results) -> str:
+    """What stands between the README's two markers."""
+    lines = []
+    schedules = results.schedules("busi")
+    if not schedules:
+        lines += [
+            "On real data: **not measured yet.** `benchmarks/evidence.py` trains and compares; its tables go here.",
+            "",
+        ]
+    else:
+        lines += [*_readme_busi(results, schedules[0]), ""]
+    for stage, what in (("hippocampus", "equal epochs"), ("hippocampus_equal_time", "equal GPU time")):
+        for schedule in _shown(results, stage)[:1]:
+            lines += [*_readme_hippocampus(results, stage, schedule, what), ""]
+    if not results.schedules("hippocampus") and schedules:
+        lines += ["Hippocampus (3D): not measured yet.", ""]
+    lines += [
+        "All runs, intervals, ablations and costs: [benchmarks/results/evidence.md](benchmarks/results/evidence.md); "
+        "what the models are for and where they fail: [docs/model_card.md](docs/model_card.md)."
+    ]
+    return "\n".join(lines)
+
+
+def _readme_busi(results: Results, schedule: tuple[int, int]) -> list[str]:
+    rows, authors = [], results.references["authors"]
+    for name, model in STAGES["busi"].models.items():
+        runs = results.of("busi", name, schedule)
+        if runs:
+            cells = [with_interval(interval(runs, s, m)) for s in ("validation", STU) for m in ("IoU", "Dice")]
+            rows.append([model.title, millions(runs[0]["parameters"]), *cells])
+        else:
+            rows.append([model.title, NOT_RUN, *[""] * 4])
+    cells = [from_to(authors[d][m]) for d in ("busi", "stu") for m in ("IoU", "Dice")]
+    rows.append(["the authors' network and recipe, reference", "", *cells])
+    run = next(r for r in results.runs if r["run"]["stage"] == "busi" and r["run"]["epochs"] == schedule[0])
+    cases, zero_shot = run["cases"], len(run["scores"][STU]["cases"])
+    return [
+        f"BUSI (the paper's split 1, {cases['training']} training and {cases['validation']} validation images, last of "
+        f"{schedule[0]} epochs), and the same models on {zero_shot} images of another hospital (STU):",
+        "",
+        *table(["", "parameters", "BUSI IoU", "BUSI Dice", "STU IoU", "STU Dice"], rows),
+    ]
+
+
+def _readme_hippocampus(results: Results, stage: str, schedule: tuple[int, int] | None, what: str) -> list[str]:
+    rows = []
+    for name, model in STAGES[stage].models.items():
+        if runs := results.of(stage, name, schedule):
+            cells = [
+                with_interval(interval(runs, "validation", "Dice")),
+                with_interval(interval(runs, "validation", "HD95"), 2),
+            ]
+            rows.append([model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), *cells])
+        else:
+            rows.append([model.title, NOT_RUN, *[""] * 3])
+    heads = ["", "parameters", "epochs × steps", "Dice", "HD95, mm"]
+    return [f"Hippocampus (3D, fold 0, {what}):", "", *table(heads, rows)]
+
+
+def readme_with(readme: str, folder: Path) -> str:
+    """The README with the section of these results.
+
+    Raises:
+        ValueError: it lacks the markers.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"The README needs the lines {BEGIN!r} and {END!r}, once each.")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{readme_section(Results(folder))}\n{END}{rest.split(END)[1]}"
+
+
+def write_report(folder: Path) -> None:
+    """``evidence.md`` beside the JSONs."""
+    with written_whole(folder / "evidence.md") as temporary:
+        temporary.write_text(evidence_md(Results(folder)), "utf-8")

@@ -1,0 +1,115 @@
+"""Several trainings at a time on one device, until the time is over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_lgms.files import read_json
+
+from .runs import Run, with_equal_time
+
+SCRIPT = Path(__file__).resolve().parents[1] / "evidence.py"
+TO_STOP = 15  # seconds before the end at which trainings are put aside
+SAY_EVERY = 15
+
+
+def records(work: Path) -> list[dict]:
+    """Of the finished runs."""
+    return [read_json(file) for file in sorted((work / "runs").glob("*/record.json"))]
+
+
+def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: float) -> dict[str, str]:
+    """Trains what is not finished yet, in this order.
+
+    Args:
+        runs: wanted.
+        work: with ``preprocessed/``; results go to ``runs/`` and ``results/`` in it.
+        device: cuda or cpu.
+        jobs: trainings at a time.
+        seconds: after which those that run are put aside.
+
+    Returns:
+        name of each run → what became of it.
+    """
+    end = time.time() + seconds
+    waiting, active, state, said = list(runs), {}, {}, 0.0
+    while waiting or active:
+        for name, (process, _) in list(active.items()):
+            if process.poll() is not None:
+                state[name] = _outcome(work / "runs" / name, process.returncode)
+                print(f"{_clock(end - seconds)} {name}: {state[name]}", flush=True)
+                del active[name]
+        while waiting and len(active) < jobs and time.time() < end - 2 * TO_STOP:
+            wanted = waiting.pop(0)
+            run = with_equal_time(wanted, records(work)) if wanted.of.equal_time_of else wanted
+            if run is None:
+                state[wanted.name] = f"not started: needs the measured steps of {wanted.of.equal_time_of}"
+                continue
+            if (work / "runs" / run.name / "record.json").is_file():
+                state[run.name] = "finished before"
+                continue
+            active[run.name] = _start(run, work, device, jobs, end - TO_STOP), run
+        if time.time() > end - 2 * TO_STOP and not active:
+            break
+        if time.time() > end:
+            for process, _ in active.values():
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that prepare its batches
+                process.wait()
+            state |= {name: "stopped while it compiled or predicted; goes on when called again" for name in active}
+            break
+        if time.time() - said > SAY_EVERY:
+            said = time.time()
+            for name in active:
+                print(f"{_clock(end - seconds)} {name}: {_progress(work / 'runs' / name)}", flush=True)
+        time.sleep(0.2)
+    return state | {run.name: "not started" for run in waiting}
+
+
+def _start(run: Run, work: Path, device: str, jobs: int, until: float) -> subprocess.Popen:
+    folder = work / "runs" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "nnUNet_raw": str(work / "raw"),
+        "nnUNet_preprocessed": str(work / "preprocessed"),
+        "nnUNet_results": str(work / "results" / run.name),
+        "nnUNet_n_proc_DA": str(run.settings.workers),
+        "nnUNet_def_n_proc": "2",
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(2, (os.cpu_count() or 2) // jobs)),
+    }
+    command = [sys.executable, str(SCRIPT), "one", json.dumps(run.as_dict()), "--until", str(until)]
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            [*command, "--work", str(work), "--device", device],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _outcome(folder: Path, code: int) -> str:
+    if (folder / "record.json").is_file():
+        return "finished"
+    if code == 0:
+        return f"put aside, {_progress(folder)}; goes on when called again"
+    last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+    return f"failed: {' '.join(last)[:300]}"
+
+
+def _progress(folder: Path) -> str:
+    if not (folder / "progress.json").is_file():
+        return "starting or compiling"
+    progress = read_json(folder / "progress.json")
+    return f"epoch {progress['epoch']}/{progress['epochs']}, loss {progress['loss']:.3f}"
+
+
+def _clock(begin: float) -> str:
+    return f"{time.time() - begin:5.0f} s"

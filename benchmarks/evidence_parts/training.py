@@ -1,0 +1,248 @@
+"""One training through nnU-Net's own loop, stopped and continued at will, and the prediction of its cases.
+
+The trainers are the plugin's and nnU-Net's as they are, so a model folder that comes out is predicted with by
+``nnUNetv2_predict`` like any other. What differs from ``nnUNetv2_train``:
+
+- an epoch is one pass over the training cases in place of 250 steps, with one batch of validation after it, uncompiled;
+- no "best" checkpoint is kept, as only the last epoch is evaluated, and the progress plot is drawn once;
+- the weights are seeded. nnU-Net's worker processes draw their samples unseeded, and it offers no way to seed them, so
+  a training does not repeat exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._dynamo import OptimizedModule
+from tqdm import tqdm
+
+from nnunet_lgms.checkpoint import read_checkpoint
+from nnunet_lgms.files import read_json, written_whole
+
+from .provenance import provenance
+from .runs import ALONE_AT, Run
+from .turnstile import Turnstile
+
+FOLD = 0
+LATEST, FINAL, WEIGHTS = "checkpoint_latest.pth", "checkpoint_final.pth", "weights.pth"
+
+
+class OutOfTime(Exception):
+    """The training was put aside; the same call goes on with it."""
+
+
+class Watch:
+    """Sits in the hooks of a trainer: times its steps, shares the GPU, stops it in time.
+
+    A training shares the GPU with others, so its steps take longer than they would alone. In the epochs at `ALONE_AT`
+    the others wait, and ``alone`` collects the seconds of those steps; waiting for batches does not count.
+
+    Args:
+        trainer: nnU-Net's, before its training starts.
+        turnstile: of all trainings on this GPU.
+        until: ``time.time()`` at which to stop.
+        file: where progress is kept between sessions.
+    """
+
+    def __init__(self, trainer, turnstile: Turnstile, until: float, file: Path):
+        self.trainer, self.turnstile, self.until, self.file = trainer, turnstile, until, file
+        self.progress = {"epoch": 0, "alone_s": [], "steps_s": 0.0, "waiting_s": 0.0, "first_steps_s": []}
+        if file.is_file():
+            self.progress = read_json(file)
+        self.alone_at = {int(share * trainer.num_epochs) for share in ALONE_AT}
+        self.room, self.alone, self.compiled, self.last = ExitStack(), False, False, 0.0
+        self.original = {}
+        for hook in ("on_train_epoch_start", "train_step", "validation_step", "on_epoch_end"):
+            self.original[hook] = getattr(trainer, hook)
+            setattr(trainer, hook, getattr(self, hook))
+
+    def on_train_epoch_start(self) -> None:
+        self.original["on_train_epoch_start"]()
+        self.alone = self.compiled and self.trainer.current_epoch in self.alone_at
+        if self.compiled:  # the first step compiles, for minutes: nobody has to wait for that
+            self.room.enter_context(self.turnstile.alone() if self.alone else self.turnstile.shared())
+        self.last = time.perf_counter()
+
+    def train_step(self, batch: dict) -> dict:
+        begin = time.perf_counter()
+        result = self.original["train_step"](batch)
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        end = time.perf_counter()
+        if not self.compiled:
+            self.progress["first_steps_s"].append(end - begin)
+            self.compiled = True
+            self.room.enter_context(self.turnstile.shared())
+            end = time.perf_counter()
+        else:
+            self.progress["waiting_s"] += begin - self.last
+            self.progress["steps_s"] += end - begin
+            if self.alone:
+                self.progress["alone_s"].append(end - begin)
+        self.last = end
+        return result
+
+    def validation_step(self, batch: dict) -> dict:
+        with torch.compiler.set_stance("force_eager"):  # compiling it as well is not worth one batch an epoch
+            return self.original["validation_step"](batch)
+
+    def on_epoch_end(self) -> None:
+        self.room.close()
+        self.original["on_epoch_end"]()
+        trainer = self.trainer
+        self.progress |= {"epoch": trainer.current_epoch, "epochs": trainer.num_epochs}
+        self.progress["loss"] = float(trainer.logger.get_value("train_losses", step=-1))
+        if time.time() > self.until and trainer.current_epoch < trainer.num_epochs:
+            trainer.current_epoch -= 1  # save_checkpoint adds one
+            trainer.save_checkpoint(str(Path(trainer.output_folder, LATEST)))
+            self.write()
+            raise OutOfTime
+        self.write()
+
+    def write(self) -> None:
+        with written_whole(self.file) as temporary:
+            temporary.write_text(json.dumps(self.progress))
+
+
+def make_trainer(run: Run, preprocessed: Path, device: str, continued: bool = False):
+    """The trainer of a run, seeded, with its schedule, not yet initialized."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnunet_lgms.nnunet import trainer as ours
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(run.seed)
+    cls = {"nnUNetTrainer": nnUNetTrainer}.get(run.settings.trainer) or getattr(ours, run.settings.trainer)
+    folder = preprocessed / run.of.dataset
+    plans = read_json(folder / f"{run.settings.plans_name}.json") | {"continue_training": continued}
+    trainer = cls(plans, run.of.configuration, FOLD, read_json(folder / "dataset.json"), torch.device(device))
+    trainer.num_epochs = run.epochs
+    n_training = len(read_json(folder / "splits_final.json")[FOLD]["train"])
+    passing = max(1, round(n_training / trainer.configuration_manager.batch_size))
+    trainer.num_iterations_per_epoch = run.iterations or passing
+    trainer.num_val_iterations_per_epoch = 1
+    trainer.save_every = run.epochs + 1
+    trainer._best_ema = float("inf")
+    trainer.logger.plot_progress_png = lambda folder: None
+    return trainer
+
+
+def train_run(run: Run, work: Path, device: str, until: float) -> None:
+    """Trains, or goes on where it stopped, then predicts; writes ``work/runs/NAME``.
+
+    Raises:
+        OutOfTime: the training was put aside.
+    """
+    folder, preprocessed = work / "runs" / run.name, work / "preprocessed"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = device == "cuda"
+    found = [p for name in (FINAL, LATEST) for p in (work / "results" / run.name).glob(f"*/*/fold_{FOLD}/{name}")]
+    trainer = make_trainer(run, preprocessed, device, continued=bool(found))
+    trainer.initialize()
+    watch = Watch(trainer, Turnstile(work / "locks"), until, folder / "progress.json")
+    if found:
+        trainer.load_checkpoint(str(found[0]))
+    if not (found and found[0].name == FINAL):
+        try:
+            trainer.run_training()
+        except OutOfTime:
+            for loader in (trainer.dataloader_train, trainer.dataloader_val):
+                if hasattr(loader, "_finish"):
+                    loader._finish()
+            raise
+    curve = {key: [_short(v) for v in trainer.logger.get_value(key, step=None)] for key in CURVES}
+    alone = sorted(watch.progress["alone_s"])
+    begins, ends = (trainer.logger.get_value(f"epoch_{k}_timestamps", step=None) for k in ("start", "end"))
+    record = {
+        "run": run.as_dict(),
+        "title": run.settings.title,
+        "trainer": run.settings.trainer,
+        "plans": run.settings.plans_name,
+        "dataset": run.of.dataset,
+        "configuration": run.of.configuration,
+        "fold": FOLD,
+        "batch_size": trainer.configuration_manager.batch_size,
+        "batch_dice": trainer.configuration_manager.batch_dice,
+        "patch_size": list(trainer.configuration_manager.patch_size),
+        "iterations_per_epoch": trainer.num_iterations_per_epoch,
+        "iterations": run.epochs * trainer.num_iterations_per_epoch,
+        "parameters": sum(p.numel() for p in trainer.network.parameters()),
+        "workers": run.settings.workers,
+        "autocast": "float16" if device == "cuda" else None,
+        "compiled": isinstance(trainer.network, OptimizedModule),
+        "cases": dict(zip(("training", "validation"), map(len, trainer.do_split()))),
+        "step_ms_alone": [1e3 * alone[int(q * (len(alone) - 1))] for q in (0.5, 0.05, 0.95)] if alone else None,
+        "waiting_for_batches": watch.progress["waiting_s"]
+        / max(1e-9, watch.progress["waiting_s"] + watch.progress["steps_s"]),
+        "first_steps_s": watch.progress["first_steps_s"],
+        "seconds": sum(e - b for b, e in zip(begins, ends)),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+        **curve,
+        **provenance(),
+    }
+    _write_weights(Path(trainer.output_folder))
+    predict_all(trainer, run, preprocessed, folder, device)
+    with written_whole(folder / "record.json") as temporary:
+        temporary.write_text(json.dumps(record) + "\n")
+
+
+CURVES = ("train_losses", "val_losses", "mean_fg_dice")
+
+
+def _short(number: float) -> float | None:
+    return round(float(number), 5) if np.isfinite(number) else None
+
+
+def _write_weights(folder: Path) -> None:
+    """The last checkpoint without what only training needs."""
+    checkpoint = read_checkpoint(folder / FINAL)
+    with written_whole(folder / WEIGHTS) as temporary:
+        torch.save(checkpoint | {"optimizer_state": {}, "grad_scaler_state": None}, temporary)
+
+
+def predict_all(trainer, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
+    """Labels of the validation cases and of the unseen datasets, with and without nnU-Net's mirroring, as .npz."""
+    identifier = trainer.configuration_manager.data_identifier
+    _, validation = trainer.do_split()
+    sets = {"validation": (Path(trainer.preprocessed_dataset_folder), validation)}
+    for dataset in run.of.zero_shot:
+        source = preprocessed / dataset / identifier
+        sets[dataset] = (source, trainer.dataset_class.get_identifiers(str(source)))
+    for mirrored in (False, True):
+        for name, (source, cases) in sets.items():
+            file = folder / f"{name}{'-mirrored' if mirrored else ''}.npz"
+            if not file.is_file():
+                labels = dict(_predict(trainer, source, sorted(cases), mirrored, device))
+                with written_whole(file) as temporary:
+                    np.savez_compressed(temporary, **labels)
+
+
+def _predict(trainer, source: Path, cases: list[str], mirrored: bool, device: str):
+    """Case and labels (Z, Y, X) on the grid of the image, by nnU-Net's own predictor."""
+    from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    network = trainer.network._orig_mod if isinstance(trainer.network, OptimizedModule) else trainer.network
+    trainer.set_deep_supervision_enabled(False)
+    predictor = nnUNetPredictor(
+        use_mirroring=mirrored,
+        perform_everything_on_device=device == "cuda",
+        device=torch.device(device),
+        allow_tqdm=False,
+    )
+    managers = trainer.plans_manager, trainer.configuration_manager
+    axes = trainer.inference_allowed_mirroring_axes
+    predictor.manual_initialization(network, *managers, None, trainer.dataset_json, type(trainer).__name__, axes)
+    dataset = trainer.dataset_class(str(source), list(cases))
+    to_labels = partial(convert_predicted_logits_to_segmentation_with_correct_shape, num_threads_torch=1)
+    for case in tqdm(cases, desc=f"{source.parent.name}, {'mirrored' if mirrored else 'plain'}"):
+        image, _, _, properties = dataset.load_case(case)
+        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image[:])).cpu()
+        yield case, to_labels(logits, *managers, trainer.label_manager, properties).astype(np.uint8)
