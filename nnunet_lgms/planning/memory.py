@@ -1,29 +1,37 @@
 """Peak memory of a training step, without a GPU: the step runs on PyTorch's "meta" device, where tensors have sizes
 but no numbers, and every byte that is alive is counted.
 
-What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum. Autocast does not work on
-meta tensors, and a compiled step keeps less for the backward pass than PyTorch's operators do one by one, so
-:class:`OnGPU` repeats both. :data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces,
-blocks that the allocator cannot fill) and for what compilation does otherwise; ``benchmarks/memory.py`` measures steps,
-writes them beside the estimates and fits the constants.
+What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum, on the path that a GPU
+takes: :func:`nnunet_lgms.ops.backend.as_on_gpu` switches the Triton kernels on, :class:`Lifetimes` leaves out their
+launches, and :class:`OnGPU` repeats autocast, which does not work on meta tensors. A tensor counts from its birth to
+its last use, as in a compiled step; PyTorch's own tracker (``torch.distributed._tools.mem_tracker``) counts it until
+Python lets go of it, as in an eager step, and does not see what an operator allocates on the way.
+
+:data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces, blocks that the allocator cannot
+fill). ``benchmarks/memory.py`` measures steps, writes them beside the estimates and fits the constants.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nnunet_lgms.config import LGMSSettings, settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.dataset_json import n_channels
+from nnunet_lgms.ops.backend import CHANNELS_LAST, as_on_gpu, channels_last
 from nnunet_lgms.planning.override import build_on_meta
 
 CLEARLY_MORE = 1.1
@@ -45,12 +53,11 @@ class Calibration:
     context: int
 
 
-# Not fitted yet: no GPU has confirmed the count. Until one has (benchmarks/memory.py --calibrate), planning is careful:
-# with nothing fused, as PyTorch's operators keep tensors, the activations of that script's 14 plans count 1.39 to 1.48
-# times as much.
+# Not fitted yet. Of the two compiled steps of benchmarks/results/gpu_profile.txt, with the kernels of that day, the
+# bare count is 3.3 % (2 x 128^3 voxels) and 2.6 % (16 x 256^2) below what an H100 measured; cuBLAS and cuDNN need more.
 CALIBRATION = {
-    2: Calibration(activations=1.48, fixed=64 * 2**20, context=600 * 2**20),
-    3: Calibration(activations=1.48, fixed=64 * 2**20, context=600 * 2**20),
+    2: Calibration(activations=1.0, fixed=64 * 2**20, context=600 * 2**20),
+    3: Calibration(activations=1.0, fixed=64 * 2**20, context=600 * 2**20),
 }
 
 
@@ -77,24 +84,23 @@ def trace_training_step(network: nn.Module, input_shape: Sequence[int], n_classe
     """
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
-    batch, _, *patch = input_shape
+    batch = input_shape[0]
     loss_function = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
     # gradients live only within the step, so parameters and momentum are all that stays
     static = sum(_nbytes(t) for t in [*network.parameters(), *network.buffers()])
     static += sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
-    with LiveBytes() as live:
+    with Lifetimes() as lifetimes, as_on_gpu():
         data = torch.empty(tuple(input_shape), device="meta")
         with OnGPU():
             output = network(data)
             outputs = output if isinstance(output, (list, tuple)) else [output]  # several with deep supervision
+            targets = [torch.empty((batch, 1, *o.shape[2:]), dtype=torch.int16, device="meta") for o in outputs]
             weights = deep_supervision_weights(len(outputs))
-            loss = sum(
-                w * loss_function(o, torch.empty((batch, 1, *o.shape[2:]), dtype=torch.int16, device="meta"))
-                for w, o in zip(weights, outputs, strict=True)
-                if w
-            )
-            loss.backward()
-    return StepMemory(static, live.peak)
+            loss = sum(w * loss_function(o, t) for w, o, t in zip(weights, outputs, targets, strict=True) if w)
+        loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    # nnU-Net's step holds its batch and its outputs until it returns, and the optimizer comes last
+    return StepMemory(static, lifetimes.peak(kept=[data, *targets, *outputs, *gradients]))
 
 
 def estimate_training_memory(
@@ -134,33 +140,67 @@ def needed_bytes(memory: StepMemory, dim: int) -> int:
     return round(memory.static + calibration.fixed + calibration.activations * memory.activations)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that come to life inside, and remembers the most that lived at once."""
+class Lifetimes(TorchDispatchMode):
+    """Records when the memory of every tensor that comes to life inside is taken and when it is used last.
+
+    Custom operators are followed into their descriptions (see ``torch.library``), so that what they allocate on the way
+    counts as well; the Triton kernels that they launch compute nothing.
+    """
+
+    supports_higher_order_operators = True  # a Triton kernel's launch is one
 
     def __init__(self):
         super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._storages: weakref.WeakSet = weakref.WeakSet()
+        self._now = 0
+        self._spans: list[list[int]] = []  # bytes, first and last use
+        self._span_of = WeakIdKeyDictionary()  # by storage
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        description = None if isinstance(function, HigherOrderOperator) else OPDEFS.get(function._schema.name)
+        if description is not None:
+            with self:
+                return description._abstract_fn(*args, **kwargs)
+        out = None if isinstance(function, HigherOrderOperator) else function(*args, **kwargs)
+        if function in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            out = _as_from_cudnn(args, out)
+        self._now += 1
+        given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for storage in given:
+            if storage in self._span_of:
+                self._span_of[storage][2] = self._now
+        known = {id(s) for s in given}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                self._take(tensor.untyped_storage(), known)
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._storages:
+    def _take(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if storage in self._span_of or id(storage) in given:  # a view, or changed in place
             return
         n = -(-storage.nbytes() // ALLOCATOR_BLOCK) * ALLOCATOR_BLOCK
-        self._storages.add(storage)
-        self.live += n
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, n)
+        self._span_of[storage] = span = [n, self._now, self._now]
+        self._spans.append(span)
 
-    def _release(self, n: int) -> None:
-        self.live -= n
+    def peak(self, kept: Iterable[Tensor] = ()) -> int:
+        """Most bytes at once, if every tensor is given back after its last use and ``kept`` are held to the end."""
+        for tensor in kept:
+            self._span_of[tensor.untyped_storage()][2] = self._now
+        changes = Counter()
+        for n, first, last in self._spans:
+            changes[first] += n
+            changes[last + 1] -= n
+        return max(accumulate(n for _, n in sorted(changes.items())), default=0)
+
+
+def _as_from_cudnn(args: tuple, out: Any) -> Any:
+    """Results of a convolution in the memory format of its maps, as on CUDA; the meta device knows it in 2D only."""
+    memory_format = CHANNELS_LAST[args[0].ndim]
+    if not any(channels_last(t) for t in args[:2]):  # map and weight, or gradient and map
+        return out
+    return tree_map(
+        lambda t: torch.empty_like(t, memory_format=memory_format) if isinstance(t, Tensor) and t.ndim > 1 else t, out
+    )
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -206,9 +246,10 @@ class _Pooling(torch.autograd.Function):
 class OnGPU(TorchFunctionMode):
     """On any device, the dtypes and the kept tensors of nnU-Net's step on a GPU.
 
-    Convolutions and products work in float16 and losses in float32, as under ``torch.autocast("cuda")``. Norms stay in
-    the dtype that comes and keep their input only, activations keep nothing, and pooling keeps no indices: compilation
-    fuses norm and activation and computes them again, and so do this package's kernels.
+    Convolutions and products work in float16 and losses in float32, as under ``torch.autocast("cuda")``. Where
+    PyTorch's operators run instead of this package's kernels, norms stay in the dtype that comes and keep their input
+    only, activations keep nothing, and pooling keeps no indices: compilation fuses norm and activation, and computes
+    them again.
     """
 
     HALF = {"conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm"}
@@ -218,6 +259,17 @@ class OnGPU(TorchFunctionMode):
     AS_IT_COMES = {"layer_norm", "group_norm"}
     UNSAVED = {"silu", "relu", "gelu"}
     POOLING = {"max_pool2d", "max_pool3d"}
+
+    def __enter__(self):
+        self._before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", True)  # what this package's operators ask
+        torch.set_autocast_dtype("cuda", torch.float16)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        torch.set_autocast_enabled("cuda", self._before[0])
+        torch.set_autocast_dtype("cuda", self._before[1])
+        return super().__exit__(*exception)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -18,12 +18,14 @@ from nnunet_lgms.config.settings import AUTO
 from nnunet_lgms.dataset_json import n_channels
 from nnunet_lgms.files import read_json, written_whole
 from nnunet_lgms.planning.auto_kernels import Components
-from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, estimate_training_memory, trace_training_step
+from nnunet_lgms.planning.memory import CALIBRATION, estimate_training_memory, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta, stored, with_auto_kernels
 from nnunet_lgms.planning.plans_files import plans_file
 
 GIB = 2**30
 PLANS_NAME = "nnUNetLGMSNetPlans"
+#: share of the card that is planned for: estimates err, and the allocator cannot fill every block
+HEADROOM = 0.95
 #: patches below this many voxels do not get smaller; a card that cannot take them is too small
 SMALLEST_PATCH = {2: 16**2, 3: 8**3}
 
@@ -60,7 +62,7 @@ class LGMSNetPlanner(ExperimentPlanner):
         self.settings = LGMSSettings.from_plan(settings or {})
         self.measure = measure
         self._components: Components | None = None
-        self._traces: dict[Any, tuple[StepMemory, float]] = {}
+        self._counts: dict[Any, tuple[int, float]] = {}
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """2d and 3d_fullres have nnU-Net's spacing, so they have its preprocessed data as well."""
@@ -84,11 +86,7 @@ class LGMSNetPlanner(ExperimentPlanner):
         topology = Topology.of({"patch_size": patch_size, "architecture": {"arch_kwargs": arch_kwargs}})
         if topology.n_levels < 2:
             raise ValueError(self._too_small(topology))
-        memory, voxels = self._trace(topology, input_channels, output_channels)
-        calibration = CALIBRATION[topology.dim]
-        budget = self.UNet_vram_target_GB * GIB - calibration.context - calibration.fixed - memory.static
-        per_sample = calibration.activations * memory.activations * np.prod(patch_size, dtype=float) / voxels
-        batch = int(budget // per_sample) if budget > 0 else 0
+        batch = self._largest_batch(topology, input_channels, output_channels)
         if batch < self.UNet_min_batch_size and np.prod(patch_size) <= SMALLEST_PATCH[topology.dim]:
             raise ValueError(self._too_small(topology))
         return 1 / batch if batch else np.inf
@@ -146,15 +144,39 @@ class LGMSNetPlanner(ExperimentPlanner):
             f"give more, or smaller widths with --apply."
         )
 
-    def _trace(self, topology: Topology, input_channels: int, n_classes: int) -> tuple[StepMemory, float]:
-        """A counted step of one sample, and its voxels: with a topology, memory grows as the voxels do."""
-        key = (topology.strides, topology.kernel_sizes)
-        if key not in self._traces:
+    def _largest_batch(self, topology: Topology, input_channels: int, n_classes: int) -> int:
+        """The largest batch whose step fits the card.
+
+        With a topology, memory grows nearly as the voxels do, so one count serves for a look at all patches. Maps too
+        large for the kernels cost more, so what seems to fit is counted as well.
+        """
+        calibration = CALIBRATION[topology.dim]
+        card = HEADROOM * self.UNet_vram_target_GB * GIB - calibration.context - calibration.fixed
+        voxels = np.prod(topology.patch_size, dtype=float)
+
+        def fitting(static: int, per_voxel: float) -> int:
+            return max(0, int((card - static) // (calibration.activations * per_voxel * voxels)))
+
+        batch = fitting(*self._count(topology, None, input_channels, n_classes))
+        while batch >= self.UNet_min_batch_size:
+            smaller = fitting(*self._count(topology, batch, input_channels, n_classes))
+            if smaller >= batch:
+                break
+            batch = smaller
+        return batch
+
+    def _count(self, topology: Topology, batch: int | None, input_channels: int, n_classes: int) -> tuple[int, float]:
+        """Bytes that stay, and bytes per voxel, of a step of this batch; of any patch and batch if it is None."""
+        key = (topology.strides, topology.kernel_sizes, batch and (batch, topology.patch_size))
+        if key not in self._counts:
             network = build_on_meta(self._settings_for(topology), topology, input_channels, n_classes)
-            counted = trace_training_step(network, (2, input_channels, *topology.patch_size), n_classes)
-            voxels = 2 * np.prod(topology.patch_size, dtype=float)
-            self._traces[key] = counted, voxels
-        return self._traces[key]
+            shape = (batch or self.UNet_min_batch_size, input_channels, *topology.patch_size)
+            memory = trace_training_step(network, shape, n_classes)
+            self._counts[key] = (
+                memory.static,
+                memory.activations / (shape[0] * np.prod(topology.patch_size, dtype=float)),
+            )
+        return self._counts[key]
 
     def _settings_for(self, topology: Topology) -> LGMSSettings:
         if self.settings.lms_kernels != AUTO:
