@@ -16,6 +16,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.config import settings_of
@@ -23,6 +24,7 @@ from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
+from nnunet_lgms.compilation import compile_network, without_graphs
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
@@ -81,6 +83,18 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         with said_in_one_sentence():
             check_preprocessed(Path(self.preprocessed_dataset_folder), self._preprocessing())
         super().initialize()
+        if self._has_graphs():
+            self.network = compile_network(self.network._orig_mod)
+
+    def _has_graphs(self) -> bool:
+        """Whether training runs on CUDA graphs: compiled, on one GPU. DDP's hooks keep their own time."""
+        return self.device.type == "cuda" and not self.is_ddp and isinstance(self.network, OptimizedModule)
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """As nnU-Net's, with the network as it is: a mirrored prediction outlives the next call of the network."""
+        if self._has_graphs():
+            self.network = without_graphs(self.network)
+        super().perform_actual_validation(save_probabilities)
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
