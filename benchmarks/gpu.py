@@ -3,13 +3,16 @@
     python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md,png}
     python benchmarks/gpu.py --cases 3d --networks lgmsnet plain
     python benchmarks/gpu.py --sweep              how the cost grows with the size, uncompiled
-    python benchmarks/gpu.py --row 3d lgmsnet compiled [--profile]      one row, one line of JSON
+    python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
 
 A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Only the
-network is compiled, as in nnU-Net. Times are medians of CUDA events after warm-up, with the 5th and 95th percentile;
-the memory is what PyTorch allocated at the peak of a step; the first step includes compilation; x is the ratio to
-PlainConvUNet, compiled. Every row runs in a process of its own with empty compiler caches, one after the other. The
-table is written after every row, so a run that is cut short leaves what it has measured.
+network is compiled, as nnU-Net does it ("compiled") or as LGMSNet's trainers do on one GPU ("graphs": with CUDA
+graphs). Times are medians of CUDA events after warm-up, with the 5th and 95th percentile; the memory is what PyTorch
+allocated at the peak of a step; the first step includes compilation; x is the ratio to PlainConvUNet, compiled.
+
+Every row runs in a process of its own with empty compiler caches. The rows of a batch (--jobs) compile side by side;
+when all of them have, they are timed one after the other, so nothing else uses the GPU or the CPU then. The table is
+written after every row, so a run that is cut short leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -39,9 +43,10 @@ CASES = {  # stages: what nnU-Net plans for the patch
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
 ROW_SECONDS = 400  # after which a row is given up
 REFERENCE = ("plain", "compiled")
+MODES = ("compiled", "graphs", "eager")
 
 
-def median_ms(step, device: torch.device, seconds: float = 3.0, warmup: int = 5) -> tuple[float, float, float]:
+def median_ms(step, device: torch.device, seconds: float = 1.5, warmup: int = 3) -> tuple[float, float, float]:
     """Median, 5th and 95th percentile of a step in ms."""
     for _ in range(warmup):
         step()
@@ -78,7 +83,23 @@ def peak_gib(step, device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def measure(case: str, name: str, compiled: bool, size: int | None = None, profile: bool = False) -> dict:
+def wait_for_turn() -> None:
+    """Tells the process that started this one that all is compiled, and waits for its word."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def compiled_for(mode: str, network: torch.nn.Module) -> torch.nn.Module:
+    if mode == "eager":
+        return network
+    if mode == "graphs":
+        from nnunet_lgms.compilation import compile_network
+
+        return compile_network(network)
+    return torch.compile(network)
+
+
+def measure(case: str, name: str, mode: str, size: int | None = None, profile: bool = False, turn=lambda: None) -> dict:
     """All figures of one network on one input; ``size`` in place of the case's voxels per axis."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, classes = CASES[case]["input"], CASES[case]["classes"]
@@ -86,7 +107,7 @@ def measure(case: str, name: str, compiled: bool, size: int | None = None, profi
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).to(device)
-    model = torch.compile(network) if compiled else network
+    model = compiled_for(mode, network)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
     scaler = torch.GradScaler(device.type, enabled=device.type == "cuda")
     data = torch.randn(shape, device=device)
@@ -112,23 +133,29 @@ def measure(case: str, name: str, compiled: bool, size: int | None = None, profi
     row = {
         "case": case,
         "network": name,
-        "mode": "compiled" if compiled else "eager",
+        "mode": mode,
         "input": shape,
         "parameters": parameters(network),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "first_step_s": time.perf_counter() - begin,
-        "train_ms": median_ms(train, device),
-        "train_gib": peak_gib(train, device),
     }
-    if profile:
-        show_profile(train)
+    for _ in range(3):  # a graph is recorded in the second step
+        train()
+    row["train_gib"] = peak_gib(train, device)
     optimizer.zero_grad(set_to_none=True)
     network.eval()
-    row["infer_ms"] = median_ms(infer, device)
+    for _ in range(3):
+        infer()
     row["infer_gib"] = peak_gib(infer, device)
+    turn()
+    row["infer_ms"] = median_ms(infer, device)
     if profile:
         show_profile(infer)
+    network.train()
+    row["train_ms"] = median_ms(train, device)
+    if profile:
+        show_profile(train)
     return row
 
 
@@ -148,21 +175,46 @@ def show_profile(step, rows: int = 45) -> None:
         print(f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x  {e.key[:110]}")
 
 
-def row_in_a_process(case: str, name: str, mode: str, size: int | None = None) -> dict:
-    """The row, or what went wrong with it."""
-    command = [sys.executable, __file__, "--row", case, name, mode]
-    command += [] if size is None else ["--size", str(size)]
-    with tempfile.TemporaryDirectory() as caches:
-        empty = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
-        environment = {**os.environ, **(empty if mode == "compiled" else {})}
-        about = {"case": case, "network": name, "mode": mode, "size": size}
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ROW_SECONDS)
-        except subprocess.TimeoutExpired:
-            return {**about, "failed": f"took longer than {ROW_SECONDS} s"}
-    if done.returncode:
-        return {**about, "failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    return {**json.loads(done.stdout.strip().splitlines()[-1]), "size": size}
+class Row:
+    """A row in a process of its own, with empty compiler caches."""
+
+    def __init__(self, case: str, name: str, mode: str, size: int | None, caches: Path):
+        self.about = {"case": case, "network": name, "mode": mode, "size": size}
+        self.log = caches / "log"
+        self.deadline = time.monotonic() + ROW_SECONDS
+        command = [sys.executable, __file__, "--wait", "--row", case, name, mode]
+        command += [] if size is None else ["--size", str(size)]
+        caches.mkdir()
+        folders = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, **folders},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+        )
+        # readline cannot be given up, but the process can be
+        self.timer = threading.Timer(ROW_SECONDS, self.process.kill)
+        self.timer.start()
+
+    def compiled(self) -> None:
+        """Waits until it is compiled, or has failed."""
+        self.process.stdout.readline()
+
+    def result(self) -> dict:
+        """Lets it run; its row, or what went wrong with it."""
+        out, _ = self.process.communicate("go\n")
+        self.timer.cancel()
+        if self.process.returncode == 0:
+            return {**json.loads(out.strip().splitlines()[-1]), **self.about}
+        late = time.monotonic() > self.deadline
+        said = self.log.read_text(errors="replace").strip().splitlines() or ["no message"]
+        return {**self.about, "failed": f"took longer than {ROW_SECONDS} s" if late else said[-1][:300]}
+
+
+def batches(jobs: list[tuple], size: int) -> list[list[tuple]]:
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 
 def table(rows: list[dict]) -> str:
@@ -260,7 +312,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--modes", nargs="+", choices=["compiled", "eager"], default=["compiled", "eager"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--jobs", type=int, default=4, help="rows that compile side by side (4)")
+    parser.add_argument("--wait", action="store_true", help="with --row: wait for a line of input before timing")
     parser.add_argument("--sweep", action="store_true", help="sizes in place of modes, uncompiled")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     parser.add_argument("--row", nargs=3, metavar=("CASE", "NETWORK", "MODE"), help="measure this row alone")
@@ -268,18 +322,24 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="with --row: list the most expensive kernels")
     args = parser.parse_args()
     if args.row:
-        case, name, mode = args.row
-        print(json.dumps(measure(case, name, mode == "compiled", args.size, args.profile)))
+        turn = wait_for_turn if args.wait else lambda: None
+        print(json.dumps(measure(*args.row, args.size, args.profile, turn)))
         return 0
     if args.sweep:
         jobs = [(c, n, "eager", size) for c in args.cases for size in SIZES[c] for n in args.networks]
     else:
-        jobs = [(c, n, m, None) for c in args.cases for m in args.modes for n in args.networks]
+        jobs = [(c, n, m, None) for m in args.modes for n in args.networks for c in args.cases]
     rows = []
-    for job in tqdm(jobs, desc="rows"):
-        rows.append(row_in_a_process(*job))
-        write(rows, args.out, "gpu_sweep" if args.sweep else "gpu", args.sweep)
-        tqdm.write(json.dumps(rows[-1]))
+    with tempfile.TemporaryDirectory() as caches, tqdm(total=len(jobs), desc="rows") as progress:
+        for batch in batches(jobs, args.jobs):
+            started = [Row(*job, Path(caches) / "-".join(map(str, job))) for job in batch]
+            for row in started:
+                row.compiled()
+            for row in started:
+                rows.append(row.result())
+                write(rows, args.out, "gpu_sweep" if args.sweep else "gpu", args.sweep)
+                tqdm.write(json.dumps(rows[-1]))
+                progress.update()
     return 0
 
 
