@@ -40,7 +40,7 @@ BOTTLENECKS = {  # input shape, output channels, norms of input and hidden chann
     "instance": ((2, 16, 5, 6, 7), 8, InstanceNorm3d(16), InstanceNorm3d(32)),
     "batch": ((3, 12, 9, 10), 5, nn.BatchNorm2d(12), nn.BatchNorm2d(20)),
     "group": ((2, 16, 9, 31), 16, nn.GroupNorm(4, 16), nn.GroupNorm(8, 64)),
-    "wide": ((1, 64, 4, 5, 6), 32, InstanceNorm3d(64, affine=True), InstanceNorm3d(128, affine=True)),
+    "wide": ((1, 32, 4, 5, 6), 32, InstanceNorm3d(32, affine=True), InstanceNorm3d(64, affine=True)),
 }
 UPSAMPLINGS = {  # input shape, scale, voxels cropped
     "2x": ((2, 3, 3, 4, 5), (2, 2, 2), 0),

@@ -22,8 +22,8 @@ from nnunet_lgms.ops.layout import to_channels_last
 from nnunet_lgms.ops.norm_act import NormSpec, kernels_fit_map, kernels_fit_norm, norm_act, update_running_statistics
 
 ACTIVATION = "gelu_first"
-MAX_CHANNELS = 64  # of input and output
-MAX_HIDDEN = 128  # two matrices of the weights stay in the registers of a program
+MAX_CHANNELS = 32  # of input and output
+MAX_HIDDEN = 64  # with more, a program holds fewer voxels than its products want
 
 
 def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> Tensor:

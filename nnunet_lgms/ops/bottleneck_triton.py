@@ -35,8 +35,8 @@ from nnunet_lgms.ops.norm_act_triton import (
 )
 
 ELEMENTS = 4096  # of the wide map in a program
-WARPS = 8
-SLICES = 512  # of the batch, for the sums: each holds a partial gradient of the weights
+WARPS = 4
+SLICES = 1024  # of the batch, for the sums: each holds a partial gradient of the weights
 ACTIVATION = "gelu_first"
 
 
@@ -184,15 +184,16 @@ def _hidden_moments(
     nearest = tl.load(x + begin * D + tl.arange(0, D_2), mask=tl.arange(0, D_2) < D, other=0.0).to(tl.float32)
     nearest = (_gelu(nearest) * a1 + b1)[:, None] * weight.to(tl.float32)
     origin = _gelu(tl.sum(nearest, 0) + bias)
-    total, squares = tl.zeros((H_2,), tl.float32), tl.zeros((H_2,), tl.float32)
+    total, squares = tl.zeros((ROWS, H_2), tl.float32), tl.zeros((ROWS, H_2), tl.float32)
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
         y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
         value = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
         value = tl.where(inside, value - origin[None, :], 0.0)
-        total += tl.sum(value, 0)
-        squares += tl.sum(value * value, 0)
+        total += value
+        squares += value * value
     count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
+    total, squares = tl.sum(total, 0), tl.sum(squares, 0)
     out = (sample * tl.num_programs(0) + tl.program_id(0)) * H + hidden
     tl.store(partial_mean + out, origin + total / count, mask=hidden < H)
     tl.store(partial_m2 + out, squares - total * total / count, mask=hidden < H)
@@ -230,7 +231,11 @@ def _hidden_gradient_sums(
     AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of a slice: the sums that the gradient of norm2 needs, and its part of the gradients of squeeze."""
+    """Of a slice: its part of the gradients of squeeze, and with these the sums that the gradient of norm2 needs.
+
+    Those are of g = squeeze' grad and of g vhat, over the voxels; squeeze is the same for all voxels, so they follow
+    from the sums of grad and of grad vhat'.
+    """
     sample, hidden, channel = tl.program_id(1), tl.arange(0, H_2), tl.arange(0, C_2)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D
@@ -238,29 +243,25 @@ def _hidden_gradient_sums(
     m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D_2), D, EPS1, AFFINE1)
     m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, hidden, H, EPS2, AFFINE2)
     weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
-    back = _weights(squeeze, C, C_2, H, H_2, False, dtype)
     begin = tl.program_id(0) * steps * ROWS
-    sum_g, sum_gx = tl.zeros((H_2,), tl.float32), tl.zeros((H_2,), tl.float32)
-    sum_weight, sum_bias = tl.zeros((C_2, H_2), tl.float32), tl.zeros((C_2,), tl.float32)
+    by_voxel, products = tl.zeros((ROWS, C_2), tl.float32), tl.zeros((C_2, H_2), tl.float32)
     for step in range(steps):
         raw, rows = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
         incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)  # zero outside: no part in any sum
-        incoming = incoming.to(dtype)
         y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
         centred = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :]) - m2[None, :]
-        g = tl.dot(incoming, back)
-        sum_g += tl.sum(g, 0)
-        sum_gx += tl.sum(g * centred, 0)
-        sum_weight = tl.dot(tl.trans(incoming), centred.to(dtype), sum_weight)
-        sum_bias += tl.sum(incoming.to(tl.float32), 0)
-    # v is a2 times what was summed, plus norm2's shift
-    sum_weight = sum_weight * a2[None, :] + sum_bias[:, None] * (b2 + m2 * a2)[None, :]
+        products = tl.dot(tl.trans(incoming).to(dtype), centred.to(dtype), products)
+        by_voxel += incoming.to(tl.float32)
+    total = tl.sum(by_voxel, 0)
+    back = _weights(squeeze, C, C_2, H, H_2, False, dtype).to(tl.float32)
     program = sample * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_g + program * H + hidden, sum_g, mask=hidden < H)
-    tl.store(partial_gx + program * H + hidden, sum_gx * r2, mask=hidden < H)
+    tl.store(partial_g + program * H + hidden, tl.sum(back * total[:, None], 0), mask=hidden < H)
+    tl.store(partial_gx + program * H + hidden, tl.sum(back * products, 0) * r2, mask=hidden < H)
+    # v is a2 times what was summed, plus norm2's shift
+    gradient = products * a2[None, :] + total[:, None] * (b2 + m2 * a2)[None, :]
     matrix = (program * C + channel)[:, None] * H + hidden[None, :]
-    tl.store(grad_squeeze + matrix, sum_weight, mask=(channel < C)[:, None] & (hidden < H)[None, :])
-    tl.store(grad_squeeze_bias + program * C + channel, sum_bias, mask=channel < C)
+    tl.store(grad_squeeze + matrix, gradient, mask=(channel < C)[:, None] & (hidden < H)[None, :])
+    tl.store(grad_squeeze_bias + program * C + channel, total, mask=channel < C)
 
 
 @triton.jit
@@ -270,7 +271,7 @@ def _bottleneck_gradient(
     EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr,
     H: tl.constexpr, C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of y; of a slice: the sums that the gradient of norm1 needs, and its part of the gradients of expand."""
+    """Gradient of y; of a slice: its part of the gradients of expand, and with these the sums for that of norm1."""
     sample, hidden, channel = tl.program_id(1), tl.arange(0, H_2), tl.arange(0, D_2)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D
@@ -281,32 +282,31 @@ def _bottleneck_gradient(
     # the gradient of gelu(z) is a2 squeeze' grad + by_value gelu(z) + constant, per hidden channel
     by_value = -r2 * r2 * _vector(mean_gx + sample * stride2, H, H_2)
     constant = -m2 * by_value - r2 * _vector(mean_g + sample * stride2, H, H_2)
+    back = (_weights(squeeze, C, C_2, H, H_2, False, tl.float32) * a2[None, :]).to(dtype)
     weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
     weight_back = _weights(expand, H, H_2, D, D_2, False, dtype)
-    back = (_weights(squeeze, C, C_2, H, H_2, False, tl.float32) * a2[None, :]).to(dtype)
     begin = tl.program_id(0) * steps * ROWS
-    sum_g, sum_gx = tl.zeros((D_2,), tl.float32), tl.zeros((D_2,), tl.float32)
-    sum_weight, sum_bias = tl.zeros((H_2, D_2), tl.float32), tl.zeros((H_2,), tl.float32)
+    by_voxel, products = tl.zeros((ROWS, H_2), tl.float32), tl.zeros((H_2, D_2), tl.float32)
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
-        incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)
+        incoming, inside = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)
         first = _gelu(raw.to(tl.float32))
-        y = (first * a1[None, :] + b1[None, :]).to(dtype)
-        z = tl.dot(y, weight) + bias[None, :]
+        z = tl.dot((first * a1[None, :] + b1[None, :]).to(dtype), weight) + bias[None, :]
         below, density = normal(z)
         g = tl.dot(incoming.to(dtype), back) + z * below * by_value[None, :] + constant[None, :]
         g = tl.where(inside, g * (below + z * density), 0.0)
-        sum_bias += tl.sum(g, 0)
-        sum_weight = tl.dot(tl.trans(g.to(dtype)), y, sum_weight)
-        g = tl.dot(g.to(dtype), weight_back)
-        sum_g += tl.sum(g, 0)
-        sum_gx += tl.sum(g * (first - m1[None, :]), 0) * r1
-        voxel = begin + step * ROWS + tl.arange(0, ROWS)
-        offset = voxel[:, None] * D + channel[None, :]
-        tl.store(grad_y + offset, g.to(dtype), mask=inside & (channel < D)[None, :])
+        by_voxel += g
+        g = g.to(dtype)
+        normalised = ((first - m1[None, :]) * r1[None, :]).to(dtype)
+        products = tl.dot(tl.trans(g), normalised, products)
+        offset = (begin + step * ROWS + tl.arange(0, ROWS))[:, None] * D + channel[None, :]
+        tl.store(grad_y + offset, tl.dot(g, weight_back).to(dtype), mask=inside & (channel < D)[None, :])
+    total, back = tl.sum(by_voxel, 0), weight_back.to(tl.float32)
     program = sample * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_g + program * D + channel, sum_g, mask=channel < D)
-    tl.store(partial_gx + program * D + channel, sum_gx, mask=channel < D)
+    tl.store(partial_g + program * D + channel, tl.sum(back * total[:, None], 0), mask=channel < D)
+    tl.store(partial_gx + program * D + channel, tl.sum(back * products, 0), mask=channel < D)
+    # y is a1 / r1 times what was summed, plus norm1's shift
+    gradient = products * (a1 / r1)[None, :] + total[:, None] * (b1 + m1 * a1)[None, :]
     matrix = (program * H + hidden)[:, None] * D + channel[None, :]
-    tl.store(grad_expand + matrix, sum_weight, mask=(hidden < H)[:, None] & (channel < D)[None, :])
-    tl.store(grad_expand_bias + program * H + hidden, sum_bias, mask=hidden < H)
+    tl.store(grad_expand + matrix, gradient, mask=(hidden < H)[:, None] & (channel < D)[None, :])
+    tl.store(grad_expand_bias + program * H + hidden, total, mask=hidden < H)
