@@ -19,12 +19,12 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from nnunet_lgms.checkpoint import read_checkpoint
+from nnunet_lgms.compilation import compile_network, without_graphs
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
-from nnunet_lgms.compilation import compile_network, without_graphs
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
