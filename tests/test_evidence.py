@@ -18,7 +18,7 @@ from tiny_model import dataset_json
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from evidence_parts import packs, pictures, provenance, report, scheduler  # noqa: E402
-from evidence_parts.runs import BUSI, PUBLISHED, STAGES, STU, Run, runs_of, with_equal_time  # noqa: E402
+from evidence_parts.runs import BUSI, PUBLISHED, STAGES, STU, Run, file_of, runs_of, with_equal_time  # noqa: E402
 from evidence_parts.turnstile import Turnstile  # noqa: E402
 
 SIZE = 32
@@ -209,11 +209,13 @@ def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
         "if run['seed'] == 1: sys.exit('no such data')\n"
         "if run['seed'] == 2: time.sleep(60)\n"
         "name = f\"{run['stage']}-{run['model']}-{run['epochs']}-s{run['seed']}\"\n"
-        "(work / 'runs' / name / 'record.json').write_text('{}')\n"
+        "for file in json.loads((work / 'files.json').read_text()):\n"
+        "    (work / 'runs' / name / file).write_text('{}')\n"
     )
     monkeypatch.setattr(scheduler, "SCRIPT", script)
     monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
     runs = [Run("busi", "nnunet", 5, seed) for seed in range(4)]
+    (tmp_path / "files.json").write_text(json.dumps(["record.json", *(file_of(*p) for p in runs[0].predictions)]))
     state = scheduler.train_all(runs, tmp_path, "cpu", 1, 4)
     assert state["busi-nnunet-5-s0"] == "finished" and "no such data" in state["busi-nnunet-5-s1"]
     assert "goes on when called again" in state["busi-nnunet-5-s2"] and state["busi-nnunet-5-s3"] == "not started"

@@ -146,7 +146,9 @@ def scores_table(results: Results, stage: str, schedule: tuple[int, int], scores
         cells = [model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), _seeds(runs)]
         cells += [with_interval(interval(runs, scores, metric), digits) for metric in ("IoU", "Dice")]
         cells += [with_interval(interval(runs, scores, "HD95"), 1 if unit == "pixels" else 2)]
-        cells += [with_interval(interval(runs, f"{scores}-mirrored", "Dice"), digits)]
+        mirrored = f"{scores}-mirrored"
+        there = all(mirrored in run["scores"] for run in runs)
+        cells += [with_interval(interval(runs, mirrored, "Dice"), digits) if there else NOT_RUN]
         if baseline and name != "nnunet":
             diff = difference(runs, baseline, scores, "Dice")
             spreads = spread(runs, scores, "Dice"), spread(baseline, scores, "Dice")

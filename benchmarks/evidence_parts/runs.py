@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 BUSI, STU, HIPPOCAMPUS = "Dataset101_BUSI", "Dataset102_STU", "Dataset004_Hippocampus"
@@ -138,8 +139,22 @@ class Run:
     def settings(self) -> Model:
         return self.of.models[self.model]
 
+    @property
+    def predictions(self) -> list[tuple[str, bool]]:
+        """What is predicted, and whether mirrored, in the order of worth."""
+        return [(name, mirrored) for mirrored in (False, True) for name in ("validation", *self.of.zero_shot)]
+
+    def is_finished(self, folder: Path) -> bool:
+        """Whether its folder holds everything."""
+        files = ["record.json", *(file_of(*prediction) for prediction in self.predictions)]
+        return all((folder / file).is_file() for file in files)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def file_of(name: str, mirrored: bool) -> str:
+    return f"{name}{'-mirrored' if mirrored else ''}.npz"
 
 
 def runs_of(words: str, iterations: int | None = None) -> list[Run]:

@@ -41,9 +41,9 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
     end = time.time() + seconds
     waiting, active, state, said = list(runs), {}, {}, 0.0
     while waiting or active:
-        for name, (process, _) in list(active.items()):
+        for name, (process, run) in list(active.items()):
             if process.poll() is not None:
-                state[name] = _outcome(work / "runs" / name, process.returncode)
+                state[name] = _outcome(run, work / "runs" / name, process.returncode)
                 print(f"{_clock(end - seconds)} {name}: {state[name]}", flush=True)
                 del active[name]
         while waiting and len(active) < jobs and time.time() < end - 2 * TO_STOP:
@@ -52,7 +52,7 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
             if run is None:
                 state[wanted.name] = f"not started: needs the measured steps of {wanted.of.equal_time_of}"
                 continue
-            if (work / "runs" / run.name / "record.json").is_file():
+            if run.is_finished(work / "runs" / run.name):
                 state[run.name] = "finished before"
                 continue
             active[run.name] = _start(run, work, device, jobs, end - TO_STOP), run
@@ -95,8 +95,8 @@ def _start(run: Run, work: Path, device: str, jobs: int, until: float) -> subpro
         )
 
 
-def _outcome(folder: Path, code: int) -> str:
-    if (folder / "record.json").is_file():
+def _outcome(run: Run, folder: Path, code: int) -> str:
+    if run.is_finished(folder):
         return "finished"
     if code == 0:
         return f"put aside, {_progress(folder)}; goes on when called again"
@@ -108,6 +108,8 @@ def _progress(folder: Path) -> str:
     if not (folder / "progress.json").is_file():
         return "starting or compiling"
     progress = read_json(folder / "progress.json")
+    if progress["epoch"] == progress["epochs"]:
+        return f"{progress['epochs']} epochs done, predicting"
     return f"epoch {progress['epoch']}/{progress['epochs']}, loss {progress['loss']:.3f}"
 
 

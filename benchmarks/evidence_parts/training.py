@@ -24,10 +24,11 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lgms.checkpoint import read_checkpoint
+from nnunet_lgms.compilation import without_graphs
 from nnunet_lgms.files import read_json, written_whole
 
 from .provenance import provenance
-from .runs import ALONE_AT, Run
+from .runs import ALONE_AT, Run, file_of
 from .turnstile import Turnstile
 
 FOLD = 0
@@ -177,6 +178,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         "workers": run.settings.workers,
         "autocast": "float16" if device == "cuda" else None,
         "compiled": isinstance(trainer.network, OptimizedModule),
+        "cuda_graphs": hasattr(trainer, "_has_graphs") and trainer._has_graphs(),
         "cases": dict(zip(("training", "validation"), map(len, trainer.do_split()))),
         "step_ms_alone": [1e3 * alone[int(q * (len(alone) - 1))] for q in (0.5, 0.05, 0.95)] if alone else None,
         "waiting_for_batches": watch.progress["waiting_s"]
@@ -187,10 +189,10 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         **curve,
         **provenance(),
     }
-    _write_weights(Path(trainer.output_folder))
-    predict_all(trainer, run, preprocessed, folder, device)
     with written_whole(folder / "record.json") as temporary:
         temporary.write_text(json.dumps(record) + "\n")
+    _write_weights(Path(trainer.output_folder))
+    predict_all(trainer, run, preprocessed, folder, device)
 
 
 CURVES = ("train_losses", "val_losses", "mean_fg_dice")
@@ -210,18 +212,20 @@ def _write_weights(folder: Path) -> None:
 def predict_all(trainer, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
     """Labels of the validation cases and of the unseen datasets, with and without nnU-Net's mirroring, as .npz."""
     identifier = trainer.configuration_manager.data_identifier
-    _, validation = trainer.do_split()
-    sets = {"validation": (Path(trainer.preprocessed_dataset_folder), validation)}
-    for dataset in run.of.zero_shot:
-        source = preprocessed / dataset / identifier
-        sets[dataset] = (source, trainer.dataset_class.get_identifiers(str(source)))
-    for mirrored in (False, True):
-        for name, (source, cases) in sets.items():
-            file = folder / f"{name}{'-mirrored' if mirrored else ''}.npz"
-            if not file.is_file():
-                labels = dict(_predict(trainer, source, sorted(cases), mirrored, device))
-                with written_whole(file) as temporary:
-                    np.savez_compressed(temporary, **labels)
+    trainer.network = without_graphs(trainer.network)
+    trainer.set_deep_supervision_enabled(False)
+    for name, mirrored in run.predictions:
+        file = folder / file_of(name, mirrored)
+        if file.is_file():
+            continue
+        if name == "validation":
+            source, cases = Path(trainer.preprocessed_dataset_folder), trainer.do_split()[1]
+        else:
+            source = preprocessed / name / identifier
+            cases = trainer.dataset_class.get_identifiers(str(source))
+        labels = dict(_predict(trainer, source, sorted(cases), mirrored, device))
+        with written_whole(file) as temporary:
+            np.savez_compressed(temporary, **labels)
 
 
 def _predict(trainer, source: Path, cases: list[str], mirrored: bool, device: str):
@@ -229,8 +233,6 @@ def _predict(trainer, source: Path, cases: list[str], mirrored: bool, device: st
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    network = trainer.network._orig_mod if isinstance(trainer.network, OptimizedModule) else trainer.network
-    trainer.set_deep_supervision_enabled(False)
     predictor = nnUNetPredictor(
         use_mirroring=mirrored,
         perform_everything_on_device=device == "cuda",
@@ -238,8 +240,8 @@ def _predict(trainer, source: Path, cases: list[str], mirrored: bool, device: st
         allow_tqdm=False,
     )
     managers = trainer.plans_manager, trainer.configuration_manager
-    axes = trainer.inference_allowed_mirroring_axes
-    predictor.manual_initialization(network, *managers, None, trainer.dataset_json, type(trainer).__name__, axes)
+    about = trainer.dataset_json, type(trainer).__name__, trainer.inference_allowed_mirroring_axes
+    predictor.manual_initialization(trainer.network, *managers, None, *about)
     dataset = trainer.dataset_class(str(source), list(cases))
     to_labels = partial(convert_predicted_logits_to_segmentation_with_correct_shape, num_threads_torch=1)
     for case in tqdm(cases, desc=f"{source.parent.name}, {'mirrored' if mirrored else 'plain'}"):
