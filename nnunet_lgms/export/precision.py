@@ -70,25 +70,11 @@ def as_float16(model: onnx.ModelProto) -> onnx.ModelProto:
 def as_int8(
     reference: Path, cases: CalibrationSet, say: Callable[[str], None]
 ) -> tuple[onnx.ModelProto, dict[str, object]]:
-    """The model in `reference`, quantised, and what it was calibrated on and costs.
-
-    Weights get one scale a channel, activations one a tensor: the range seen on windows of the calibration cases.
-    """
+    """The model in `reference`, quantised, and what it was calibrated on and costs."""
     predictor = Predictor(reference)
     say(f"calibrating on {len(cases.calibration)} training cases")
     target = reference.with_name("int8.onnx")
-    logging.getLogger().setLevel(logging.ERROR)  # it advises a preprocessing that the exporter has done
-    quantize_static(
-        reference,
-        target,
-        _Windows(predictor.description, cases.calibration),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=list(INT8_OPS),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True},  # the attention's products are of activations, and a softmax follows
-    )
+    quantise(reference, target, _all_windows(predictor.description, cases.calibration))
     target.with_suffix(".json").write_text(predictor.description.to_json(), "utf-8")
     say(f"measuring the Dice on {len(cases.evaluation)} others, in fp32 and int8")
     quantised = Predictor(target)
@@ -108,6 +94,25 @@ def as_int8(
     return onnx.load(target), report
 
 
+def quantise(reference: Path, target: Path, windows: Iterator[np.ndarray]) -> None:
+    """Write the model in `reference` to `target` with its convolutions and linear layers in 8 bits.
+
+    Weights get one scale a channel, activations one a tensor: the range seen on `windows`, each (1, C, *patch).
+    """
+    logging.getLogger().setLevel(logging.ERROR)  # it advises a preprocessing that the exporter has done
+    quantize_static(
+        reference,
+        target,
+        _Windows(windows),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=list(INT8_OPS),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"MatMulConstBOnly": True},  # the attention's products are of activations, and a softmax follows
+    )
+
+
 def mean_dice(labels: np.ndarray, truth: np.ndarray, description: Description) -> float:
     """Dice averaged over the foreground's labels or regions; those that are in neither do not count."""
     scores = []
@@ -121,29 +126,29 @@ def mean_dice(labels: np.ndarray, truth: np.ndarray, description: Description) -
 
 
 class _Windows(CalibrationDataReader):
-    """Windows of prepared cases, spread from corner to corner through the middle."""
-
-    def __init__(self, description: Description, cases: tuple[tuple[Path, ...], ...]):
-        self._windows = self._all(description, cases)
-
-    @staticmethod
-    def _all(description: Description, cases: tuple[tuple[Path, ...], ...]) -> Iterator[dict[str, np.ndarray]]:
-        patch = description.patch_size if len(description.patch_size) == 3 else (1, *description.patch_size)
-        for files in cases:
-            data = preprocess(read_case(files, description), description).data
-            pad = [max(0, p - s) for p, s in zip(patch, data.shape[1:])]
-            data = np.pad(data, [(0, 0), *((n // 2, n - n // 2) for n in pad)])
-            starts = [window_starts(s, p, 0.5) for s, p in zip(data.shape[1:], patch)]
-            corners = {
-                tuple(axis[round(t * (len(axis) - 1))] for axis in starts) for t in np.linspace(0, 1, WINDOWS_PER_CASE)
-            }
-            for corner in sorted(corners):
-                area = tuple(slice(c, c + p) for c, p in zip(corner, patch))
-                window = np.ascontiguousarray(data[(slice(None), *area)])
-                yield {INPUT: window.reshape(1, len(data), *description.patch_size)}
+    def __init__(self, windows: Iterator[np.ndarray]):
+        self._windows = windows
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._windows, None)
+        window = next(self._windows, None)
+        return None if window is None else {INPUT: window}
+
+
+def _all_windows(description: Description, cases: tuple[tuple[Path, ...], ...]) -> Iterator[np.ndarray]:
+    """Windows of prepared cases, spread from corner to corner through the middle."""
+    patch = description.patch_size if len(description.patch_size) == 3 else (1, *description.patch_size)
+    for files in cases:
+        data = preprocess(read_case(files, description), description).data
+        pad = [max(0, p - s) for p, s in zip(patch, data.shape[1:])]
+        data = np.pad(data, [(0, 0), *((n // 2, n - n // 2) for n in pad)])
+        starts = [window_starts(s, p, 0.5) for s, p in zip(data.shape[1:], patch)]
+        corners = {
+            tuple(axis[round(t * (len(axis) - 1))] for axis in starts) for t in np.linspace(0, 1, WINDOWS_PER_CASE)
+        }
+        for corner in sorted(corners):
+            area = tuple(slice(c, c + p) for c, p in zip(corner, patch))
+            window = np.ascontiguousarray(data[(slice(None), *area)])
+            yield window.reshape(1, len(data), *description.patch_size)
 
 
 def _label_reader(description: Description) -> Description:
