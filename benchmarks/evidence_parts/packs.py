@@ -115,14 +115,15 @@ def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int) -> lis
             tar.add(runs, "runs")
         left = pieces - cut(small, out, piece)
         room, chosen, left_out = left * piece - 2**20, [], []
-        for run in sorted(runs.iterdir()):
-            files = _model_files(results / run.name) if (run / "record.json").is_file() else []
-            size = sum(f.stat().st_size for f in files) + 4096 * len(files)
-            if files and size <= room:
-                room -= size
-                chosen += files
-            elif files:
-                left_out.append(run.name)
+        finished = [run.name for run in sorted(runs.iterdir()) if (run / "record.json").is_file()]
+        models = {name: _model_files(results / name) for name in finished}
+        sizes = {name: sum(f.stat().st_size + 4096 for f in files) for name, files in models.items() if files}
+        for name in sorted(sizes, key=sizes.get):  # the more of them the better
+            if sizes[name] <= room:
+                room -= sizes[name]
+                chosen += models[name]
+            else:
+                left_out.append(name)
         if chosen:
             with tarfile.open(Path(folder, "models.tar"), "w") as tar:
                 for file in chosen:

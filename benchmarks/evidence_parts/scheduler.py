@@ -82,7 +82,7 @@ def _start(run: Run, work: Path, device: str, jobs: int, until: float) -> subpro
         "nnUNet_n_proc_DA": str(run.settings.workers),
         "nnUNet_def_n_proc": "2",
         "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": str(max(2, (os.cpu_count() or 2) // jobs)),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(4, (os.cpu_count() or 4) // jobs)),
     }
     command = [sys.executable, str(SCRIPT), "one", json.dumps(run.as_dict()), "--until", str(until)]
     with (folder / "log.txt").open("a") as log:

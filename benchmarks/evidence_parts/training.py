@@ -192,7 +192,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
     with written_whole(folder / "record.json") as temporary:
         temporary.write_text(json.dumps(record) + "\n")
     _write_weights(Path(trainer.output_folder))
-    predict_all(trainer, run, preprocessed, folder, device)
+    predict_all(trainer, watch.turnstile, run, preprocessed, folder, device)
 
 
 CURVES = ("train_losses", "val_losses", "mean_fg_dice")
@@ -209,7 +209,7 @@ def _write_weights(folder: Path) -> None:
         torch.save(checkpoint | {"optimizer_state": {}, "grad_scaler_state": None}, temporary)
 
 
-def predict_all(trainer, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
+def predict_all(trainer, turnstile: Turnstile, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
     """Labels of the validation cases and of the unseen datasets, with and without nnU-Net's mirroring, as .npz."""
     identifier = trainer.configuration_manager.data_identifier
     trainer.network = without_graphs(trainer.network)
@@ -223,12 +223,12 @@ def predict_all(trainer, run: Run, preprocessed: Path, folder: Path, device: str
         else:
             source = preprocessed / name / identifier
             cases = trainer.dataset_class.get_identifiers(str(source))
-        labels = dict(_predict(trainer, source, sorted(cases), mirrored, device))
+        labels = dict(_predict(trainer, turnstile, source, sorted(cases), mirrored, device))
         with written_whole(file) as temporary:
             np.savez_compressed(temporary, **labels)
 
 
-def _predict(trainer, source: Path, cases: list[str], mirrored: bool, device: str):
+def _predict(trainer, turnstile: Turnstile, source: Path, cases: list[str], mirrored: bool, device: str):
     """Case and labels (Z, Y, X) on the grid of the image, by nnU-Net's own predictor."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -246,5 +246,6 @@ def _predict(trainer, source: Path, cases: list[str], mirrored: bool, device: st
     to_labels = partial(convert_predicted_logits_to_segmentation_with_correct_shape, num_threads_torch=1)
     for case in tqdm(cases, desc=f"{source.parent.name}, {'mirrored' if mirrored else 'plain'}"):
         image, _, _, properties = dataset.load_case(case)
-        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image[:])).cpu()
+        with turnstile.shared():
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image[:])).cpu()
         yield case, to_labels(logits, *managers, trainer.label_manager, properties).astype(np.uint8)
