@@ -96,7 +96,7 @@ def test_tables_hold_means_intervals_and_what_is_within_noise(tmp_path):
         result("plain", jitter),
         result("lgmsnet", same, 1),
     )
-    lines = {line.split(" | ")[0]: line for line in report.scores_table(results, "busi", (10, 280), "validation")}
+    lines = {line.split(" | ")[0]: line for line in report.scores_table(results, "busi", 10, "validation")}
     ours = lines["| LGMSNet, the five published levels"]
     assert "0.675 [" in ours and "2.32 M" in ours and "better" in ours and "| 20.0 |" in ours
     assert "within noise" in lines["| plain U-Net of LGMSNet's widths"]
@@ -117,11 +117,24 @@ def test_seeds_count_as_noise(tmp_path):
     ]
     other = [result("kernels_3", list(values + 0.02), seed, "ablations_busi", 60) for seed in (0, 1, 2)]
     assert report.noise(report.difference(other, runs, "validation", "IoU")) == "better"
-    table = report.ablations_table(write_results(tmp_path, *runs, *other), "ablations_busi", (60, 1680))
+    table = report.ablations_table(write_results(tmp_path, *runs, *other), "ablations_busi", 60)
     (line,) = [line for line in table if line.startswith("| kernel 3 alone")]
     assert "within noise" in line and "| 0, 1, 2 |" in line
     (line,) = [line for line in table if line.startswith("| kernels from the dataset")]
     assert "the same network as the default" in line
+
+
+def test_equal_time_stands_beside_the_unet_whose_time_it_is(tmp_path):
+    ours = result("lgmsnet", [0.8, 0.9], stage="hippocampus_equal_time", epochs=150, step=15)
+    ours["run"]["time_of"] = 100
+    unet = result("nnunet", [0.7, 0.8], stage="hippocampus", epochs=100, step=22.5)
+    other = result("nnunet", [0.1, 0.2], stage="hippocampus", epochs=50, step=22.5)
+    results = write_results(tmp_path, ours, unet, other)
+    assert results.schedules("hippocampus_equal_time") == [100]
+    table = report.labels_table(results, "hippocampus_equal_time", 100)
+    seconds = [line.split(" | ")[-1] for line in table if "63" in line.split(" | ")[-1]]
+    assert len(seconds) == 2  # the same GPU time: 150 epochs of 15 ms, 100 of 22.5 ms
+    assert "150 × 28" in "".join(report.scores_table(results, "hippocampus_equal_time", 100, "validation"))
 
 
 def test_undefined_metrics_are_left_out():
@@ -162,7 +175,8 @@ def test_equal_time_follows_the_measured_steps():
         result("nnunet", [1.0], stage="hippocampus", step=10),
     ]
     run = Run("hippocampus_equal_time", "lgmsnet", 200)
-    assert with_equal_time(run, records).epochs == 133
+    equal_time = with_equal_time(run, records)
+    assert equal_time.epochs == 133 and equal_time.time_of == 200 and equal_time.name == run.name
     assert with_equal_time(run, records[:1]) is None
 
 

@@ -71,8 +71,9 @@ def draw_worst_cases(unpacked: Path, raw: Path, folder: Path) -> bool:
 
     from nnunet_lgms.evaluation.pictures import PREDICTION_COLOUR, REFERENCE_COLOUR
 
-    runs = Results(folder).of("hippocampus", "lgmsnet")
-    run = max(runs, key=lambda r: r["iterations"], default=None)
+    results = Results(folder)
+    runs = [r for epochs in results.schedules("hippocampus") for r in results.of("hippocampus", "lgmsnet", epochs)]
+    run = runs[0] if runs else None
     from .runs import Run
 
     file = unpacked / "runs" / Run(**run["run"]).name / "validation.npz" if run else None

@@ -11,7 +11,7 @@ from nnunet_lgms.evaluation.evaluate import FOREGROUND
 from nnunet_lgms.evaluation.statistics import bootstrap_mean
 from nnunet_lgms.files import read_json, written_whole
 
-from .runs import ABLATIONS, STAGES, STU
+from .runs import ABLATIONS, STAGES, STU, Model
 
 BEGIN, END = "<!-- evidence: made by benchmarks/evidence.py report; a test compares -->", "<!-- end of evidence -->"
 NOT_RUN = "not run"
@@ -38,19 +38,26 @@ class Results:
     def _read(self, name: str):
         return read_json(self.folder / name) if (self.folder / name).is_file() else None
 
-    def schedules(self, stage: str) -> list[tuple[int, int]]:
-        """Epochs and steps of the stage's runs, the longest first."""
-        found = {(r["run"]["epochs"], r["iterations"]) for r in self.runs if r["run"]["stage"] == stage}
-        return sorted(found, key=lambda schedule: -schedule[1])
+    def schedules(self, stage: str) -> list[int]:
+        """Epochs of the stage's runs, the longest first; with equal time, those of the U-Net whose time it is."""
+        return sorted({_epochs(r) for r in self.runs if r["run"]["stage"] == stage}, reverse=True)
 
-    def of(self, stage: str, model: str, schedule: tuple[int, int] | None = None) -> list[dict]:
+    def of(self, stage: str, model: str, epochs: int) -> list[dict]:
         """The finished runs of a model, one a seed."""
-        return [
-            r
-            for r in self.runs
-            if (r["run"]["stage"], r["run"]["model"]) == (stage, model)
-            and schedule in (None, (r["run"]["epochs"], r["iterations"]))
-        ]
+        if model == "nnunet" and STAGES[stage].equal_time_of:
+            stage = STAGES[stage].equal_time_of
+        wanted = (stage, model, epochs)
+        return [r for r in self.runs if (r["run"]["stage"], r["run"]["model"], _epochs(r)) == wanted]
+
+
+def _epochs(record: Mapping) -> int:
+    return record["run"].get("time_of") or record["run"]["epochs"]
+
+
+def models_of(stage: str) -> dict[str, Model]:
+    """With equal time, the U-Net whose time it is belongs to them."""
+    source = STAGES[stage].equal_time_of
+    return STAGES[source].models if source else STAGES[stage].models
 
 
 def per_case(runs: Sequence[dict], scores: str, metric: str, label: str | None = None) -> dict[str, float]:
@@ -131,15 +138,15 @@ def _seeds(runs: Sequence[dict]) -> str:
     return ", ".join(str(run["run"]["seed"]) for run in runs)
 
 
-def scores_table(results: Results, stage: str, schedule: tuple[int, int], scores: str, digits: int = 3) -> list[str]:
+def scores_table(results: Results, stage: str, epochs: int, scores: str, digits: int = 3) -> list[str]:
     """A line a model: scores without mirroring, Dice with it, and the difference to nnU-Net's U-Net."""
     unit = next((r["scores"][scores]["unit"] for r in results.runs if r["run"]["stage"] == stage), "")
     heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}", "Dice, mirrored"]
     heads += ["Dice against nnU-Net", "", "step, ms"]
     rows = []
-    baseline = results.of(stage, "nnunet", schedule)
-    for name, model in STAGES[stage].models.items():
-        runs = results.of(stage, name, schedule)
+    baseline = results.of(stage, "nnunet", epochs)
+    for name, model in models_of(stage).items():
+        runs = results.of(stage, name, epochs)
         if not runs:
             rows.append([model.title, NOT_RUN, *[""] * (len(heads) - 2)])
             continue
@@ -164,24 +171,24 @@ def reference_line(results: Results, data: str, scores: str, stage: str = "busi"
     authors = results.references["authors"]
     figures = ", ".join(f"{metric} {from_to(authors[data][metric])}" for metric in ("IoU", "Dice"))
     lines = [f"Reference: {figures} ({authors['what']}; {authors['source']})."]
-    for schedule in results.schedules(stage)[:1]:
+    for epochs in results.schedules(stage)[:1]:
         for name in ("published", "lgmsnet"):
-            if runs := results.of(stage, name, schedule):
+            if runs := results.of(stage, name, epochs):
                 low, high = min(authors[data]["IoU"]), max(authors[data]["IoU"])
                 mean = interval(runs, scores, "IoU")[0]
                 place = "below" if mean < low else "above" if mean > high else "inside"
-                lines.append(f"{STAGES[stage].models[name].title}: IoU {mean:.3f}, {place} that range.")
+                lines.append(f"{models_of(stage)[name].title}: IoU {mean:.3f}, {place} that range.")
     return lines
 
 
-def labels_table(results: Results, stage: str, schedule: tuple[int, int]) -> list[str]:
+def labels_table(results: Results, stage: str, epochs: int) -> list[str]:
     """Dice and HD95 of each label, a line a model."""
     runs = next(r for r in results.runs if r["run"]["stage"] == stage)
     labels = [label for label in runs["scores"]["validation"]["mean"] if label != FOREGROUND]
     heads = ["model", *(f"{m} {label}" for m in ("Dice", "HD95") for label in labels), "GPU s of all steps"]
     rows = []
-    for name, model in STAGES[stage].models.items():
-        if not (runs := results.of(stage, name, schedule)):
+    for name, model in models_of(stage).items():
+        if not (runs := results.of(stage, name, epochs)):
             rows.append([model.title, NOT_RUN, *[""] * (len(heads) - 2)])
             continue
         cells = [with_interval(interval(runs, "validation", "Dice", label)) for label in labels]
@@ -192,13 +199,13 @@ def labels_table(results: Results, stage: str, schedule: tuple[int, int]) -> lis
     return table(heads, rows)
 
 
-def ablations_table(results: Results, stage: str, schedule: tuple[int, int]) -> list[str]:
+def ablations_table(results: Results, stage: str, epochs: int) -> list[str]:
     """A line a variant: mean over seeds, spread over seeds, difference to the default, cost."""
     heads = ["variant", "parameters", "GMAC", "step, ms", "Dice", "SD of seeds", "against the default", "", "seeds"]
     costs = results.costs["runs"].get(STAGES[stage].dataset, {})
-    default, rows = results.of(stage, "default", schedule), []
+    default, rows = results.of(stage, "default", epochs), []
     for name in ABLATIONS:
-        runs = results.of(stage, name, schedule)
+        runs = results.of(stage, name, epochs)
         if name not in STAGES[stage].models:
             rows.append([ABLATIONS[name], "the same network as the default", *[""] * (len(heads) - 2)])
             continue
@@ -280,35 +287,28 @@ def evidence_md(results: Results) -> str:
         lines += [f"## {title}", ""]
         if not results.schedules(stage):
             lines += [f"{NOT_RUN.capitalize()}.", ""]
-        for schedule in _shown(results, stage):
-            lines += [*scores_table(results, stage, schedule, "validation"), ""]
+        for epochs in results.schedules(stage):
+            lines += [*scores_table(results, stage, epochs, "validation"), ""]
             if not zero_shot:
-                lines += [*labels_table(results, stage, schedule), ""]
+                lines += [*labels_table(results, stage, epochs), ""]
         if zero_shot:
             lines += [*reference_line(results, "busi", "validation"), "", "## Zero-shot, STU-Hospital", ""]
             if not results.schedules(stage):
                 lines += [f"{NOT_RUN.capitalize()}.", ""]
-            for schedule in _shown(results, stage):
-                lines += [*scores_table(results, stage, schedule, STU), ""]
+            for epochs in results.schedules(stage):
+                lines += [*scores_table(results, stage, epochs, STU), ""]
             lines += [*reference_line(results, "stu", STU), ""]
     for stage in ("ablations_busi", "ablations_hippocampus"):
         lines += [f"## Ablations, {STAGES[stage].dataset}", ""]
         if not results.schedules(stage):
             lines += [f"{NOT_RUN.capitalize()}.", ""]
-        for schedule in _shown(results, stage):
-            lines += [f"{schedule[0]} epochs, {schedule[1]} steps.", ""]
-            lines += [*ablations_table(results, stage, schedule), ""]
+        for epochs in results.schedules(stage):
+            lines += [f"{epochs} epochs.", ""]
+            lines += [*ablations_table(results, stage, epochs), ""]
     lines += ["## Cost", "", *costs_table(results), ""]
     lines += ["## What was run, and what was left", ""]
     lines += [*_runs_table(results), ""]
     return "\n".join(lines)
-
-
-def _shown(results: Results, stage: str) -> list:
-    """One table a schedule; in equal time every model has its own, and there is one table."""
-    if STAGES[stage].equal_time_of and results.schedules(stage):
-        return [None]
-    return results.schedules(stage)
 
 
 def _runs_table(results: Results) -> list[str]:
@@ -348,8 +348,8 @@ def readme_section(results: Results) -> str:
     else:
         lines += [*_readme_busi(results, schedules[0]), ""]
     for stage, what in (("hippocampus", "equal epochs"), ("hippocampus_equal_time", "equal GPU time")):
-        for schedule in _shown(results, stage)[:1]:
-            lines += [*_readme_hippocampus(results, stage, schedule, what), ""]
+        for epochs in results.schedules(stage)[:1]:
+            lines += [*_readme_hippocampus(results, stage, epochs, what), ""]
     if not results.schedules("hippocampus") and schedules:
         lines += ["Hippocampus (3D): not measured yet.", ""]
     lines += [
@@ -359,10 +359,10 @@ def readme_section(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _readme_busi(results: Results, schedule: tuple[int, int]) -> list[str]:
+def _readme_busi(results: Results, epochs: int) -> list[str]:
     rows, authors = [], results.references["authors"]
     for name, model in STAGES["busi"].models.items():
-        runs = results.of("busi", name, schedule)
+        runs = results.of("busi", name, epochs)
         if runs:
             cells = [with_interval(interval(runs, s, m)) for s in ("validation", STU) for m in ("IoU", "Dice")]
             rows.append([model.title, millions(runs[0]["parameters"]), *cells])
@@ -370,20 +370,20 @@ def _readme_busi(results: Results, schedule: tuple[int, int]) -> list[str]:
             rows.append([model.title, NOT_RUN, *[""] * 4])
     cells = [from_to(authors[d][m]) for d in ("busi", "stu") for m in ("IoU", "Dice")]
     rows.append(["the authors' network and recipe, reference", "", *cells])
-    run = next(r for r in results.runs if r["run"]["stage"] == "busi" and r["run"]["epochs"] == schedule[0])
+    run = next(r for r in results.runs if r["run"]["stage"] == "busi" and _epochs(r) == epochs)
     cases, zero_shot = run["cases"], len(run["scores"][STU]["cases"])
     return [
         f"BUSI (the paper's split 1, {cases['training']} training and {cases['validation']} validation images, last of "
-        f"{schedule[0]} epochs), and the same models on {zero_shot} images of another hospital (STU):",
+        f"{epochs} epochs), and the same models on {zero_shot} images of another hospital (STU):",
         "",
         *table(["", "parameters", "BUSI IoU", "BUSI Dice", "STU IoU", "STU Dice"], rows),
     ]
 
 
-def _readme_hippocampus(results: Results, stage: str, schedule: tuple[int, int] | None, what: str) -> list[str]:
+def _readme_hippocampus(results: Results, stage: str, epochs: int, what: str) -> list[str]:
     rows = []
-    for name, model in STAGES[stage].models.items():
-        if runs := results.of(stage, name, schedule):
+    for name, model in models_of(stage).items():
+        if runs := results.of(stage, name, epochs):
             cells = [
                 with_interval(interval(runs, "validation", "Dice")),
                 with_interval(interval(runs, "validation", "HD95"), 2),

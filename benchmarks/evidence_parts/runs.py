@@ -91,7 +91,13 @@ _3D = {name: replace(MODELS[name], workers=workers) for name, workers in _WORKER
 STAGES = {
     "busi": Stage(BUSI, "2d", MODELS, 500, zero_shot=(STU,)),
     "hippocampus": Stage(HIPPOCAMPUS, "3d_fullres", _3D, 200),
-    "hippocampus_equal_time": Stage(HIPPOCAMPUS, "3d_fullres", _3D, 200, equal_time_of="hippocampus"),
+    "hippocampus_equal_time": Stage(
+        HIPPOCAMPUS,
+        "3d_fullres",
+        {name: model for name, model in _3D.items() if name != "nnunet"},  # whose time it is
+        200,
+        equal_time_of="hippocampus",
+    ),
     "ablations_busi": Stage(
         BUSI,
         "2d",
@@ -117,6 +123,7 @@ class Run:
         epochs: length of the schedule.
         seed: of the initial weights and of this process's random numbers.
         iterations: steps an epoch; None for one pass over the training cases.
+        time_of: with equal time, the epochs of nnU-Net's U-Net whose GPU time it has.
     """
 
     stage: str
@@ -124,12 +131,13 @@ class Run:
     epochs: int
     seed: int = 0
     iterations: int | None = None
+    time_of: int | None = None
 
     @property
     def name(self) -> str:
         """Its folder and JSON."""
         steps = "" if self.iterations is None else f"x{self.iterations}"
-        return f"{self.stage}-{self.model}-{self.epochs}{steps}-s{self.seed}"
+        return f"{self.stage}-{self.model}-{self.time_of or self.epochs}{steps}-s{self.seed}"
 
     @property
     def of(self) -> Stage:
@@ -190,10 +198,9 @@ def with_equal_time(run: Run, records: Sequence[dict]) -> Run | None:
         run: of a stage with `equal_time_of`.
         records: of finished runs, see `training.py`.
     """
-    source = run.of.equal_time_of
-    steps = {
-        r["run"]["model"]: r["step_ms_alone"][0] for r in records if r["run"]["stage"] == source and r["step_ms_alone"]
-    }
+    timed = [r for r in records if r["run"]["stage"] == run.of.equal_time_of and r["step_ms_alone"]]
+    steps = {r["run"]["model"]: r["step_ms_alone"][0] for r in timed}
     if "nnunet" not in steps or run.model not in steps:
         return None
-    return replace(run, epochs=max(1, round(run.epochs * steps["nnunet"] / steps[run.model])))
+    epochs = max(1, round(run.epochs * steps["nnunet"] / steps[run.model]))
+    return replace(run, epochs=epochs, time_of=run.epochs)

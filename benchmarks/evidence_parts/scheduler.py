@@ -47,10 +47,13 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
                 print(f"{_clock(end - seconds)} {name}: {state[name]}", flush=True)
                 del active[name]
         while waiting and len(active) < jobs and time.time() < end - 2 * TO_STOP:
-            wanted = waiting.pop(0)
-            run = with_equal_time(wanted, records(work)) if wanted.of.equal_time_of else wanted
+            wanted, source = waiting[0], waiting[0].of.equal_time_of
+            run = with_equal_time(wanted, records(work)) if source else wanted
+            if run is None and any(other.stage == source for _, other in active.values()):
+                break  # its steps are being measured
+            waiting.pop(0)
             if run is None:
-                state[wanted.name] = f"not started: needs the measured steps of {wanted.of.equal_time_of}"
+                state[wanted.name] = f"not started: needs the measured steps of {source}"
                 continue
             if run.is_finished(work / "runs" / run.name):
                 state[run.name] = "finished before"
