@@ -175,11 +175,11 @@ def counted(patch, n_stages, batch, n_classes=3, **settings):
 
 
 def test_activations_grow_with_the_batch_and_the_patch_and_the_widths():
-    one, two = counted((32, 32, 32), 4, 2), counted((32, 32, 32), 4, 4)
+    one, two = counted((64, 64, 64), 4, 2), counted((64, 64, 64), 4, 4)
     assert two.static == one.static
     assert two.activations / one.activations == pytest.approx(2, rel=0.1)
-    assert counted((32, 64, 32), 4, 2).activations / one.activations == pytest.approx(2, rel=0.1)
-    large = counted((32, 32, 32), 4, 2, widths={"1": 32, "2": 64, "3+": 128, "4+": 256})
+    assert counted((64, 128, 64), 4, 2).activations / one.activations == pytest.approx(2, rel=0.1)
+    large = counted((64, 64, 64), 4, 2, widths={"1": 32, "2": 64, "3+": 128, "4+": 256})
     assert large.activations > 1.7 * one.activations and large.static > 3 * one.static
 
 

@@ -18,7 +18,7 @@ from nnunet_lgms.config.settings import AUTO
 from nnunet_lgms.dataset_json import n_channels
 from nnunet_lgms.files import read_json, written_whole
 from nnunet_lgms.planning.auto_kernels import Components
-from nnunet_lgms.planning.memory import CALIBRATION, estimate_training_memory, trace_training_step
+from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, needed_bytes, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta, stored, with_auto_kernels
 from nnunet_lgms.planning.plans_files import plans_file
 
@@ -62,7 +62,8 @@ class LGMSNetPlanner(ExperimentPlanner):
         self.settings = LGMSSettings.from_plan(settings or {})
         self.measure = measure
         self._components: Components | None = None
-        self._counts: dict[Any, tuple[int, float]] = {}
+        self._counts: dict[Any, StepMemory] = {}
+        self._looks: dict[Any, tuple[StepMemory, float]] = {}
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """2d and 3d_fullres have nnU-Net's spacing, so they have its preprocessed data as well."""
@@ -94,10 +95,8 @@ class LGMSNetPlanner(ExperimentPlanner):
     def memory_of(self, configuration: Mapping[str, Any]) -> int:
         """Bytes that a training step of a planned configuration needs, without what CUDA itself takes."""
         topology = Topology.of(configuration)
-        batch_size = int(configuration["batch_size"])
-        return estimate_training_memory(
-            self._settings_for(topology), topology, batch_size, self._n_channels(), self._n_classes()
-        )
+        counted = self._count(topology, int(configuration["batch_size"]), self._n_channels(), self._n_classes())
+        return needed_bytes(counted, topology.dim)
 
     def limits_of(self, configuration: Mapping[str, Any]) -> str | None:
         """Says so where the dataset, not the card, decides patch and batch; None where the card does.
@@ -147,35 +146,37 @@ class LGMSNetPlanner(ExperimentPlanner):
     def _largest_batch(self, topology: Topology, input_channels: int, n_classes: int) -> int:
         """The largest batch whose step fits the card.
 
-        With a topology, memory grows nearly as the voxels do, so one count serves for a look at all patches. Maps too
-        large for the kernels cost more, so what seems to fit is counted as well.
+        With a topology, memory grows nearly as the voxels do, so one count serves for a look at all patches. What seems
+        to fit is counted itself, because gradients do not grow, and maps too large for the kernels cost more.
         """
         calibration = CALIBRATION[topology.dim]
         card = HEADROOM * self.UNet_vram_target_GB * GIB - calibration.context - calibration.fixed
         voxels = np.prod(topology.patch_size, dtype=float)
 
-        def fitting(static: int, per_voxel: float) -> int:
-            return max(0, int((card - static) // (calibration.activations * per_voxel * voxels)))
+        def fitting(counted: StepMemory, counted_voxels: float) -> int:
+            per_sample = calibration.activations * counted.activations * voxels / counted_voxels
+            return max(0, int((card - counted.static) // per_sample))
 
-        batch = fitting(*self._count(topology, None, input_channels, n_classes))
+        key = topology.strides, topology.kernel_sizes
+        if key not in self._looks:
+            smallest = self.UNet_min_batch_size
+            self._looks[key] = self._count(topology, smallest, input_channels, n_classes), smallest * voxels
+        batch = fitting(*self._looks[key])
+        if batch >= self.UNet_min_batch_size:
+            batch = fitting(self._count(topology, batch, input_channels, n_classes), batch * voxels)
         while batch >= self.UNet_min_batch_size:
-            smaller = fitting(*self._count(topology, batch, input_channels, n_classes))
+            smaller = fitting(self._count(topology, batch, input_channels, n_classes), batch * voxels)
             if smaller >= batch:
                 break
             batch = smaller
         return batch
 
-    def _count(self, topology: Topology, batch: int | None, input_channels: int, n_classes: int) -> tuple[int, float]:
-        """Bytes that stay, and bytes per voxel, of a step of this batch; of any patch and batch if it is None."""
-        key = (topology.strides, topology.kernel_sizes, batch and (batch, topology.patch_size))
+    def _count(self, topology: Topology, batch: int, input_channels: int, n_classes: int) -> StepMemory:
+        key = (topology.patch_size, topology.strides, topology.kernel_sizes, batch)
         if key not in self._counts:
             network = build_on_meta(self._settings_for(topology), topology, input_channels, n_classes)
-            shape = (batch or self.UNet_min_batch_size, input_channels, *topology.patch_size)
-            memory = trace_training_step(network, shape, n_classes)
-            self._counts[key] = (
-                memory.static,
-                memory.activations / (shape[0] * np.prod(topology.patch_size, dtype=float)),
-            )
+            shape = (batch, input_channels, *topology.patch_size)
+            self._counts[key] = trace_training_step(network, shape, n_classes)
         return self._counts[key]
 
     def _settings_for(self, topology: Topology) -> LGMSSettings:

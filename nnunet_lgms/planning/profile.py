@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from nnunet_lgms.architecture.encoder import MaxPool
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.lms import MultiKernelDepthwise
+from nnunet_lgms.compilation import compile_network
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.nnunet.builder import build_network
@@ -196,7 +197,8 @@ def _measure(subject: Subject, kind: str, device_name: str, steps: int, compiled
     before = 0 if on_cuda else _peak_of_process()
     network = subject.build(subject.deep_supervision if kind == "training" else False)
     if kind == "training":
-        step = TrainingStep(network, subject.input_shape(), subject.n_classes, device, compiled)
+        compiler = compile_network if subject.kind == LGMSNET else torch.compile  # nnU-Net's trainer has no CUDA graphs
+        step = TrainingStep(network, subject.input_shape(), subject.n_classes, device, compiler if compiled else None)
     else:
         step = InferenceStep(network, subject.input_shape(), device)
     for _ in range(3 if on_cuda else 1):

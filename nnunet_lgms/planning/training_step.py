@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -19,7 +19,7 @@ class TrainingStep:
         input_shape: (B, C, *patch).
         n_classes: channels of the output, background included.
         device: where it runs; autocast to float16 on CUDA, as in nnU-Net.
-        compiled: whether network and Dice are compiled, nnU-Net's default on CUDA.
+        compile_network: how the network is compiled, as nnU-Net does with it and with Dice on CUDA; not at all if None.
     """
 
     def __init__(
@@ -28,15 +28,15 @@ class TrainingStep:
         input_shape: Sequence[int],
         n_classes: int,
         device: torch.device,
-        compiled: bool = False,
+        compile_network: Callable[[nn.Module], nn.Module] | None = None,
     ):
         from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
 
         self.device = device
         self.network = network.to(device).train()
         self.loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-        if compiled:
-            self.network = torch.compile(self.network)
+        if compile_network:
+            self.network = compile_network(self.network)
             self.loss.dc = torch.compile(self.loss.dc)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
