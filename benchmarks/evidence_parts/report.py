@@ -257,6 +257,21 @@ def costs_table(results: Results) -> list[str]:
     return table(heads, rows)
 
 
+def loading_table(results: Results) -> list[str]:
+    """What one process prepares, and how many of them a training alone on the GPU would keep busy."""
+    heads = ["trainer", "patch", "batch", "ms a batch", "s an epoch", "processes for the measured step"]
+    rows = []
+    for row in (results._read("evidence/loading.json") or {"rows": {}})["rows"].values():
+        models = [n for n, m in STAGES[row["stage"]].models.items() if m.trainer == row["trainer"]]
+        runs = [run for n in models for e in results.schedules(row["stage"]) for run in results.of(row["stage"], n, e)]
+        steps = [run["step_ms_alone"][0] for run in runs if run["step_ms_alone"]]
+        needed = f"{1e3 * row['batch_s'] / min(steps):.1f}" if steps else NOT_RUN
+        patch = " × ".join(map(str, row["patch_size"]))
+        times = [f"{1e3 * row['batch_s']:.0f}", f"{row['epoch_s']:.2f}"]
+        rows.append([row["trainer"], patch, str(row["batch_size"]), *times, needed])
+    return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
+
+
 def _is_measured(row: dict) -> bool:
     return "failed" not in row and row.get("mode") == "compiled" and row.get("train_gib") is not None
 
@@ -306,6 +321,7 @@ def evidence_md(results: Results) -> str:
             lines += [f"{epochs} epochs.", ""]
             lines += [*ablations_table(results, stage, epochs), ""]
     lines += ["## Cost", "", *costs_table(results), ""]
+    lines += ["## Data loading, one process on one core", "", *loading_table(results), ""]
     lines += ["## What was run, and what was left", ""]
     lines += [*_runs_table(results), ""]
     return "\n".join(lines)
