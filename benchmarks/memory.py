@@ -1,12 +1,14 @@
 """Peak memory of a training step: what the planner estimates beside what a GPU needs.
 
-    python benchmarks/memory.py                        every plan, compiled and eager, to benchmarks/results/
-    python benchmarks/memory.py --estimate-only        the estimates, without a GPU
-    python benchmarks/memory.py --calibrate FILE.json  constants for nnunet_lgms/planning/memory.py from such a table
+    python benchmarks/memory.py                       every plan, to benchmarks/results/memory.{json,md}
+    python benchmarks/memory.py --estimate-only       new estimates for the measured steps in memory.json, without a GPU
+    python benchmarks/memory.py --calibrate           constants for nnunet_lgms/planning/memory.py from memory.json
 
-Every plan runs in a process of its own, several at a time: the memory that PyTorch allocates is counted per process. A
-step is what nnU-Net does: batch to the GPU, autocast to float16, loss, scaled backward pass, clipping at 12, SGD with
-momentum. As in nnU-Net, network and Dice are compiled and cuDNN searches for its fastest algorithms.
+A step is what nnU-Net does: batch to the GPU, autocast to float16, loss, scaled backward pass, clipping at 12, SGD with
+momentum; cuDNN searches for its fastest algorithms. "trained" is compiled as the trainer does it on one GPU,
+"compiled" by plain torch.compile as under DDP, "eager" not compiled. Every step runs in a process of its own, several
+at a time: the memory that PyTorch allocates is counted per process. memory.json is written after each of them, and
+what is not done in time, or fails, is said there.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing
 import os
 import platform
+import resource
+import signal
+import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import tempfile
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,7 +32,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nnunet_lgms.files import written_whole
+
 RESULTS = Path(__file__).parent / "results"
+MODES = ("trained", "compiled", "eager")
 MIB = 2**20
 
 
@@ -35,8 +44,8 @@ class Plan:
     """One row: what nnU-Net would plan for this spacing, and the settings of LGMSNet."""
 
     name: str
-    patch: tuple[int, ...]
-    spacing: tuple[float, ...]
+    patch: Sequence[int]
+    spacing: Sequence[float]
     batch: int
     n_classes: int = 2
     max_pool: int = 99
@@ -50,46 +59,43 @@ class Plan:
         from nnunet_lgms.config.resolve import Topology
 
         _, strides, kernels, patch, _ = get_pool_and_conv_props(self.spacing, self.patch, 4, self.max_pool)
-        return Topology(tuple(int(p) for p in patch), strides, kernels, self.spacing)
+        return Topology(tuple(int(p) for p in patch), strides, kernels, tuple(self.spacing))
 
 
-PLANS = [
-    Plan("2D, 4 levels", (56, 40), (1, 1), 35, 3),
-    Plan("2D, 7 levels", (256, 256), (1, 1), 16, 2, channels=3),
-    Plan("2D, 3 levels", (256, 256), (1, 1), 12, 4, max_pool=2),
-    Plan("2D, anisotropic", (320, 192), (0.6, 1.3), 12, 4),
-    Plan(
-        "2D, 8 levels, large", (512, 512), (1, 1), 8, 2, settings={"widths": {"1": 32, "2": 64, "3+": 128, "4+": 256}}
-    ),
-    Plan("3D, 2 levels", (64, 64, 64), (1, 1, 1), 2, 2, max_pool=1),
-    Plan("3D, 4 levels", (40, 56, 40), (1, 1, 1), 9, 3),
-    Plan("3D, 5 levels", (96, 96, 96), (1, 1, 1), 2, 14, max_pool=4),
+WIDE = {"widths": {"1": 32, "2": 64, "3+": 128, "4+": 256}}
+NARROW = {"widths": {"1": 8, "2": 16, "3+": 32, "4+": 64}}
+PLANS = [  # the most different ones first
     Plan("3D, 6 levels", (128, 128, 128), (1, 1, 1), 2, 4),
+    Plan("2D, 7 levels", (256, 256), (1, 1), 16, 2, channels=3),
     Plan("3D, thick slices", (20, 320, 256), (5, 0.6, 0.6), 2, 4),
-    Plan("3D, thick slices, 2", (28, 256, 256), (3, 0.8, 0.8), 2, 2),
+    Plan("3D, 5 levels", (96, 96, 96), (1, 1, 1), 2, 14, max_pool=4),
+    Plan("3D, 2 levels", (64, 64, 64), (1, 1, 1), 2, 2, max_pool=1),
+    Plan("2D, anisotropic", (320, 192), (0.6, 1.3), 12, 4),
+    Plan("3D, 4 levels", (40, 56, 40), (1, 1, 1), 9, 3),
+    Plan("2D, 4 levels", (56, 40), (1, 1), 35, 3),
+    Plan("2D, 3 levels", (256, 256), (1, 1), 12, 4, max_pool=2),
     Plan("3D, anisotropic patch", (160, 112, 128), (1, 1, 1), 2, 3),
+    Plan("2D, 8 levels, wide", (512, 512), (1, 1), 8, 2, settings=WIDE),
     Plan("3D, kernels 5 to 11", (96, 96, 96), (1, 1, 1), 4, 2, settings={"lms_kernels": [5, 7, 9, 11]}),
-    Plan("3D, small", (128, 128, 128), (1, 1, 1), 4, 2, settings={"widths": {"1": 8, "2": 16, "3+": 32, "4+": 64}}),
+    Plan("3D, narrow", (128, 128, 128), (1, 1, 1), 4, 2, settings=NARROW),
+    Plan("3D, thick slices, 2", (28, 256, 256), (3, 0.8, 0.8), 2, 2),
 ]
 
 
-def estimate(plan: Plan) -> dict:
-    """Counted bytes and the planner's estimate."""
-    from nnunet_lgms.config import LGMSSettings
-    from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
-    from nnunet_lgms.planning.override import build_on_meta
-
-    topology = plan.topology()
-    network = build_on_meta(LGMSSettings.from_plan(plan.settings), topology, plan.channels, plan.n_classes)
-    counted = trace_training_step(network, (plan.batch, plan.channels, *topology.patch_size), plan.n_classes)
-    return {"counted": asdict(counted), "estimate": needed_bytes(counted, topology.dim)}
+# --- one step, in a process of its own --------------------------------------------------------------------------------
 
 
-def measure(plan: Plan, compiled: bool) -> dict:
-    """Bytes that PyTorch allocated at the peak of a step, on this GPU."""
+def measure(plan: Plan, mode: str, device: torch.device) -> dict:
+    """Bytes at the peak of each of the first steps; the first compiles and tries cuDNN's algorithms.
+
+    ``allocated`` and ``reserved`` are PyTorch's counts. CUDA graphs take their memory in the second step, so the peak
+    is the most of the steps but the first. ``beside`` is what else the card holds: CUDA itself, where this process is
+    alone. On a CPU, for a rehearsal, all are the process's size.
+    """
     from torch import nn
 
     from nnunet_lgms.architecture.lgmsnet import LGMSNet
+    from nnunet_lgms.compilation import compile_network
     from nnunet_lgms.config import LGMSSettings
     from nnunet_lgms.config.resolve import network_kwargs
     from nnunet_lgms.planning.training_step import TrainingStep
@@ -103,53 +109,157 @@ def measure(plan: Plan, compiled: bool) -> dict:
         **network_kwargs(LGMSSettings.from_plan(plan.settings), topology),
     )
     shape = (plan.batch, plan.channels, *topology.patch_size)
-    free_before = torch.cuda.mem_get_info()[0]
-    step = TrainingStep(network, shape, plan.n_classes, torch.device("cuda"), compiled)
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    first = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(4):
-        step()
-    torch.cuda.synchronize()
-    return {
-        "steady": torch.cuda.max_memory_allocated(),
-        "first": first,
-        "reserved": torch.cuda.max_memory_reserved(),
-        "free_before": free_before,
+    compiler = {"trained": compile_network, "compiled": torch.compile, "eager": None}[mode]
+    step = TrainingStep(network, shape, plan.n_classes, device, compiler)
+    allocated, reserved, seconds = [], [], []
+    for _ in range(4 if compiler else 2):
+        begin = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            allocated.append(torch.cuda.max_memory_allocated())
+            reserved.append(torch.cuda.max_memory_reserved())
+        else:
+            step()
+            allocated.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            reserved.append(allocated[-1])
+        seconds.append(round(time.perf_counter() - begin, 3))
+    beside = None
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        beside = total - free - torch.cuda.memory_reserved()
+    return {"peak": max(allocated[1:]), "allocated": allocated, "reserved": reserved, "s": seconds, "beside": beside}
+
+
+# --- many of them -----------------------------------------------------------------------------------------------------
+
+
+def run_all(
+    commands: Mapping[Hashable, Sequence[str]], workers: int, seconds: float, each: float
+) -> Iterator[tuple[Hashable, dict]]:
+    """Runs commands, at most ``workers`` at a time, and gives the JSON that each prints last, as soon as it is there.
+
+    One that fails, takes more than ``each`` seconds, or is not done after ``seconds`` in all, gives
+    ``{"failed": reason}``; with its children, it is stopped.
+    """
+    begin = time.monotonic()
+    waiting, running = list(commands), {}
+    try:
+        while waiting or running:
+            now = time.monotonic()
+            while waiting and len(running) < workers and now - begin < seconds:
+                key = waiting.pop(0)
+                said = tempfile.TemporaryFile("w+", errors="replace")
+                process = subprocess.Popen(commands[key], stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+                running[key] = process, said, now
+            for key, (process, said, started) in list(running.items()):
+                late = now - begin >= seconds or now - started >= each
+                if process.poll() is None and not late:
+                    continue
+                del running[key]
+                result = {"failed": f"not done after {now - started:.0f} s"}
+                if process.poll() is None:
+                    _stop(process)
+                else:
+                    said.seek(0)
+                    result = _last_json(said.read(), process.returncode)
+                said.close()
+                yield key, result
+            if now - begin >= seconds and not running:
+                yield from ((key, {"failed": f"not begun within {seconds:.0f} s"}) for key in waiting)
+                return
+            time.sleep(0.1)
+    finally:
+        for process, _, _ in running.values():
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)  # compilation has processes of its own
+    process.wait()
+
+
+def _last_json(said: str, code: int) -> dict:
+    lines = said.strip().splitlines() or ["it said nothing"]
+    try:
+        return json.loads(lines[-1])
+    except ValueError:
+        return {"failed": f"exit code {code}: {lines[-1][:300]}"}
+
+
+def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> dict:
+    """The table: every plan in every mode, written to ``file`` after each."""
+    rows = [{**asdict(p), "patch": list(p.topology().patch_size), "levels": p.topology().n_levels} for p in plans]
+    report = {"date": datetime.date.today().isoformat(), **_machine(args.device), "rows": rows}
+    script = [sys.executable, str(Path(__file__).resolve()), "--device", args.device]
+    commands = {
+        (i, mode): [*script, "--row", json.dumps(asdict(plan)), "--modes", mode]
+        for mode in args.modes
+        for i, plan in enumerate(plans)
     }
+    # all processes read and fill the same cache of compiled kernels; more threads than these would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, 2 * (os.cpu_count() or 1) // args.workers)))
+    begin = time.monotonic()
+    for done, ((i, mode), result) in enumerate(
+        run_all(commands, args.workers, args.seconds, args.row_seconds), start=1
+    ):
+        rows[i][mode] = result
+        said = result.get("failed") or f"{result['peak'] / MIB:.0f} MiB, first step {result['s'][0]:.0f} s"
+        print(
+            f"[{done}/{len(commands)}, {time.monotonic() - begin:.0f} s] {rows[i]['name']}, {mode}: {said}", flush=True
+        )
+        _write(file, report)
+    smallest = min(plans, key=lambda p: p.batch * p.channels * torch.Size(p.patch).numel())
+    alone = {"alone": [*script, "--row", json.dumps(asdict(smallest)), "--modes", "eager"]}
+    for _, result in run_all(alone, 1, 60, 60):
+        report["beside_mib"] = result["beside"] / MIB if result.get("beside") else None
+    _write(file, report)
+    return report
 
 
-def work(index: int, modes: list[str]) -> tuple[int, dict]:
-    """One row, in its own process."""
-    torch.set_num_threads(1)
-    plan = PLANS[index]
-    row = {**asdict(plan), "patch": list(plan.topology().patch_size), "levels": plan.topology().n_levels}
-    row.update(estimate(plan))
-    for mode in modes:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            row[mode] = measure(plan, mode == "compiled")
-        except Exception as error:  # the other rows are still worth having
-            row[mode] = {"failed": f"{type(error).__name__}: {error}"[:500]}
-    return index, row
+def _machine(device: str) -> dict:
+    name, cudnn = platform.processor() or platform.machine(), None
+    if device == "cuda":  # asked by another process, so that this one takes no memory on the card
+        query = "import torch; print(torch.cuda.get_device_name(), torch.backends.cudnn.version(), sep='|')"
+        said = subprocess.run([sys.executable, "-c", query], capture_output=True, text=True).stdout
+        name, _, cudnn = said.strip().partition("|")
+    return {"device": name, "torch": torch.__version__, "cudnn": cudnn, "python": platform.python_version()}
 
 
-def table(rows: list[dict], heading: str) -> str:
-    """The rows in Markdown, with the deviation of the estimate from the steady peak."""
+# --- beside the estimates ---------------------------------------------------------------------------------------------
+
+
+def estimate(row: dict) -> dict:
+    """Counted bytes and the planner's estimate."""
+    from nnunet_lgms.config import LGMSSettings
+    from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
+    from nnunet_lgms.planning.override import build_on_meta
+
+    plan = Plan(**{name: row[name] for name in Plan.__dataclass_fields__})
+    topology = plan.topology()
+    network = build_on_meta(LGMSSettings.from_plan(plan.settings), topology, plan.channels, plan.n_classes)
+    counted = trace_training_step(network, (plan.batch, plan.channels, *topology.patch_size), plan.n_classes)
+    return {"counted": asdict(counted), "estimate": needed_bytes(counted, topology.dim)}
+
+
+def table(report: dict) -> str:
+    """The rows in Markdown, with the deviation of the estimate from the peak of a step as the trainer runs it."""
+    about = ", ".join(f"{k} {report[k]}" for k in ("date", "device", "torch", "cudnn", "python") if report.get(k))
     lines = [
-        heading,
+        f"Peak memory of a training step: {about}.",
         "",
-        "All in MiB; first: the peak of the first steps, when cuDNN tries algorithms; reserved: what PyTorch held.",
+        "All in MiB, and without what CUDA holds beside PyTorch. Estimate: `nnunet_lgms plan`. Trained: the most that "
+        "PyTorch allocated in a step, compiled as the trainer does it on one GPU, after the first; compiled: by plain "
+        "torch.compile; first: the first step, in which cuDNN tries algorithms; reserved: what PyTorch held.",
         "",
-        "| plan | patch | batch | levels | estimate | compiled | deviation | eager | first | reserved |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| plan | patch | batch | levels | estimate | trained | deviation | compiled | eager | first | reserved |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        compiled, eager = row.get("compiled", {}), row.get("eager", {})
-        measured = compiled.get("steady")
+    for row in report["rows"]:
+        trained, compiled, eager = (row.get(mode, {}) for mode in MODES)
+        measured = trained.get("peak")
         cells = [
             row["name"],
             "x".join(map(str, row["patch"])),
@@ -158,9 +268,10 @@ def table(rows: list[dict], heading: str) -> str:
             _mib(row["estimate"]),
             _mib(measured),
             f"{100 * (row['estimate'] / measured - 1):+.1f} %" if measured else "",
-            _mib(eager.get("steady")),
-            _mib(compiled.get("first")),
-            _mib(compiled.get("reserved")),
+            _mib(compiled.get("peak")),
+            _mib(eager.get("peak")),
+            _mib(trained["allocated"][0] if measured else None),
+            _mib(max(trained["reserved"][1:]) if measured else None),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
@@ -170,78 +281,78 @@ def _mib(n: int | None) -> str:
     return "" if n is None else f"{n / MIB:.0f}"
 
 
+def with_estimates(report: dict, file: Path) -> None:
+    """Adds the estimates to every row, and writes the table beside ``file``."""
+    for row in report["rows"]:
+        row.update(estimate(row))
+    _write(file, report)
+    with written_whole(file.with_suffix(".md")) as temporary:
+        temporary.write_text(table(report), "utf-8")
+
+
+def _write(file: Path, report: dict) -> None:
+    with written_whole(file) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
 def calibrate(rows: list[dict]) -> None:
     """Prints the constants that make the largest relative deviation smallest, per dimension."""
     from scipy.optimize import linprog
 
     for dim in (2, 3):
-        those = [r for r in rows if len(r["patch"]) == dim and r.get("compiled", {}).get("steady")]
+        those = [r for r in rows if len(r["patch"]) == dim and r.get("trained", {}).get("peak")]
         if not those:
             continue
         # |static + fixed + slope * activations - measured| <= worst * measured, in MiB
         a, b = [], []
         for r in those:
-            static, counted, measured = (
-                r["counted"]["static"] / MIB,
-                r["counted"]["activations"] / MIB,
-                r["compiled"]["steady"] / MIB,
-            )
+            static, counted = r["counted"]["static"] / MIB, r["counted"]["activations"] / MIB
+            measured = r["trained"]["peak"] / MIB
             a += [[counted, 1, -measured], [-counted, -1, -measured]]
             b += [measured - static, static - measured]
         slope, fixed, worst = linprog([0, 0, 1], a, b, bounds=[(0, None), (0, None), (0, None)]).x
         print(f"{dim}D: activations={slope:.3f}, fixed={fixed:.0f} MiB; largest deviation {100 * worst:.1f} %")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table (benchmarks/results)")
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--workers", type=int, default=7, help="plans at a time")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of memory.{json,md} (benchmarks/results)")
+    parser.add_argument("--modes", nargs="+", default=["trained", "eager"], choices=MODES)
+    parser.add_argument("--workers", type=int, default=12, help="steps at a time (12)")
+    parser.add_argument("--seconds", type=float, default=420, help="after which what is not done is given up (420)")
+    parser.add_argument("--row-seconds", type=float, default=360, help="after which one step is given up (360)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal")
     parser.add_argument("--estimate-only", action="store_true")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    file = args.out / "memory.json"
 
-    if args.calibrate:
-        calibrate(json.loads(args.calibrate.read_text())["rows"])
+    if args.row:
+        torch.set_num_threads(1)
+        plan, device = Plan(**json.loads(args.row)), torch.device(args.device)
+        print(json.dumps(measure(plan, args.modes[0], device)))
         return 0
-    if args.estimate_only:
-        rows = [
-            {**asdict(p), "patch": p.topology().patch_size, "levels": p.topology().n_levels, **estimate(p)}
-            for p in PLANS
-        ]
-        print(table(rows, "Estimates only"))
+    if args.estimate_only or args.calibrate:
+        if not file.is_file():
+            print(f"{file} does not exist: measure first, without --estimate-only and --calibrate.", file=sys.stderr)
+            return 2
+        report = json.loads(file.read_text("utf-8"))
+        if args.estimate_only:
+            with_estimates(report, file)
+            print(table(report))
+        if args.calibrate:
+            calibrate(report["rows"])
         return 0
-    if not torch.cuda.is_available():
-        print("benchmarks/memory.py measures on a GPU and finds none: add --estimate-only.", file=sys.stderr)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks/memory.py measures on a GPU and finds none: --device cpu rehearses it.", file=sys.stderr)
         return 2
 
-    rows: dict[int, dict] = {}
-    context = multiprocessing.get_context("spawn")
-    # dearest first, so that no long one is left for the end
-    order = sorted(range(len(PLANS)), key=lambda i: -PLANS[i].topology().n_levels)
-    with ProcessPoolExecutor(args.workers, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(work, i, args.modes) for i in order]
-        for done, future in enumerate(as_completed(futures), start=1):
-            index, row = future.result()
-            rows[index] = row
-            print(f"[{done}/{len(PLANS)}] {row['name']}: {json.dumps({m: row[m] for m in args.modes})}", flush=True)
-    ordered = [rows[i] for i in sorted(rows)]
-    properties = torch.cuda.get_device_properties(0)
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "device": properties.name,
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-    }
-    heading = "Peak memory of a training step, " + ", ".join(f"{k} {v}" for k, v in about.items())
     args.out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps({**about, "rows": ordered}, indent=1)), (".md", table(ordered, heading))):
-        temporary = args.out / f".memory{suffix}"
-        temporary.write_text(text)
-        os.replace(temporary, args.out / f"memory{suffix}")
-    print(table(ordered, heading))
-    calibrate(ordered)
+    report = measure_all(plans, args, file)
+    with_estimates(report, file)
+    print(table(report))
+    calibrate(report["rows"])
     return 0
 
 
