@@ -33,7 +33,8 @@ def test_readme_and_report_are_made_from_the_results():
     results = ROOT / "benchmarks" / "results"
     readme = (ROOT / "README.md").read_text("utf-8")
     assert report.readme_with(readme, results) == readme, "run benchmarks/evidence.py report"
-    assert report.evidence_md(report.Results(results)) == (results / "evidence.md").read_text("utf-8")
+    made = report.evidence_md(report.Results(results))
+    assert made == (results / "evidence.md").read_text("utf-8"), "run benchmarks/evidence.py report"
 
 
 def test_every_result_says_where_it_is_from():
@@ -81,7 +82,7 @@ def write_results(folder: Path, *results: dict) -> report.Results:
 
 def test_without_results_everything_is_not_run(tmp_path):
     text = report.evidence_md(report.Results(tmp_path))
-    assert text.count("Not run.") == 8 and "IoU 0.673 to 0.681" in text
+    assert text.count("Not run.") == 9 and "IoU 0.673 to 0.681" in text
     assert "not measured yet" in report.readme_section(report.Results(tmp_path))
     assert not pictures.draw(tmp_path)
 
@@ -106,6 +107,17 @@ def test_tables_hold_means_intervals_and_what_is_within_noise(tmp_path):
     assert pictures.draw(tmp_path) and (tmp_path / "evidence.png").stat().st_size > 5000
     section = report.readme_section(results)
     assert "0.675 [" in section and "0.673 to 0.681" in section and "not measured yet" in section  # hippocampus
+
+
+def test_gpu_rows_are_those_that_the_trainers_use(tmp_path):
+    row = {"input": [16, 3, 256, 256], "infer_ms": [3.0, 2, 4], "train_gib": 1.5, "device": "made up"}
+    rows = [
+        row | {"network": network, "mode": mode, "train_ms": [step, step, step]}
+        for network, mode, step in (("lgmsnet", "graphs", 18), ("lgmsnet", "compiled", 65), ("plain", "compiled", 24))
+    ] + [{"network": "resenc_m", "mode": "compiled", "failed": "no memory"}]
+    (tmp_path / "gpu.json").write_text(json.dumps(rows))
+    table = report.gpu_table(report.Results(tmp_path))
+    assert len(table) == 4 and "| 18.0 |" in table[2] and "| 24.0 |" in table[3]
 
 
 def test_seeds_count_as_noise(tmp_path):
