@@ -26,7 +26,8 @@ SMALLEST = "name: a\nconfigurations: [2d]\ndatasets: {Dataset101_B: {}}\nvariant
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """nnU-Net's three folders."""
+    """nnU-Net's three folders, and this package's trainers."""
+    monkeypatch.setenv("nnUNet_extTrainer", str(ROOT / "trainers"))
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -47,7 +48,7 @@ def written(folder: Path, text: str) -> Path:
     [
         ("name: a\n", "", "name is missing: give letters"),
         ("[2d]", "[2d]\nfoldz: [1]", "foldz is not known; did you mean 'folds'?"),
-        ("[2d]", "[2d]\nfolds: [1, 1]", "folds is [1, 1]: allowed is a list of fold numbers, each once"),
+        ("[2d]", "[2d]\nfolds: [1, 1]", "folds is [1, 1]: allowed is a list of fold numbers, 0 to 999, each once"),
         ("[2d]", "[4d]", "configurations is ['4d']: allowed is a list of 2d, 3d_fullres"),
         ("[2d]", "[3d_cascade_fullres]", "Dataset101_B has 3d_cascade_fullres, which needs 3d_lowres"),
         ("Dataset101_B", "Data1", "'Data1' cannot be a name under datasets: allowed is a name such as Dataset101_BUSI"),
@@ -65,6 +66,19 @@ def written(folder: Path, text: str) -> Path:
         (SMALLEST, "[" * 3000, "is nested too deeply"),
         ("name: a", "name: a\nname: b", "'name' appears twice: keep one"),
         ("a: {}", "1: {}, '1': {epochs: 2}", "'1' appears twice"),
+        ("name: a", "name: null", "name is None: allowed is letters"),
+        ("name: a", "name: 2024-99-99", "a date or a number that cannot be (month must be in 1..12): correct or quote"),
+        ("name: a", f"name: {'1' * 5000}", "a date or a number that cannot be (Exceeds the limit (4300 digits)"),
+        ("name: a", f"name: {'a' * 3000}", "aaa...: allowed is letters"),
+        ("a: {}", "null: {}", "'null' cannot be a key: put it in quotes"),
+        ("a: {}", "2024-01-02: {}", "'2024-01-02' cannot be a key: put it in quotes"),
+        ("a: {}", "[a]: {}", "a list or table cannot be a key"),
+        ("B: {}", "B: {5: 1}", "datasets.Dataset101_B.5 is not known; known are convert"),
+        ("[2d]", "[2d]\n7: 3", "7 is not known; known are name"),
+        ("[2d]", "[2d]\nfolds: [11111111111111111111]", "allowed is a list of fold numbers, 0 to 999, each once"),
+        ("[2d]", "[2d]\nseeds: [4294967296]", "seeds is [4294967296]: allowed is a list of whole numbers below 2^32"),
+        ("[2d]", "[2d]\nthreads: 99999999", "threads is 99999999: allowed is a whole number, 1 to 1024"),
+        ("[2d]", "[2d]\nnsd_tolerance: .inf", "nsd_tolerance is inf: allowed is a number, 0 to 1000"),
     ],
 )
 def test_what_is_wrong_in_a_study_is_one_sentence(folders, capsys, old: str, new: str, said: str) -> None:
@@ -153,6 +167,7 @@ def test_graph_of_six_datasets_five_folds_and_twenty_variants_takes_less_than_10
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-3000:]
     counts = dict(line.split() for line in output.splitlines() if line.count(" ") and len(line.split()) == 2)
+    assert int(counts["total"]) == sum(map(len, Graph(path).jobs().values())) + 2  # and report and all, as check says
     assert (counts["train"], counts["preprocess"], counts["override"], counts["predict"]) == ("600", "6", "120", "120")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
@@ -170,11 +185,24 @@ def test_missing_inputs_are_named_before_the_first_job(folders: Path, capsys, mo
     assert "THERE is not set: export THERE=FOLDER" in said(converted)
     monkeypatch.setenv("THERE", str(folders))
     assert f"made from {folders / 'x'}, which is no folder" in said(converted)
+    (folders / "x" / "benign").mkdir(parents=True)
+    assert f"{folders / 'x'} does not look like BUSI: expected" in said(converted)
+    for name in ("benign (1).png", "benign (1)_mask.png", "benign (2).png", "benign (3).png"):
+        (folders / "x" / "benign" / name).touch()
+    message = said(converted)
+    assert "benign (2).png has no mask, and 1 more" in message and "is to be made, is not complete" in message
     assert "Dataset101_B is made from busi: call it Dataset101_BUSI" in said(converted.replace("BUSI", "B"))
     (folders / "nnUNet_raw" / "Dataset101_B").mkdir()
     (folders / "nnUNet_raw" / "Dataset101_B" / "dataset.json").write_text("{}")
     assert "no override 'kernels_4'; did you mean" in said(SMALLEST.replace("a: {}", "a: {override: kernels_4}"))
     assert "has no imagesTs" in said(SMALLEST.replace("Dataset101_B: {}", "Dataset101_B: {test: true}"))
+    missing = said(SMALLEST.replace("a: {}", "a: {trainer: nnUNetTrainer_25epochs}"))
+    assert "variants.a.trainer is nnUNetTrainer_25epochs, which is neither nnU-Net's nor in a folder" in missing
+    assert "did you mean 'nnUNetTrainer_250epochs'?" in missing
+    assert main(["study", "check", str(written(folders, SMALLEST)), "--snakemake='-n"]) == 2
+    assert "every quotation mark needs its partner" in capsys.readouterr().err
+    assert main(["study", "check", str(written(folders, SMALLEST + "device: cpu"))]) == 0
+    assert "No estimate of hours for device: cpu" in capsys.readouterr().out
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["study", "check", str(written(folders, SMALLEST)), "--profile", "gpus"]) == 2
     assert "finds no GPU" in capsys.readouterr().err
@@ -182,7 +210,9 @@ def test_missing_inputs_are_named_before_the_first_job(folders: Path, capsys, mo
     assert "nnUNet_results is not set" in said(SMALLEST)
 
 
-def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders: Path, capsys) -> None:
+def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders: Path, capsys, monkeypatch) -> None:
+    (folders / "mine.py").write_text("class nnUNetTrainer_mine:  # a trainer's folder of the user's\n    pass\n")
+    monkeypatch.setenv("nnUNet_extTrainer", f"{folders}{os.pathsep}{ROOT / 'trainers'}")
     text = SMALLEST.replace("{a: {}}", "{a: {}, u: {trainer: nnUNetTrainer}, mine: {trainer: nnUNetTrainer_mine}}")
     graph = Graph(written(folders, text))
     ours, theirs, _ = graph.models("Dataset101_B")
@@ -207,7 +237,11 @@ def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders
     out = capsys.readouterr().out
     assert f"{expected / 3.6e6:.1f} GPU hours of training steps for 9 trainings" in out
     assert "No estimate for 5 trainings (mine on Dataset101_B 2d)" in out
-    assert [line.split() for line in out.splitlines() if line.split()[:1] == ["train"]] == [["train", "15", "14"]]
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3}
+    assert rows["train"] == ["15", "14"] and rows["report"] == ["1", "1"]
+    assert rows["together"] == [
+        str(sum(int(row[i]) for name, row in rows.items() if name not in ("together", "job"))) for i in (0, 1)
+    ]
 
 
 def test_epochs_are_those_of_the_trainers() -> None:

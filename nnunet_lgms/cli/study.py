@@ -58,12 +58,15 @@ def describe(graph) -> str:
     from nnunet_lgms.study.results import Results
 
     check_inputs(graph)
-    done = Results(graph).done
+    done = dict(Results(graph).done)
+    complete = (graph.folder / "report.html").is_file() and not any(missing for _, missing in done.values())
+    done["report"] = (["report.html"], []) if complete else ([], ["report.html"])
     lines = [f"{graph.study.name}: {graph.path}", f"in {graph.folder}", "", f"  {'job':12} {'all':>6} {'to do':>6}"]
     lines += [f"  {rule:12} {len(d) + len(missing):>6} {len(missing):>6}" for rule, (d, missing) in done.items()]
     jobs, left = sum(len(d) + len(m) for d, m in done.values()), sum(len(m) for _, m in done.values())
-    lines += [f"  {'together':12} {jobs:>6} {left:>6}", ""]
+    lines += [f"  {'together':12} {jobs:>6} {left:>6}", "  (Snakemake counts one more, `all`, which does nothing.)", ""]
     if graph.study.device == "cpu":
+        lines.append("No estimate of hours for device: cpu: steps are measured on a GPU only.")
         return "\n".join(lines)
     estimate = estimate_hours(graph)
     if estimate.known:
@@ -100,7 +103,12 @@ def _snakemake(graph, profile: Path, args: argparse.Namespace) -> list[str]:
         if not gpus:
             raise ValueError("--profile gpus finds no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES, or device: cpu.")
         command += ["--resources", f"gpu={gpus}"]
-    return [*command, *shlex.split(args.snakemake)]
+    try:
+        return [*command, *shlex.split(args.snakemake)]
+    except ValueError as error:
+        raise ValueError(
+            f"--snakemake={args.snakemake} is no list of options ({error}): every quotation mark needs its partner."
+        ) from None
 
 
 def _become_snakemake(graph, command: list[str]) -> int:

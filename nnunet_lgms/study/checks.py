@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+from contextlib import redirect_stdout
+from difflib import get_close_matches
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
 
 from nnunet_lgms.data.datasets import DESCRIPTIONS
+from nnunet_lgms.data.find import find_cases
 from nnunet_lgms.planning.plans_files import read_override
 from nnunet_lgms.study.graph import Graph, nnunet_folder
 
 
 def check_inputs(graph: Graph) -> None:
-    """nnU-Net's folders, data sets, downloads and overrides.
+    """nnU-Net's folders, data sets, downloads, overrides and trainers.
 
     Raises:
         ValueError: something is not there, or is something else than the study says.
@@ -29,6 +36,7 @@ def check_inputs(graph: Graph) -> None:
             raise ValueError(f"{dataset} is not in nnUNet_raw: put it there, or give it convert: in {graph.path.name}.")
         if not graph.resolve(own.convert.source).is_dir():
             raise ValueError(f"{dataset} is to be made from {graph.resolve(own.convert.source)}, which is no folder.")
+        _check_download(dataset, own.convert.name, graph.resolve(own.convert.source))
     for dataset, own in graph.study.datasets.items():
         for folder in ("imagesTs", "labelsTs") if own.test and (raw / dataset).is_dir() else ():
             if not os.path.isdir(raw / dataset / folder):
@@ -38,3 +46,48 @@ def check_inputs(graph: Graph) -> None:
     for variant in graph.study.variants.values():
         if variant.override:
             read_override(graph.override_file(variant.override))
+    _check_trainers(graph)
+
+
+def _check_download(dataset: str, name: str, source: Path) -> None:
+    """Every image of a download has its mask; what is in the files is looked at by the conversion."""
+    problems = find_cases(DESCRIPTIONS[name], source).problems
+    if problems:
+        others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ValueError(f"{source}, of which {dataset} is to be made, is not complete: {problems[0]}{others}.")
+
+
+def _check_trainers(graph: Graph) -> None:
+    """nnU-Net will find all trainers."""
+    wanted = {}
+    for name, variant in graph.study.variants.items():
+        where = f"variants.{name}.trainer" if variant.trainer else "trainer"
+        wanted.setdefault(variant.trainer or graph.study.trainer, where)
+    known = _classes_in_trainer_folders()
+    for trainer, where in wanted.items():
+        if trainer not in known and not _found_by_nnunet(trainer):
+            near = get_close_matches(trainer, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else "correct the name, or add the trainer's folder there."
+            raise ValueError(
+                f"{graph.path.name}: {where} is {trainer}, which is neither nnU-Net's nor in a folder that "
+                f"nnUNet_extTrainer names; {hint}"
+            )
+
+
+def _classes_in_trainer_folders() -> set[str]:
+    """All classes that are written there. Reading the text takes no time; nnU-Net's own search imports everything."""
+    folders = [Path(place, "training", "nnUNetTrainer") for place in find_spec("nnunetv2").submodule_search_locations]
+    folders += [Path(folder) for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    files = (file for folder in folders for file in folder.rglob("*.py"))
+    return {name for file in files for name in re.findall(r"^class (\w+)", file.read_text("utf-8", "replace"), re.M)}
+
+
+def _found_by_nnunet(trainer: str) -> bool:
+    """By nnU-Net's own search, for a class that is not written as one."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    with redirect_stdout(StringIO()):
+        try:
+            return recursive_find_trainer_class_by_name(trainer) is not None
+        except Exception:  # whatever the modules there raise when they are imported
+            return False

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 import nnunet_lgms
 from nnunet_lgms.data.datasets import DESCRIPTIONS
+from nnunet_lgms.files import shown
 
 PLANNERS = {
     "nnUNetPlans": "ExperimentPlanner",
@@ -42,13 +43,19 @@ def _unique(values: list) -> list:
     return values
 
 
-DatasetName = Annotated[str, Field(pattern=r"^Dataset\d{3}_[A-Za-z0-9_-]+$")]
-VariantName = Annotated[str, BeforeValidator(lambda name: str(name)), Field(pattern=f"^{NAME}$")]
+def _number_as_text(name: Any) -> Any:
+    return str(name) if type(name) in (int, float) else name
+
+
+DatasetName = Annotated[str, Field(pattern=r"^Dataset\d{3}_[A-Za-z0-9_-]+$", max_length=100)]
+VariantName = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=f"^{NAME}$", max_length=100)]
 Trainer = Annotated[str, Field(pattern=f"^{NAME}$")]
 Plans = Annotated[str, AfterValidator(_known_plans)]
-Number = Annotated[int, Field(strict=True, ge=0)]
-Numbers = Annotated[list[Number], AfterValidator(_unique)]
-Folds = Annotated[Numbers, Field(min_length=1)]
+Cores = Annotated[int, Field(strict=True, ge=1, le=1024)]
+Fold = Annotated[int, Field(strict=True, ge=0, le=999)]
+Folds = Annotated[list[Fold], AfterValidator(_unique), Field(min_length=1)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # what NumPy takes
+Seeds = Annotated[list[Seed], AfterValidator(_unique)]
 ConfigurationName = Literal["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"]
 Configurations = Annotated[list[ConfigurationName], Field(min_length=1), AfterValidator(_unique)]
 
@@ -69,7 +76,9 @@ class Conversion(_Strict):
     )
     source: str = _field(..., "a path; $VARIABLES are filled in", "the unpacked download")
     splits: Literal["paper"] | None = _field(None, '"paper"', "the paper's folds in place of nnU-Net's")
-    size: Annotated[int, Field(strict=True, ge=8)] | None = _field(None, "pixels, from 8", "resize flat images")
+    size: Annotated[int, Field(strict=True, ge=8, le=8192)] | None = _field(
+        None, "pixels, 8 to 8192", "resize flat images"
+    )
 
 
 class Unseen(_Strict):
@@ -94,8 +103,8 @@ class Variant(_Strict):
     override: str | None = _field(None, "a name in plans/, or a path from the study's file", "what differs")
     trainer: Trainer | None = _field(None, "the name of a trainer", "another trainer than the study's")
     plans: Plans | None = _field(None, PLANS_SENTENCE, "other plans than the study's")
-    epochs: Annotated[int, Field(strict=True, ge=1)] | None = _field(
-        None, "a whole number from 1", "for the estimate of hours, where the trainer's name does not tell"
+    epochs: Annotated[int, Field(strict=True, ge=1, le=10**6)] | None = _field(
+        None, "a whole number, 1 to 1000000", "for the estimate of hours, where the trainer's name does not tell"
     )
 
 
@@ -107,17 +116,23 @@ class Study(_Strict):
         None, "a path; $VARIABLES are filled in", "where it is kept; default: studies/NAME in nnUNet_results"
     )
     device: Literal["cuda", "cpu"] = _field("cuda", "cuda, cpu", "where networks run; with cuda one GPU a job")
-    threads: Annotated[int, Field(strict=True, ge=1)] = _field(8, "a whole number from 1", "cores of a GPU's job")
-    processes: Number = _field(6, "a whole number from 0", "of them, processes that prepare batches")
+    threads: Cores = _field(8, "a whole number, 1 to 1024", "cores of a GPU's job")
+    processes: Annotated[int, Field(strict=True, ge=0, le=1024)] = _field(
+        6, "a whole number, 0 to 1024", "of them, processes that prepare batches"
+    )
     configurations: Configurations = _field(
         ..., "a list of 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, each once", "nnU-Net's configurations"
     )
     trainer: Trainer = _field("nnUNetTrainerLGMSNet", "the name of a trainer", "nnU-Net's or one of this package")
     plans: Plans = _field("nnUNetPlans", PLANS_SENTENCE, "what is planned, and what overrides start from")
-    folds: Folds = _field([0, 1, 2, 3, 4], "a list of fold numbers, each once", "folds that are trained")
-    seeds: Numbers = _field([], "a list of whole numbers, each once", "repeats; none: one training that is not seeded")
+    folds: Folds = _field([0, 1, 2, 3, 4], "a list of fold numbers, 0 to 999, each once", "folds that are trained")
+    seeds: Seeds = _field(
+        [], "a list of whole numbers below 2^32, each once", "repeats; none: one training that is not seeded"
+    )
     ensemble: StrictBool = _field(False, "true or false", "whether pairs of configurations may win together")
-    nsd_tolerance: Annotated[float, Field(ge=0)] = _field(1.0, "a number from 0", "in mm, for NSD")
+    nsd_tolerance: Annotated[float, Field(strict=True, ge=0, le=1000)] = _field(
+        1.0, "a number, 0 to 1000", "in mm, for NSD"
+    )
     datasets: Annotated[dict[DatasetName, Dataset], Field(min_length=1)] = _field(
         ..., "a table with names such as Dataset101_BUSI", "data sets that are trained on"
     )
@@ -138,7 +153,14 @@ class Study(_Strict):
         try:
             content = yaml.load(path.read_text("utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
+            what = "cannot be read" if isinstance(error, yaml.constructor.ConstructorError) else "is not YAML"
+            raise ValueError(f"{path} {what}: {error}") from None
+        except (
+            ValueError,
+            OverflowError,
+        ) as error:  # PyYAML hands on what Python says of 2024-99-99 or of a number of 5000 digits
+            reason = str(error).split(";")[0]
+            raise ValueError(f"{path} has a date or a number that cannot be ({reason}): correct or quote it.") from None
         except RecursionError:
             raise ValueError(f"{path} is nested too deeply: docs/study.md lists what a study holds.") from None
         if not isinstance(content, dict):
@@ -154,15 +176,29 @@ class Study(_Strict):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key appears once: the usual loader lets the last of several win without a word."""
+    """YAML in which keys are texts, or numbers as they are written, and appear once.
+
+    The usual loader lets the last of several win without a word.
+    """
 
     def construct_mapping(self, node, deep=False):
-        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice[0]!r} appears twice: keep one", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep)  # which says so
+        self.flatten_mapping(node)
+        content = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if type(key) in (int, float):
+                key = key_node.value
+            if not isinstance(key, str):
+                written = shown(key_node.value, 40) if isinstance(key_node, yaml.ScalarNode) else "a list or table"
+                problem = f"{written} cannot be a key: put it in quotes, if it is meant as a name"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key in content:
+                problem = f"{key!r} appears twice: keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            content[key] = self.construct_object(value_node, deep=deep)
+        return content
 
 
 def find_study(path_or_name: str | Path) -> Path:
@@ -227,8 +263,8 @@ def _sentence(error: ValidationError, content: dict[str, Any], path: Path) -> st
         allowed = (
             "letters, digits, '-', '.' and single '_'" if named[0] == "variants" else "a name such as Dataset101_BUSI"
         )
-        return f"{path.name}: {first['input']!r} cannot be a name under {named[0]}: allowed is {allowed}."
-    return f"{where} is {value!r}: allowed is {allowed}; see docs/study.md."
+        return f"{path.name}: {shown(first['input'])} cannot be a name under {named[0]}: allowed is {allowed}."
+    return f"{where} is {shown(value)}: allowed is {allowed}; see docs/study.md."
 
 
 _ENTRIES: dict[str, type[BaseModel]] = {"datasets": Dataset, "unseen": Unseen, "variants": Variant}
