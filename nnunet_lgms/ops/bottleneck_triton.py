@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.activation_triton import affine, normal
+from nnunet_lgms.ops.activation_triton import affine, gelu, normal
 from nnunet_lgms.ops.backend import map_memory
 from nnunet_lgms.ops.norm_act_triton import (
     Norm,
@@ -157,12 +157,6 @@ def _weights(weight, ROWS: tl.constexpr, ROWS_2: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _gelu(x):
-    below, _ = normal(x)
-    return x * below
-
-
-@triton.jit
 def _vector(pointer, N: tl.constexpr, N_2: tl.constexpr):
     channel = tl.arange(0, N_2)
     return tl.load(pointer + channel, mask=channel < N, other=0.0).to(tl.float32)
@@ -182,13 +176,13 @@ def _hidden_moments(
     weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
     begin = tl.program_id(0) * steps * ROWS
     nearest = tl.load(x + begin * D + tl.arange(0, D_2), mask=tl.arange(0, D_2) < D, other=0.0).to(tl.float32)
-    nearest = (_gelu(nearest) * a1 + b1)[:, None] * weight.to(tl.float32)
-    origin = _gelu(tl.sum(nearest, 0) + bias)
+    nearest = (gelu(nearest) * a1 + b1)[:, None] * weight.to(tl.float32)
+    origin = gelu(tl.sum(nearest, 0) + bias)
     total, squares = tl.zeros((ROWS, H_2), tl.float32), tl.zeros((ROWS, H_2), tl.float32)
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
-        y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
-        value = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
+        y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
+        value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
         value = tl.where(inside, value - origin[None, :], 0.0)
         total += value
         squares += value * value
@@ -217,8 +211,8 @@ def _bottleneck(
     begin = tl.program_id(0) * steps * ROWS
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
-        y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
-        value = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
+        y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
+        value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
         result = tl.dot((value * a2[None, :] + b2[None, :]).to(dtype), weight2) + bias2[None, :]
         offset = (begin + step * ROWS + tl.arange(0, ROWS))[:, None] * C + channel[None, :]
         tl.store(out + offset, result.to(dtype), mask=inside & (channel < C)[None, :])
@@ -248,8 +242,8 @@ def _hidden_gradient_sums(
     for step in range(steps):
         raw, rows = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
         incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)  # zero outside: no part in any sum
-        y = _gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
-        centred = _gelu(tl.dot(y.to(dtype), weight) + bias[None, :]) - m2[None, :]
+        y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
+        centred = gelu(tl.dot(y.to(dtype), weight) + bias[None, :]) - m2[None, :]
         products = tl.dot(tl.trans(incoming).to(dtype), centred.to(dtype), products)
         by_voxel += incoming.to(tl.float32)
     total = tl.sum(by_voxel, 0)
@@ -290,7 +284,7 @@ def _bottleneck_gradient(
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
         incoming, inside = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)
-        first = _gelu(raw.to(tl.float32))
+        first = gelu(raw.to(tl.float32))
         z = tl.dot((first * a1[None, :] + b1[None, :]).to(dtype), weight) + bias[None, :]
         below, density = normal(z)
         g = tl.dot(incoming.to(dtype), back) + z * below * by_value[None, :] + constant[None, :]
