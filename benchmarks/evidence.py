@@ -149,10 +149,10 @@ def report(args: argparse.Namespace) -> int:
 
     from nnunet_lgms.files import written_whole
 
-    write_report(args.results)
     draw(args.results)
     if args.predictions:
         draw_worst_cases(args.predictions, Path(os.environ["nnUNet_raw"]), args.results)
+    write_report(args.results)
     readme = HERE.parent / "README.md"
     with written_whole(readme) as temporary:
         temporary.write_text(readme_with(readme.read_text("utf-8"), args.results), "utf-8")

@@ -30,7 +30,7 @@ def draw(folder: Path) -> bool:
     if not schedules:
         return False
     models = {n: m for n, m in STAGES["busi"].models.items() if results.of("busi", n, schedules[0])}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 1.6 + 0.45 * len(models)), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, max(3.0, 1.6 + 0.45 * len(models))), layout="constrained")
     for axis, (scores, data, title) in zip(axes, (("validation", "busi", "BUSI"), (STU, "stu", "STU, zero-shot"))):
         means = [interval(results.of("busi", name, schedules[0]), scores, "IoU") for name in models]
         values = np.array(means).T
@@ -44,7 +44,8 @@ def draw(folder: Path) -> bool:
         axis.legend(fontsize=7)
     for name, model in models.items():
         axes[2].plot(results.of("busi", name, schedules[0])[0]["train_losses"], label=model.title, lw=1)
-    axes[2].set(xlabel="epoch", ylabel="training loss (each trainer's own)")
+    axes[2].set(xlabel="epoch")
+    axes[2].set_title("training loss, each trainer's own", fontsize=10)
     axes[2].legend(fontsize=6)
     with written_whole(folder / "evidence.png") as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})

@@ -292,9 +292,17 @@ difference whose interval holds 0, or that is less than two standard deviations 
 steps that had the GPU to themselves."""
 
 
+PICTURES = {
+    "evidence.png": "IoU on BUSI and STU with intervals, and training losses",
+    "evidence_worst_cases.png": "the worst hippocampus cases",
+}
+
+
 def evidence_md(results: Results) -> str:
     """The whole of ``evidence.md``."""
     lines = ["# Evidence", "", HOW, ""]
+    for name, what in PICTURES.items():
+        lines += [f"![{what}]({name})", ""] if (results.folder / name).is_file() else []
     for stage, title, zero_shot in (
         ("busi", "BUSI, the paper's split 1", True),
         ("hippocampus", "Hippocampus, fold 0 of nnU-Net's five, equal epochs", False),

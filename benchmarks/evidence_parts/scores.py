@@ -17,10 +17,13 @@ from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.files import read_json, written_whole
 
 from .provenance import commit_of
+from .runs import Run, file_of
 
 
 def score_all(runs: Path, preprocessed: Path, out: Path) -> list[str]:
-    """Writes ``out/RUN.json`` for every finished run of a bundle: its record, its commit, and all scores.
+    """Writes ``out/RUN.json`` for every run of a bundle that is trained: its record, its commit, and all scores.
+
+    A run whose cases were not all predicted yet, mirrored ones aside, is left out.
 
     Args:
         runs: folder with ``RUN/record.json`` and ``RUN/*.npz``.
@@ -34,6 +37,9 @@ def score_all(runs: Path, preprocessed: Path, out: Path) -> list[str]:
     done = []
     for file in sorted(runs.glob("*/record.json")):
         record = read_json(file)
+        needed = [file_of(*prediction) for prediction in Run(**record["run"]).predictions if not prediction[1]]
+        if not all((file.parent / name).is_file() for name in needed):
+            continue
         commit = commit_of(record["code"])
         scores = {}
         for predictions in sorted(file.parent.glob("*.npz")):
