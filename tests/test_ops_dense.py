@@ -176,7 +176,21 @@ def layout_errors(shape, device):
     return [relative(last, x), relative(first, x)]
 
 
+CHANNELS = {"3d": ((2, 7, 3, 4, 5), (4, 3)), "2d": ((1, 24, 9, 8), (8, 12, 4))}  # shape, channels of the parts
+
+
+def channels_errors(shape, sizes, device):
+    from nnunet_lgms.ops import channels_triton
+
+    x = draw(shape, device)
+    parts = channels_triton.split(x, sizes)
+    assert all(part.is_contiguous(memory_format=LAYOUT[x.ndim]) for part in parts)
+    errors = [relative(a, b) for a, b in zip(parts, x.split(sizes, dim=1), strict=True)]
+    return [*errors, relative(channels_triton.join(parts), x)]
+
+
 GROUPS = {
+    "channels": (CHANNELS, channels_errors),
     "layout": (LAYOUTS, layout_errors),
     "convolution": (CONVOLUTIONS, convolution_errors),
     "norm": (NORMS, norm_errors),
@@ -196,7 +210,7 @@ def errors(group, case, device):
 def network_errors():
     """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off."""
     from nnunet_lgms import LGMSNet
-    from nnunet_lgms.ops import bottleneck, conv, layout, max_pool, norm_act, upsample
+    from nnunet_lgms.ops import bottleneck, channels, conv, layout, max_pool, norm_act, upsample
 
     found = []
     for conv_op, shape in ((nn.Conv2d, (2, 3, 12, 10)), (nn.Conv3d, (1, 1, 5, 6, 4))):
@@ -208,7 +222,7 @@ def network_errors():
         for on in (True, False):
             network.load_state_dict(state)
             network.zero_grad()
-            for module in (conv, layout, max_pool, norm_act, upsample):
+            for module in (channels, conv, layout, max_pool, norm_act, upsample):
                 module.use_kernels = lambda x, on=on: on
             for module in (bottleneck, conv):
                 module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from nnunet_lgms.architecture.encoder import LGMSEncoder, make_gms_block
 from nnunet_lgms.architecture.topology import Level
 from nnunet_lgms.blocks import FusionBlock, PlainConvBlock, UpBlock
+from nnunet_lgms.ops.channels import join_channels
 
 
 class LGMSDecoder(nn.Module):
@@ -81,7 +81,7 @@ class LGMSDecoder(nn.Module):
         for up, stage, skip in zip(self.ups, self.stages, reversed(skips[:-1]), strict=True):
             x = up(x, skip.shape[2:])
             first, *rest = stage
-            x = first(skip, x) if isinstance(first, FusionBlock) else first(torch.cat((skip, x), dim=1))
+            x = first(skip, x) if isinstance(first, FusionBlock) else first(join_channels([skip, x]))
             for block in rest:
                 x = block(x)
             features.append(x)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.blocks.norm import BATCH_NORM
-from nnunet_lgms.ops.backend import in_layout_of
+from nnunet_lgms.ops.channels import join_channels, split_channels
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
 from nnunet_lgms.ops.norm_act import norm_act
 
@@ -109,7 +108,6 @@ class GMSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, *spatial) -> (B, C, *spatial)."""
         mixed = self.mix_in(self.conv_in(x))
-        to_transformer, to_conv = mixed.split(self.split, dim=1)
-        to_conv = in_layout_of(mixed, to_conv)
-        mixed = torch.cat((self.transformer(to_transformer), self.conv_branch(to_conv)), dim=1)
-        return self.fuse(torch.cat((self.mix_out(mixed), x), dim=1))
+        to_transformer, to_conv = split_channels(mixed, self.split)
+        mixed = join_channels([self.transformer(to_transformer), self.conv_branch(to_conv)])
+        return self.fuse(join_channels([self.mix_out(mixed), x]))

@@ -55,11 +55,6 @@ def map_memory(reference: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     return torch.empty((reference.shape[0], *size, channels), dtype=reference.dtype, device=reference.device)
 
 
-def in_layout_of(reference: Tensor, x: Tensor) -> Tensor:
-    """x, a slice of `reference` perhaps, contiguous in the memory format of `reference`."""
-    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if channels_last(reference) else x.contiguous()
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of x works in: autocast's where that is on."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
+from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
 from nnunet_lgms.ops.norm_act import norm_act
 
@@ -43,7 +44,7 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     if kernels_fit_conv(xs, weight):
         dtype = compute_dtype(xs[0])
         return _convolve([x.to(dtype) for x in xs], weight, bias, groups)
-    x = torch.cat(xs, 1) if len(xs) > 1 else xs[0]
+    x = join_channels(xs)
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 
@@ -137,8 +138,7 @@ def _backward(ctx, grad):
     if any(ctx.needs_input_grad[0]):
         grad_xs = _convolve_transposed(grad, weight, ctx.groups, len(xs))
     if ctx.needs_input_grad[1]:
-        x = torch.cat(xs, 1) if len(xs) > 1 else xs[0]
-        grad_weight = _weight_gradient(grad, x, weight, ctx.groups)
+        grad_weight = _weight_gradient(grad, join_channels(xs), weight, ctx.groups)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
     return grad_xs, grad_weight, grad_bias, None

@@ -1,0 +1,56 @@
+"""Triton kernel that copies some channels of a channels-last map into some channels of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from nnunet_lgms.ops.backend import map_memory
+
+TILE = 4096  # elements that a program copies
+
+
+def join(xs: Sequence[Tensor]) -> Tensor:
+    """Maps (B, C_i, *spatial) -> (B, sum of C_i, *spatial)."""
+    sizes = [x.shape[1] for x in xs]
+    out = map_memory(xs[0], sum(sizes), xs[0].shape[2:])
+    first = 0
+    for x, channels in zip(xs, sizes):
+        _launch(x, channels, 0, out, sum(sizes), first, channels)
+        first += channels
+    return out.movedim(-1, 1)
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """(B, C, *spatial) -> maps of ``sizes`` channels."""
+    outs = [map_memory(x, channels, x.shape[2:]) for channels in sizes]
+    first = 0
+    for out, channels in zip(outs, sizes):
+        _launch(x, x.shape[1], first, out, channels, 0, channels)
+        first += channels
+    return [out.movedim(-1, 1) for out in outs]
+
+
+def _launch(x: Tensor, x_stride: int, x_first: int, out: Tensor, out_stride: int, out_first: int, channels: int):
+    voxels = x.numel() // x.shape[1]
+    lanes = triton.next_power_of_2(channels)
+    rows = max(1, TILE // lanes)
+    wrap_triton(_copy_channels)[(triton.cdiv(voxels, rows),)](
+        x, x_first, out, out_first, voxels, X_STRIDE=x_stride, OUT_STRIDE=out_stride, C=channels, LANES=lanes, ROWS=rows
+    )
+
+
+@triton.jit
+def _copy_channels(
+    x, x_first, out, out_first, voxels, X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, C: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    channel = tl.arange(0, LANES)[None, :]
+    voxel = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = (voxel < voxels) & (channel < C)
+    value = tl.load(x + voxel * X_STRIDE + x_first + channel, mask=inside)
+    tl.store(out + voxel * OUT_STRIDE + out_first + channel, value, mask=inside)
