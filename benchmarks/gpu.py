@@ -12,7 +12,8 @@ allocated at the peak of a step; the first step includes compilation; x is the r
 
 Every row runs in a process of its own with empty compiler caches. The rows of a batch (--jobs) compile side by side;
 when all of them have, they are timed one after the other, so nothing else uses the GPU or the CPU then. The table is
-written after every row, so a run that is cut short leaves what it has measured.
+written after every row, so a run that is cut short leaves what it has measured; rows of earlier runs stay until they
+are measured again, and have no ratio to another run's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CASES = {  # stages: what nnU-Net plans for the patch
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
 ROW_SECONDS = 400  # after which a row is given up
 REFERENCE = ("plain", "compiled")
-MODES = ("eager", "compiled", "graphs")
+MODES = ("graphs", "compiled", "eager")
 WITH_GRAPHS = ("lgmsnet", "plain")
 
 
@@ -75,13 +76,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_gib(step, device: torch.device) -> float | None:
-    """GiB that PyTorch allocated at the peak of a step."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
+    """GiB that PyTorch allocated at the peak of the three steps after the first: one of them records the graph."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
 
 def wait_for_turn() -> None:
@@ -141,13 +142,10 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         "torch": torch.__version__,
         "first_step_s": time.perf_counter() - begin,
     }
-    for _ in range(3):  # a graph is recorded in the second step
-        train()
     row["train_gib"] = peak_gib(train, device)
     optimizer.zero_grad(set_to_none=True)
     network.eval()
-    for _ in range(3):
-        infer()
+    infer()
     row["infer_gib"] = peak_gib(infer, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for those that are still compiling
@@ -220,6 +218,12 @@ def batches(jobs: list[tuple], size: int) -> list[list[tuple]]:
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 
+def earlier_rows(path: Path, jobs: list[tuple]) -> list[dict]:
+    """Those that this run does not measure."""
+    rows = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    return [row for row in rows if (row["case"], row["network"], row["mode"], row["size"]) not in jobs]
+
+
 def table(rows: list[dict]) -> str:
     """Markdown, with ratios to nnU-Net's own U-Net, compiled."""
     lines = [
@@ -230,14 +234,9 @@ def table(rows: list[dict]) -> str:
         if "failed" in row:
             lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['failed']} |" + " |" * 7)
             continue
-        reference = next(
-            (
-                r
-                for r in rows
-                if (r["network"], r["mode"]) == REFERENCE and r["case"] == row["case"] and "failed" not in r
-            ),
-            None,
-        )
+        peers = [r for r in rows if (r["network"], r["mode"]) == REFERENCE and "failed" not in r]
+        peers = [r for r in peers if (r["case"], r["run"]) == (row["case"], row["run"])]
+        reference = peers[0] if peers else None
         cells = [row["case"], row["network"], row["mode"], f"{row['parameters'] / 1e6:.2f} M"]
         for key in ("train_ms", "infer_ms"):
             median, low, high = row[key]
@@ -300,7 +299,8 @@ def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
 
     done = [row for row in rows if "failed" not in row]
     device = f"{done[0]['device']}, torch {done[0]['torch']}" if done else "no row"
-    heading = f"{datetime.date.today().isoformat()}, {device}, float16 autocast\n\n"
+    heading = f"{max(row['run'] for row in rows)}, {device}, float16 autocast\n\n"
+    rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
     contents = {".json": json.dumps(rows, indent=1) + "\n", ".md": heading + (sweep_table if sweep else table)(rows)}
     out.mkdir(parents=True, exist_ok=True)
     for ending, text in contents.items():
@@ -333,15 +333,17 @@ def main() -> int:
     else:
         jobs = [(c, n, m, None) for m in args.modes for n in args.networks for c in args.cases]
         jobs = [job for job in jobs if job[2] != "graphs" or job[1] in WITH_GRAPHS]
-    rows = []
+    name = "gpu_sweep" if args.sweep else "gpu"
+    run = datetime.datetime.now().isoformat(timespec="minutes")
+    rows = earlier_rows(args.out / f"{name}.json", jobs)
     with tempfile.TemporaryDirectory() as caches, tqdm(total=len(jobs), desc="rows") as progress:
         for batch in batches(jobs, args.jobs):
             started = [Row(*job, Path(caches) / "-".join(map(str, job))) for job in batch]
             for row in started:
                 row.compiled()
             for row in started:
-                rows.append(row.result())
-                write(rows, args.out, "gpu_sweep" if args.sweep else "gpu", args.sweep)
+                rows.append({"run": run, **row.result()})
+                write(rows, args.out, name, args.sweep)
                 tqdm.write(json.dumps(rows[-1]))
                 progress.update()
     return 0
