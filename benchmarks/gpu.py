@@ -1,7 +1,7 @@
 """Time and memory of training and inference steps on a GPU, LGMSNet beside other networks.
 
     python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md,png}
-    python benchmarks/gpu.py --cases 3d --networks lgmsnet plain
+    python benchmarks/gpu.py --networks lgmsnet plain --modes trained       each as its own trainer compiles it
     python benchmarks/gpu.py --sweep              how the cost grows with the size, uncompiled
     python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
 
@@ -89,6 +89,11 @@ def wait_for_turn() -> None:
     """Tells the process that started this one that all is compiled, and waits for its word."""
     print("ready", flush=True)
     sys.stdin.readline()
+
+
+def as_trained(name: str) -> str:
+    """How the network's own trainer compiles it on one GPU."""
+    return "graphs" if name == "lgmsnet" else "compiled"
 
 
 def compiled_for(mode: str, network: torch.nn.Module) -> torch.nn.Module:
@@ -315,7 +320,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=[*MODES, "trained"], default=list(MODES))
     parser.add_argument("--jobs", type=int, default=20, help="rows that compile side by side (20, all)")
     parser.add_argument("--wait", action="store_true", help="with --row: wait for a line of input before timing")
     parser.add_argument("--sweep", action="store_true", help="sizes in place of modes, uncompiled")
@@ -331,8 +336,13 @@ def main() -> int:
     if args.sweep:
         jobs = [(c, n, "eager", size) for c in args.cases for size in SIZES[c] for n in args.networks]
     else:
-        jobs = [(c, n, m, None) for m in args.modes for n in args.networks for c in args.cases]
-        jobs = [job for job in jobs if job[2] != "graphs" or job[1] in WITH_GRAPHS]
+        jobs = [
+            (c, n, as_trained(n) if m == "trained" else m, None)
+            for m in args.modes
+            for n in args.networks
+            for c in args.cases
+        ]
+        jobs = [job for job in dict.fromkeys(jobs) if job[2] != "graphs" or job[1] in WITH_GRAPHS]
     name = "gpu_sweep" if args.sweep else "gpu"
     run = datetime.datetime.now().isoformat(timespec="minutes")
     rows = earlier_rows(args.out / f"{name}.json", jobs)
