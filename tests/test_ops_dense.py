@@ -37,8 +37,8 @@ NORMS = {  # input shape, norm, activation, mean of the input
     "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first", 1),
 }
 BOTTLENECKS = {  # input shape, output channels, norms of input and hidden channels
-    "instance": ((2, 16, 5, 6, 7), 8, InstanceNorm3d(16), InstanceNorm3d(32)),
-    "batch": ((3, 12, 9, 10), 5, nn.BatchNorm2d(12), nn.BatchNorm2d(20)),
+    "instance": ((2, 16, 5, 6, 7), 16, InstanceNorm3d(16), InstanceNorm3d(32)),
+    "batch": ((3, 16, 9, 10), 32, nn.BatchNorm2d(16), nn.BatchNorm2d(32)),
     "group": ((2, 16, 9, 31), 16, nn.GroupNorm(4, 16), nn.GroupNorm(8, 64)),
     "wide": ((1, 32, 4, 5, 6), 32, InstanceNorm3d(32, affine=True), InstanceNorm3d(64, affine=True)),
 }
@@ -115,9 +115,10 @@ def bottleneck_errors(shape, out_channels, norm1, norm2, device):
     for p in parameters:
         if p is not None:
             nn.init.normal_(p)
-    x = draw(shape, device).requires_grad_()
+    dtype = torch.float16 if device == "cuda" else torch.float32  # as the operator is used
+    x = draw(shape, device).to(dtype).requires_grad_()
     expected = bottleneck.inverted_bottleneck(x.double(), *modules)
-    grad = draw(expected.shape, device)
+    grad = draw(expected.shape, device).to(dtype)
     wanted = [x, *(p for p in parameters if p is not None)]
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     x, parameters = x.detach(), [None if p is None else p.detach().float() for p in parameters]
@@ -215,7 +216,7 @@ def network_errors():
     found = []
     for conv_op, shape in ((nn.Conv2d, (2, 3, 12, 10)), (nn.Conv3d, (1, 1, 5, 6, 4))):
         torch.manual_seed(0)
-        network = LGMSNet(shape[1], 2, 3, [8, 8, 8], conv_op, 3, [1, 2, 2], encoder_blocks=["LMS", "LMS", "GMS"])
+        network = LGMSNet(shape[1], 2, 3, [16, 8, 8], conv_op, 3, [1, 2, 2], encoder_blocks=["LMS", "LMS", "GMS"])
         state = {key: value.clone() for key, value in network.state_dict().items()}
         x = draw(shape, "cpu")
         results = []
@@ -257,7 +258,7 @@ def test_interpreted_kernels_leave_the_network_as_it_is(interpreted, dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("group", "case"), CASES)
 def test_compiled_kernels_match_float64(group, case):
-    limit = 2e-3 if group in ("convolution", "bottleneck") else 2e-5  # Triton multiplies float32 in tf32
+    limit = {"convolution": 2e-3, "bottleneck": 5e-3}.get(group, 2e-5)  # tf32 for float32, and float16
     assert max(errors(group, case, "cuda")) < limit
 
 

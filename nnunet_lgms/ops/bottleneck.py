@@ -22,8 +22,8 @@ from nnunet_lgms.ops.layout import to_channels_last
 from nnunet_lgms.ops.norm_act import NormSpec, kernels_fit_map, kernels_fit_norm, norm_act, update_running_statistics
 
 ACTIVATION = "gelu_first"
-MAX_CHANNELS = 32  # of input and output
-MAX_HIDDEN = 64  # with more, a program holds fewer voxels than its products want
+CHANNELS = (16, 32)  # of input and output, for the tensor cores
+HIDDEN = (16, 32, 64)  # with more, a program holds fewer voxels than its products want
 
 
 def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> Tensor:
@@ -60,10 +60,11 @@ def _statistics_known(norm: nn.Module) -> bool:
 
 
 def _kernels_fit(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> bool:
-    """Half precision, few channels, and norms that the kernels serve; known statistics only without a gradient."""
-    if compute_dtype(x) not in HALF or max(expand.weight.shape[1], squeeze.weight.shape[0]) > MAX_CHANNELS:
+    """Half precision, few channels, norms that the kernels serve; known statistics only without a gradient."""
+    hidden, channels = expand.weight.shape[:2]
+    if hidden not in HIDDEN or channels not in CHANNELS or squeeze.weight.shape[0] not in CHANNELS:
         return False
-    if expand.weight.shape[0] > MAX_HIDDEN or expand.bias is None or squeeze.bias is None:
+    if compute_dtype(x) not in HALF or expand.bias is None or squeeze.bias is None:
         return False
     norms = norm1, norm2
     if all(map(_statistics_known, norms)):

@@ -8,7 +8,7 @@
 All four steps act on single voxels but for the statistics of the norms, so every pass over the map reads x (and the
 gradient of out) and computes the rest again: `_hidden_moments` for the statistics of norm2, `_bottleneck` for the
 result, `_hidden_gradient_sums` and `_bottleneck_gradient` for the gradients. The narrow maps are all that memory moves;
-z and v, written out, were four fifths of it. The weights fit into registers; products are on tensor cores with sums in
+z and v, written out, were four fifths of it. Products are on tensor cores, which want powers of two, with sums in
 float32, z stays in float32. Slices of voxels are joined in a fixed order, so gradients repeat bit for bit.
 """
 
@@ -51,17 +51,16 @@ class Bottleneck(NamedTuple):
     squeeze_bias: Tensor
 
     def constants(self) -> dict[str, int]:
-        """Sizes, and powers of two that hold them and suit a tensor core."""
-        sizes = {"D": self.expand.shape[1], "H": self.expand.shape[0], "C": self.squeeze.shape[0]}
-        padded = {f"{name}_2": max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
-        return {**sizes, **padded, "EPS1": self.norm1.eps, "AFFINE1": self.norm1.weight is not None}
+        hidden, channels = self.expand.shape[:2]
+        sizes = {"D": channels, "H": hidden, "C": self.squeeze.shape[0]}
+        return {**sizes, "EPS1": self.norm1.eps, "AFFINE1": self.norm1.weight is not None}
 
-    def constants2(self) -> dict[str, int]:
+    def all_constants(self) -> dict[str, int]:
         return {**self.constants(), "EPS2": self.norm2.eps, "AFFINE2": self.norm2.weight is not None}
 
 
 def _rows(b: Bottleneck) -> int:
-    return max(16, ELEMENTS // b.constants()["H_2"])
+    return ELEMENTS // b.expand.shape[0]
 
 
 def _strides(b: Bottleneck) -> tuple[int, ...]:
@@ -95,7 +94,7 @@ def forward(x: Tensor, b: Bottleneck) -> Tensor:
     plan = Plan(x, "instance", 1, None, _rows(b), _slices(x))
     wrap_triton(_bottleneck)[plan.slices_grid](
         x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, b.squeeze_bias, out, plan.voxels,
-        plan.steps, *_strides(b), ROWS=_rows(b), **b.constants2(), num_warps=WARPS,
+        plan.steps, *_strides(b), ROWS=_rows(b), **b.all_constants(), num_warps=WARPS,
     )  # fmt: skip
     return out.movedim(-1, 1)
 
@@ -116,7 +115,7 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
     sums2, grad_squeeze, grad_squeeze_bias = plan2.partial(x), partial(out_channels, hidden), partial(out_channels)
     wrap_triton(_hidden_gradient_sums)[plan1.slices_grid](
         grad, x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, *sums2, grad_squeeze,
-        grad_squeeze_bias, plan1.voxels, plan1.steps, *_strides(b), ROWS=rows, **b.constants2(), num_warps=WARPS,
+        grad_squeeze_bias, plan1.voxels, plan1.steps, *_strides(b), ROWS=rows, **b.all_constants(), num_warps=WARPS,
     )  # fmt: skip
     grad_weight2, grad_bias2, *means = join_gradient_sums(plan2, sums2, b.norm2)
 
@@ -125,7 +124,7 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
     wrap_triton(_bottleneck_gradient)[plan1.slices_grid](
         grad, x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, *means, grad_y, *sums1,
         grad_expand, grad_expand_bias, plan1.voxels, plan1.steps, *_strides(b),
-        ROWS=rows, **b.constants2(), num_warps=WARPS,
+        ROWS=rows, **b.all_constants(), num_warps=WARPS,
     )  # fmt: skip
     grad_weight1, grad_bias1, *means = join_gradient_sums(plan1, sums1, b.norm1)
     grad_x = apply_gradient(plan1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION)
@@ -136,51 +135,47 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
 
 
 @triton.jit
-def _tile(x, first, voxels, N: tl.constexpr, N_2: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, N_2) of a map of N channels from voxel `first` on, zero outside, and the rows that are inside."""
-    voxel, channel = first + tl.arange(0, ROWS), tl.arange(0, N_2)
+def _tile(x, first, voxels, N: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, N) of a map of N channels from voxel `first` on, zero outside, and the rows that are inside."""
+    voxel = first + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None]
-    offset = voxel[:, None] * N + channel[None, :]
-    return tl.load(x + offset, mask=inside & (channel < N)[None, :], other=0.0), inside
+    return tl.load(x + voxel[:, None] * N + tl.arange(0, N)[None, :], mask=inside, other=0.0), inside
 
 
 @triton.jit
-def _weights(weight, ROWS: tl.constexpr, ROWS_2: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_2: tl.constexpr,
-             TRANSPOSED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """A matrix of (ROWS, COLUMNS), or its transpose, padded with zeros."""
-    row, column = tl.arange(0, ROWS_2), tl.arange(0, COLUMNS_2)
+def _weights(weight, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, dtype: tl.constexpr):
+    """A matrix of (ROWS, COLUMNS), or its transpose."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     if TRANSPOSED:
-        offset, inside = row[None, :] * COLUMNS + column[:, None], (row < ROWS)[None, :] & (column < COLUMNS)[:, None]
+        offset = row[None, :] * COLUMNS + column[:, None]
     else:
-        offset, inside = row[:, None] * COLUMNS + column[None, :], (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    return tl.load(weight + offset, mask=inside, other=0.0).to(dtype)
+        offset = row[:, None] * COLUMNS + column[None, :]
+    return tl.load(weight + offset).to(dtype)
 
 
 @triton.jit
-def _vector(pointer, N: tl.constexpr, N_2: tl.constexpr):
-    channel = tl.arange(0, N_2)
-    return tl.load(pointer + channel, mask=channel < N, other=0.0).to(tl.float32)
+def _vector(pointer, N: tl.constexpr):
+    return tl.load(pointer + tl.arange(0, N)).to(tl.float32)
 
 
 @triton.jit
 def _hidden_moments(
     x, mean1, variance1, scale1, shift1, expand, expand_bias, partial_mean, partial_m2, voxels, steps, stride1,
-    EPS1: tl.constexpr, AFFINE1: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, D_2: tl.constexpr,
-    H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
+    EPS1: tl.constexpr, AFFINE1: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred second moment of gelu(z) over a slice, about its first voxel; as `_moments` of the norm."""
-    sample, hidden = tl.program_id(1), tl.arange(0, H_2)
+    sample, hidden = tl.program_id(1), tl.arange(0, H)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D
-    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D_2), D, EPS1, AFFINE1)
-    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
+    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D), D, EPS1, AFFINE1)
+    weight, bias = _weights(expand, H, D, True, dtype), _vector(expand_bias, H)
     begin = tl.program_id(0) * steps * ROWS
-    nearest = tl.load(x + begin * D + tl.arange(0, D_2), mask=tl.arange(0, D_2) < D, other=0.0).to(tl.float32)
+    nearest = _vector(x + begin * D, D)
     nearest = (gelu(nearest) * a1 + b1)[:, None] * weight.to(tl.float32)
     origin = gelu(tl.sum(nearest, 0) + bias)
-    total, squares = tl.zeros((ROWS, H_2), tl.float32), tl.zeros((ROWS, H_2), tl.float32)
+    total, squares = tl.zeros((ROWS, H), tl.float32), tl.zeros((ROWS, H), tl.float32)
     for step in range(steps):
-        raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
+        raw, inside = _tile(x, begin + step * ROWS, voxels, D, ROWS)
         y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
         value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
         value = tl.where(inside, value - origin[None, :], 0.0)
@@ -189,33 +184,32 @@ def _hidden_moments(
     count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
     total, squares = tl.sum(total, 0), tl.sum(squares, 0)
     out = (sample * tl.num_programs(0) + tl.program_id(0)) * H + hidden
-    tl.store(partial_mean + out, origin + total / count, mask=hidden < H)
-    tl.store(partial_m2 + out, squares - total * total / count, mask=hidden < H)
+    tl.store(partial_mean + out, origin + total / count)
+    tl.store(partial_m2 + out, squares - total * total / count)
 
 
 @triton.jit
 def _bottleneck(
     x, mean1, variance1, scale1, shift1, expand, expand_bias, mean2, variance2, scale2, shift2, squeeze, squeeze_bias,
     out, voxels, steps, stride1, stride2, EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr,
-    AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr,
-    C_2: tl.constexpr, ROWS: tl.constexpr,
+    AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    sample, channel = tl.program_id(1), tl.arange(0, C_2)
+    sample, channel = tl.program_id(1), tl.arange(0, C)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D
     out += sample * voxels * C
-    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D_2), D, EPS1, AFFINE1)
-    m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, tl.arange(0, H_2), H, EPS2, AFFINE2)
-    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
-    weight2, bias2 = _weights(squeeze, C, C_2, H, H_2, True, dtype), _vector(squeeze_bias, C, C_2)
+    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D), D, EPS1, AFFINE1)
+    m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, tl.arange(0, H), H, EPS2, AFFINE2)
+    weight, bias = _weights(expand, H, D, True, dtype), _vector(expand_bias, H)
+    weight2, bias2 = _weights(squeeze, C, H, True, dtype), _vector(squeeze_bias, C)
     begin = tl.program_id(0) * steps * ROWS
     for step in range(steps):
-        raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
+        raw, inside = _tile(x, begin + step * ROWS, voxels, D, ROWS)
         y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
         value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
         result = tl.dot((value * a2[None, :] + b2[None, :]).to(dtype), weight2) + bias2[None, :]
         offset = (begin + step * ROWS + tl.arange(0, ROWS))[:, None] * C + channel[None, :]
-        tl.store(out + offset, result.to(dtype), mask=inside & (channel < C)[None, :])
+        tl.store(out + offset, result.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -223,39 +217,39 @@ def _hidden_gradient_sums(
     grad, x, mean1, variance1, scale1, shift1, expand, expand_bias, mean2, variance2, scale2, shift2, squeeze,
     partial_g, partial_gx, grad_squeeze, grad_squeeze_bias, voxels, steps, stride1, stride2, EPS1: tl.constexpr,
     AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of a slice: its part of the gradients of squeeze, and with these the sums that the gradient of norm2 needs.
 
     Those are of g = squeeze' grad and of g vhat, over the voxels; squeeze is the same for all voxels, so they follow
     from the sums of grad and of grad vhat'.
     """
-    sample, hidden, channel = tl.program_id(1), tl.arange(0, H_2), tl.arange(0, C_2)
+    sample, hidden, channel = tl.program_id(1), tl.arange(0, H), tl.arange(0, C)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D
     grad += sample * voxels * C
-    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D_2), D, EPS1, AFFINE1)
+    m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, tl.arange(0, D), D, EPS1, AFFINE1)
     m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, hidden, H, EPS2, AFFINE2)
-    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
+    weight, bias = _weights(expand, H, D, True, dtype), _vector(expand_bias, H)
     begin = tl.program_id(0) * steps * ROWS
-    by_voxel, products = tl.zeros((ROWS, C_2), tl.float32), tl.zeros((C_2, H_2), tl.float32)
+    by_voxel, products = tl.zeros((ROWS, C), tl.float32), tl.zeros((C, H), tl.float32)
     for step in range(steps):
-        raw, rows = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
-        incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)  # zero outside: no part in any sum
+        raw, rows = _tile(x, begin + step * ROWS, voxels, D, ROWS)
+        incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, ROWS)  # zero outside: no part in any sum
         y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
         centred = gelu(tl.dot(y.to(dtype), weight) + bias[None, :]) - m2[None, :]
         products = tl.dot(tl.trans(incoming).to(dtype), centred.to(dtype), products)
         by_voxel += incoming.to(tl.float32)
     total = tl.sum(by_voxel, 0)
-    back = _weights(squeeze, C, C_2, H, H_2, False, dtype).to(tl.float32)
+    back = _weights(squeeze, C, H, False, dtype).to(tl.float32)
     program = sample * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_g + program * H + hidden, tl.sum(back * total[:, None], 0), mask=hidden < H)
-    tl.store(partial_gx + program * H + hidden, tl.sum(back * products, 0) * r2, mask=hidden < H)
+    tl.store(partial_g + program * H + hidden, tl.sum(back * total[:, None], 0))
+    tl.store(partial_gx + program * H + hidden, tl.sum(back * products, 0) * r2)
     # v is a2 times what was summed, plus norm2's shift
     gradient = products * a2[None, :] + total[:, None] * (b2 + m2 * a2)[None, :]
     matrix = (program * C + channel)[:, None] * H + hidden[None, :]
-    tl.store(grad_squeeze + matrix, gradient, mask=(channel < C)[:, None] & (hidden < H)[None, :])
-    tl.store(grad_squeeze_bias + program * C + channel, total, mask=channel < C)
+    tl.store(grad_squeeze + matrix, gradient)
+    tl.store(grad_squeeze_bias + program * C + channel, total)
 
 
 @triton.jit
@@ -263,10 +257,10 @@ def _bottleneck_gradient(
     grad, x, mean1, variance1, scale1, shift1, expand, expand_bias, mean2, variance2, scale2, shift2, squeeze,
     mean_g, mean_gx, grad_y, partial_g, partial_gx, grad_expand, grad_expand_bias, voxels, steps, stride1, stride2,
     EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr,
-    H: tl.constexpr, C: tl.constexpr, D_2: tl.constexpr, H_2: tl.constexpr, C_2: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of y; of a slice: its part of the gradients of expand, and with these the sums for that of norm1."""
-    sample, hidden, channel = tl.program_id(1), tl.arange(0, H_2), tl.arange(0, D_2)
+    sample, hidden, channel = tl.program_id(1), tl.arange(0, H), tl.arange(0, D)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D
     grad += sample * voxels * C
@@ -274,16 +268,16 @@ def _bottleneck_gradient(
     m1, r1, a1, b1 = affine(mean1, variance1, scale1, shift1, sample * stride1, channel, D, EPS1, AFFINE1)
     m2, r2, a2, b2 = affine(mean2, variance2, scale2, shift2, sample * stride2, hidden, H, EPS2, AFFINE2)
     # the gradient of gelu(z) is a2 squeeze' grad + by_value gelu(z) + constant, per hidden channel
-    by_value = -r2 * r2 * _vector(mean_gx + sample * stride2, H, H_2)
-    constant = -m2 * by_value - r2 * _vector(mean_g + sample * stride2, H, H_2)
-    back = (_weights(squeeze, C, C_2, H, H_2, False, tl.float32) * a2[None, :]).to(dtype)
-    weight, bias = _weights(expand, H, H_2, D, D_2, True, dtype), _vector(expand_bias, H, H_2)
-    weight_back = _weights(expand, H, H_2, D, D_2, False, dtype)
+    by_value = -r2 * r2 * _vector(mean_gx + sample * stride2, H)
+    constant = -m2 * by_value - r2 * _vector(mean_g + sample * stride2, H)
+    back = (_weights(squeeze, C, H, False, tl.float32) * a2[None, :]).to(dtype)
+    weight, bias = _weights(expand, H, D, True, dtype), _vector(expand_bias, H)
+    weight_back = _weights(expand, H, D, False, dtype)
     begin = tl.program_id(0) * steps * ROWS
-    by_voxel, products = tl.zeros((ROWS, H_2), tl.float32), tl.zeros((H_2, D_2), tl.float32)
+    by_voxel, products = tl.zeros((ROWS, H), tl.float32), tl.zeros((H, D), tl.float32)
     for step in range(steps):
-        raw, inside = _tile(x, begin + step * ROWS, voxels, D, D_2, ROWS)
-        incoming, inside = _tile(grad, begin + step * ROWS, voxels, C, C_2, ROWS)
+        raw, inside = _tile(x, begin + step * ROWS, voxels, D, ROWS)
+        incoming, inside = _tile(grad, begin + step * ROWS, voxels, C, ROWS)
         first = gelu(raw.to(tl.float32))
         z = tl.dot((first * a1[None, :] + b1[None, :]).to(dtype), weight) + bias[None, :]
         below, density = normal(z)
@@ -294,13 +288,13 @@ def _bottleneck_gradient(
         normalised = ((first - m1[None, :]) * r1[None, :]).to(dtype)
         products = tl.dot(tl.trans(g), normalised, products)
         offset = (begin + step * ROWS + tl.arange(0, ROWS))[:, None] * D + channel[None, :]
-        tl.store(grad_y + offset, tl.dot(g, weight_back).to(dtype), mask=inside & (channel < D)[None, :])
+        tl.store(grad_y + offset, tl.dot(g, weight_back).to(dtype), mask=inside)
     total, back = tl.sum(by_voxel, 0), weight_back.to(tl.float32)
     program = sample * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_g + program * D + channel, tl.sum(back * total[:, None], 0), mask=channel < D)
-    tl.store(partial_gx + program * D + channel, tl.sum(back * products, 0), mask=channel < D)
+    tl.store(partial_g + program * D + channel, tl.sum(back * total[:, None], 0))
+    tl.store(partial_gx + program * D + channel, tl.sum(back * products, 0))
     # y is a1 / r1 times what was summed, plus norm1's shift
     gradient = products * (a1 / r1)[None, :] + total[:, None] * (b1 + m1 * a1)[None, :]
     matrix = (program * H + hidden)[:, None] * D + channel[None, :]
-    tl.store(grad_expand + matrix, gradient, mask=(hidden < H)[:, None] & (channel < D)[None, :])
-    tl.store(grad_expand_bias + program * H + hidden, total, mask=hidden < H)
+    tl.store(grad_expand + matrix, gradient)
+    tl.store(grad_expand_bias + program * H + hidden, total)
