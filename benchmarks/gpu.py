@@ -42,7 +42,7 @@ CASES = {  # stages: what nnU-Net plans for the patch
     "2d": {"input": (16, 3, 256, 256), "classes": 1, "n_stages": 7},
 }
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
-ROW_SECONDS = 400  # after which a row is given up
+ROW_SECONDS = 560  # after which a row is given up
 REFERENCE = ("plain", "compiled")
 MODES = ("graphs", "compiled", "eager")
 WITH_GRAPHS = ("lgmsnet", "plain")

@@ -1,6 +1,7 @@
 """Peak memory of a training step: what the planner estimates beside what a GPU needs.
 
     python benchmarks/memory.py                       every plan, to benchmarks/results/memory.{json,md}
+    python benchmarks/memory.py --missing             only what memory.json has no measurement of
     python benchmarks/memory.py --estimate-only       new estimates for the measured steps in memory.json, without a GPU
     python benchmarks/memory.py --calibrate           constants for nnunet_lgms/planning/memory.py from memory.json
 
@@ -191,12 +192,18 @@ def _last_json(said: str, code: int) -> dict:
 def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> dict:
     """The table: every plan in every mode, written to ``file`` after each."""
     rows = [{**asdict(p), "patch": list(p.topology().patch_size), "levels": p.topology().n_levels} for p in plans]
+    if args.missing and file.is_file():
+        before = {row["name"]: row for row in json.loads(file.read_text("utf-8"))["rows"]}
+        for row in rows:
+            steps = {mode: before.get(row["name"], {}).get(mode) for mode in MODES}
+            row.update({mode: step for mode, step in steps.items() if step and "peak" in step})
     report = {"date": datetime.date.today().isoformat(), **_machine(args.device), "rows": rows}
     script = [sys.executable, str(Path(__file__).resolve()), "--device", args.device]
     commands = {
         (i, mode): [*script, "--row", json.dumps(asdict(plan)), "--modes", mode]
         for mode in args.modes
         for i, plan in enumerate(plans)
+        if mode not in rows[i]
     }
     # all processes read and fill the same cache of compiled kernels; more threads than these would only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -322,6 +329,7 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
     parser.add_argument("--seconds", type=float, default=420, help="after which what is not done is given up (420)")
     parser.add_argument("--row-seconds", type=float, default=420, help="after which one step is given up (420)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal")
+    parser.add_argument("--missing", action="store_true", help="only what memory.json has no measurement of")
     parser.add_argument("--estimate-only", action="store_true")
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -53,6 +53,20 @@ def test_a_step_that_fails_or_hangs_stops_no_other(memory, tmp_path):
     assert not left.exists()
 
 
+def test_what_is_measured_is_not_measured_again(memory, tmp_path, monkeypatch):
+    plans = [memory.Plan(name, (32, 32), (1, 1), 2) for name in ("done", "failed", "new")]
+    measured = {"peak": 5, "s": [1.0], "allocated": [5], "reserved": [6], "beside": None}
+    rows = [{"name": "done", "trained": measured}, {"name": "failed", "trained": {"failed": "late"}}]
+    (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}), "utf-8")
+    asked = []
+    monkeypatch.setattr(memory, "run_all", lambda commands, *_: asked.extend(commands) or iter(()))
+    arguments = ["--missing", "--modes", "trained", "--device", "cpu", "--out", str(tmp_path)]
+    assert memory.main(arguments, plans) == 0
+    assert asked == [(1, "trained"), (2, "trained"), "alone"]
+    kept = json.loads((tmp_path / "memory.json").read_text("utf-8"))["rows"]
+    assert kept[0]["trained"] == measured and "trained" not in kept[1]
+
+
 def test_rehearsal(memory, tmp_path, capsys):
     plans = [
         memory.Plan("good", (32, 32), (1, 1), 2),
