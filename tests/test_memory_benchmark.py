@@ -55,7 +55,7 @@ def test_a_step_that_fails_or_hangs_stops_no_other(memory, tmp_path):
 
 def test_what_is_measured_is_not_measured_again(memory, tmp_path, monkeypatch):
     plans = [memory.Plan(name, (32, 32), (1, 1), 2) for name in ("done", "failed", "new")]
-    measured = {"peak": 5, "s": [1.0], "allocated": [5], "reserved": [6], "beside": None}
+    measured = {"peak": 5, "s": [1.0, 0.1], "allocated": [5, 5], "reserved": [6, 6], "beside": None}
     rows = [{"name": "done", "trained": measured}, {"name": "failed", "trained": {"failed": "late"}}]
     (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}), "utf-8")
     asked = []
