@@ -42,7 +42,6 @@ CASES = {  # stages: what nnU-Net plans for the patch
     "2d": {"input": (16, 3, 256, 256), "classes": 1, "n_stages": 7},
 }
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
-ROW_SECONDS = 560  # after which a row is given up
 REFERENCE = ("plain", "compiled")
 MODES = ("graphs", "compiled", "eager")
 WITH_GRAPHS = ("lgmsnet", "plain")
@@ -187,7 +186,8 @@ class Row:
     def __init__(self, case: str, name: str, mode: str, size: int | None, caches: Path):
         self.about = {"case": case, "network": name, "mode": mode, "size": size}
         self.log = caches / "log"
-        self.deadline = time.monotonic() + ROW_SECONDS
+        self.ready = threading.Event()
+        self.late = False
         command = [sys.executable, __file__, "--wait", "--row", case, name, mode]
         command += [] if size is None else ["--size", str(size)]
         caches.mkdir()
@@ -200,23 +200,25 @@ class Row:
             stderr=self.log.open("w"),
             text=True,
         )
-        # readline cannot be given up, but the process can be
-        self.timer = threading.Timer(ROW_SECONDS, self.process.kill)
-        self.timer.start()
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def compiled(self) -> None:
-        """Waits until it is compiled, or has failed."""
-        self.process.stdout.readline()
+    def _listen(self) -> None:
+        self.process.stdout.readline()  # "ready", or the end of a process that failed
+        self.ready.set()
+
+    def compiled(self, seconds: float) -> None:
+        """Waits until it is compiled, or has failed; longer than ``seconds`` is too late."""
+        self.late = not self.ready.wait(max(seconds, 0))
+        if self.late:
+            self.process.kill()
 
     def result(self) -> dict:
         """Lets it run; its row, or what went wrong with it."""
         out, _ = self.process.communicate("go\n")
-        self.timer.cancel()
         if self.process.returncode == 0:
             return {**json.loads(out.strip().splitlines()[-1]), **self.about}
-        late = time.monotonic() > self.deadline
         said = self.log.read_text(errors="replace").strip().splitlines() or ["no message"]
-        return {**self.about, "failed": f"took longer than {ROW_SECONDS} s" if late else said[-1][:300]}
+        return {**self.about, "failed": "not compiled in time" if self.late else said[-1][:300]}
 
 
 def batches(jobs: list[tuple], size: int) -> list[list[tuple]]:
@@ -322,6 +324,7 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--modes", nargs="+", choices=[*MODES, "trained"], default=list(MODES))
     parser.add_argument("--jobs", type=int, default=20, help="rows that compile side by side (20, all)")
+    parser.add_argument("--compile-seconds", type=float, default=400, help="given to a batch, then it is timed (400)")
     parser.add_argument("--wait", action="store_true", help="with --row: wait for a line of input before timing")
     parser.add_argument("--sweep", action="store_true", help="sizes in place of modes, uncompiled")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
@@ -349,8 +352,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as caches, tqdm(total=len(jobs), desc="rows") as progress:
         for batch in batches(jobs, args.jobs):
             started = [Row(*job, Path(caches) / "-".join(map(str, job))) for job in batch]
+            compile_until = time.monotonic() + args.compile_seconds
             for row in started:
-                row.compiled()
+                row.compiled(compile_until - time.monotonic())
             for row in started:
                 rows.append({"run": run, **row.result()})
                 write(rows, args.out, name, args.sweep)
