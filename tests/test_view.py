@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -184,3 +185,25 @@ def test_a_taken_port_names_the_option(model, capsys):
         port = other.getsockname()[1]
         assert main(["view", str(model), "--no-browser", "--port", str(port)]) == 2
     assert f"--port {port} of 127.0.0.1 is taken: give another one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_however_it_is_stopped_nothing_stays(name, model, capsys, monkeypatch):
+    """SIGHUP is what a program gets when its terminal is closed."""
+    stop, folders = getattr(signal, name), []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(stop, lambda *_: None)  # what is not caught would end the tests
+
+    def serve(model, image, folder, **_):
+        folders.append(folder)
+        (folder / "mask.nii.gz").touch()
+        os.kill(os.getpid(), stop)
+        time.sleep(0.1)
+
+    monkeypatch.setattr("nnunet_lgms.view.page.serve", serve)
+    try:
+        assert main(["view", str(model), "--no-browser"]) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "interrupted" in capsys.readouterr().err and folders and not folders[0].exists()

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequirementError(f"view needs {error.name}: pip install 'nnunet-lgms[view]'.") from error
 
     # However it is stopped, images and masks go with it; a shell starts what runs in its background deaf to SIGINT.
-    for stop in (signal.SIGINT, signal.SIGTERM):
+    # SIGHUP: its terminal was closed.
+    for stop in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
         signal.signal(stop, signal.default_int_handler)
     with TemporaryDirectory(prefix="nnunet_lgms_view_") as folder:
         serve(
