@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +205,30 @@ def test_export_refuses(tmp_path, model_folder, hippocampus, capsys, monkeypatch
     assert "imagesTr" in refused(["export", model_folder, "--int8", "--calibration", tmp_path], capsys)
 
 
+def test_other_json_files_are_not_replaced(tmp_path, model_folder, capsys):
+    before = (model_folder / "plans.json").read_bytes()
+    assert "which is no export's" in refused(["export", model_folder, "-o", model_folder / "plans.onnx"], capsys)
+    assert (model_folder / "plans.json").read_bytes() == before and not (model_folder / "plans.onnx").exists()
+    (tmp_path / "m.json").mkdir()
+    assert "m.json is a folder" in refused(["export", model_folder, "-o", tmp_path / "m.onnx"], capsys)
+
+
+def test_weights_of_a_failed_training_are_refused(tmp_path, model_folder, exported, capsys, monkeypatch):
+    monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", _translated(exported))
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    next(iter(checkpoint["network_weights"].values())).fill_(torch.nan)
+    torch.save(checkpoint, file)
+    assert "gives NaN or infinity" in refused(["export", folder, "-o", tmp_path / "m.onnx"], capsys)
+    assert not list(tmp_path.glob("m.*"))
+
+
+def test_the_description_knows_its_file(exported):
+    digest = hashlib.sha256(exported.read_bytes()).hexdigest()
+    assert Description.read(exported.with_suffix(".json")).sha256 == digest
+
+
 def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
     case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
     out = ["-o", tmp_path / "out"]
@@ -222,6 +248,9 @@ def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
     assert "is not what" in refused(["runtime", alone, "-i", case, *out], capsys)
     alone.with_suffix(".json").write_text(exported.with_suffix(".json").read_text())
     alone.write_bytes(b"no model")
+    assert "is not the file that its JSON" in refused(["runtime", alone, "-i", case, *out], capsys)
+    content = json.loads(alone.with_suffix(".json").read_text()) | {"sha256": ""}
+    alone.with_suffix(".json").write_text(json.dumps(content))
     assert "no ONNX model" in refused(["runtime", alone, "-i", case, *out], capsys)
     assert not list((tmp_path / "out").glob("*.nii.gz"))
     with pytest.raises(ValueError, match="2 channel"):

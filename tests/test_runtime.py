@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -210,6 +211,16 @@ def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):
         ("intensity_properties", []),
         ("normalization_schemes", []),
         ("transpose_backward", [1, 0, 2]),
+        ("transpose_forward", [0, 0, 0]),
+        ("transpose_forward", []),
+        ("spacing", [1, 1]),
+        ("use_mask_for_norm", []),
+        ("use_mask_for_norm", None),
+        ("normalization_schemes", ["CTNormalization"]),
+        ("regions_class_order", []),
+        ("regions_class_order", [7, 8]),
+        ("regions_class_order", "x"),
+        ("mirror_axes", [0, 0]),
         ("mirror_axes", [5]),
         ("file_ending", "../x"),
         ("resampling_data", {"function": "resample_torch"}),
@@ -266,6 +277,49 @@ def test_files_of_two_models_are_refused(tmp_path):
     two.replace(one)
     with pytest.raises(ValueError, match="they are of two models"):
         Predictor(one)
+
+
+@pytest.mark.parametrize("fields", [{"patch_size": [16, 16, 16]}, {"labels": {"background": 0, "a": 1, "b": 2}}])
+def test_a_description_of_another_network_is_refused(tmp_path, fields):
+    model = onnx_stub.threshold_model(tmp_path / "m.onnx")
+    description = tmp_path / "m.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | fields))
+    with pytest.raises(ValueError, match="they are of two models"):
+        Predictor(model)
+
+
+def test_a_model_that_changed_since_its_export_is_refused(tmp_path):
+    model = onnx_stub.threshold_model(tmp_path / "m.onnx")
+    content, beside = bytearray(model.read_bytes()), model.with_suffix(".json")
+    checksum = {"sha256": hashlib.sha256(content).hexdigest()}
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | checksum))
+    Predictor(model)
+    position = content.index(np.float32(-1).tobytes())
+    content[position : position + 4] = np.float32(1).tobytes()  # still a model, of other labels
+    model.write_bytes(content)
+    with pytest.raises(ValueError, match="m.onnx is not the file that its JSON was written with"):
+        Predictor(model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_arrays_that_are_not_finite_are_refused(tmp_path, value):
+    image = np.zeros((1, 4, 5, 6))
+    image[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match="The array holds NaN, infinity or more"):
+        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx")).predict(image, spacing=(1, 1, 1))
+
+
+def test_logits_that_are_not_finite_are_no_labels(tmp_path):
+    fields = {"normalization_schemes": ("NoNormalization",)}  # 1e6 is more than nnU-Net's float16 sums hold
+    predictor = Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx", **fields))
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="gave NaN or infinity"):
+        predictor.predict(np.full((1, 4, 5, 6), 1e6), spacing=np.ones(3))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_threads_that_no_machine_has_are_refused(tmp_path, threads):
+    with pytest.raises(ValueError, match=f"{threads} threads are not possible"):
+        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx"), threads=threads)
 
 
 def test_importing_it_loads_no_torch(clean_env):

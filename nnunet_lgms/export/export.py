@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,13 +58,16 @@ def export(
         raise ValueError(f"The output {path} must end in .onnx; the JSON beside it takes its name.")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"The folder of {path} does not exist: make it first.")
+    check_replaceable(path)
     say(f"{len(description.folds)} fold(s) of {description.trainer}, patch {list(description.patch_size)}")
     say("recording and translating the network (a minute or more)")
     exported = to_onnx(network, len(description.channel_names), description.patch_size, size_steps(network))
     description = replace(description, steps=exported.steps)
     error, scale = largest_difference(network, exported.model, description)
     say(f"against PyTorch on one patch of noise: {error:.1e}, logits up to {scale:.1f}")
-    if error > TOLERANCE * max(scale, 1):
+    if not np.isfinite(scale):
+        raise ValueError(f"The network of {model_folder} gives NaN or infinity: its weights are of a failed training.")
+    if not error <= TOLERANCE * max(scale, 1):
         raise RuntimeError(f"The exported network differs from PyTorch's by {error:.1e}: please report this.")
 
     model = exported.model
@@ -80,12 +84,26 @@ def export(
     return path, description
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises ValueError if one of the two files is there and is no export's: `plans.onnx` would take `plans.json`."""
+    beside = path.with_suffix(".json")
+    if path.is_dir() or beside.is_dir():
+        raise ValueError(f"{path if path.is_dir() else beside} is a folder: give another name with -o.")
+    if beside.exists():
+        try:
+            Description.read(beside)
+        except ValueError as error:
+            raise ValueError(
+                f"The export would replace {beside}, which is no export's: give another name with -o."
+            ) from error
+
+
 def write(model: onnx.ModelProto, description: Description, path: Path) -> None:
-    """Both files, each whole or not at all."""
-    with written_whole(path) as temporary:
-        onnx.save(model, temporary)
-    with written_whole(path.with_suffix(".json")) as temporary:
-        temporary.write_text(description.to_json(), "utf-8")
+    """Both files, each whole or not at all; the checksum tells a pair that was torn apart, by a kill in between say."""
+    with written_whole(path) as file, written_whole(path.with_suffix(".json")) as beside:
+        onnx.save(model, file)
+        description = replace(description, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        beside.write_text(description.to_json(), "utf-8")
 
 
 def largest_difference(network: nn.Module, model: onnx.ModelProto, description: Description) -> tuple[float, float]:

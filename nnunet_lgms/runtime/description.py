@@ -15,6 +15,7 @@ NORMALIZATIONS = (
     "RescaleTo01Normalization",
     "RGBTo01Normalization",
 )
+CT_PROPERTIES = ("percentile_00_5", "percentile_99_5", "mean", "std")  # what CTNormalization needs of a channel
 RESAMPLINGS = ("resample_data_or_seg_to_shape", "no_resampling_hack")
 SPLINE_ORDERS = (0, 1, 3)
 
@@ -48,6 +49,7 @@ class Description:
         labels: nnU-Net's names and values; a list of values is a region.
         regions_class_order: label that each region is written as; None without regions.
         quantisation: for int8, what it was calibrated on and what it costs.
+        sha256: of the `.onnx` file; empty: it is not checked.
     """
 
     trainer: str
@@ -73,6 +75,7 @@ class Description:
     labels: dict
     regions_class_order: tuple[int, ...] | None = None
     quantisation: dict | None = None
+    sha256: str = ""
     format: int = FORMAT
     version: str = field(default="")
 
@@ -114,7 +117,14 @@ class Description:
                 content[key] = Resampling(**content[key])
             description = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
             wrong = description._wrong_field()
-        except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+        ) as error:
             raise ValueError(
                 f"{path} is not what `nnunet_lgms export` writes ({' '.join(str(error).split())[:120]})."
             ) from error
@@ -128,18 +138,30 @@ class Description:
     def _wrong_field(self) -> str:
         """Name of a field that cannot be, "" if there is none."""
         axes, channels = len(self.patch_size), len(self.channel_names)
-        back = [self.transpose_forward.index(axis) for axis in range(len(self.transpose_forward))]
+        values, regions = self.label_values, self.regions_class_order
+        forward, back = self.transpose_forward, self.transpose_backward
         fine = {
+            "transpose_forward": sorted(forward) == [0, 1, 2],
             "patch_size": axes in (2, 3) and all(isinstance(n, int) and n > 0 for n in self.patch_size),
-            "spacing": all(isinstance(mm, (int, float)) and 1e-4 < mm < 1e4 for mm in self.spacing),
-            "transpose_backward": list(self.transpose_backward) == back,
-            "mirror_axes": set(self.mirror_axes) <= set(range(axes)),
+            "spacing": len(self.spacing) == axes
+            and all(isinstance(mm, (int, float)) and 1e-4 < mm < 1e4 for mm in self.spacing),
+            "transpose_backward": sorted(back) == [0, 1, 2] and [forward[axis] for axis in back] == [0, 1, 2],
+            "mirror_axes": sorted(set(self.mirror_axes) & set(range(axes))) == sorted(self.mirror_axes),
             "channel_names": channels > 0 and all(isinstance(name, str) for name in self.channel_names),
             "normalization_schemes": len(self.normalization_schemes) == channels,
-            "intensity_properties": len(self.intensity_properties) == channels,
+            "use_mask_for_norm": isinstance(self.use_mask_for_norm, tuple) and len(self.use_mask_for_norm) == channels,
+            "intensity_properties": isinstance(self.intensity_properties, tuple)
+            and len(self.intensity_properties) == channels
+            and all(
+                isinstance(properties, dict) and set(CT_PROPERTIES) <= set(properties)
+                for properties, scheme in zip(self.intensity_properties, self.normalization_schemes)
+                if scheme == "CTNormalization"
+            ),
             "resampling_data": self.resampling_data.known,
             "resampling_probabilities": self.resampling_probabilities.known,
-            "labels": len(self.label_values) > 1,
+            "labels": len(values) > 1,
+            "regions_class_order": regions is None
+            or (isinstance(regions, tuple) and len(regions) == len(set(regions)) > 0 and set(regions) <= set(values)),
             "file_ending": self.file_ending.startswith(".") and not set(self.file_ending) & set("/\\"),
         }
         return next((name for name, is_fine in fine.items() if not is_fine), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from nnunet_lgms.runtime.preprocessing import preprocess
 from nnunet_lgms.runtime.sliding_window import resampled_rows, sliding_window
 
 INPUT = "image"  # what the exporter names the network's input
+MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, until the machine stands still
 SMALLEST_STEP = 0.05  # 8000 windows for each patch of a volume; nothing smaller is meant
 
 
@@ -29,7 +31,8 @@ class Predictor:
         step: of the sliding window, in patches, ``SMALLEST_STEP`` to 1.
 
     Raises:
-        ValueError: the model cannot be loaded, or `step` is too small or above 1.
+        ValueError: the model cannot be loaded, `threads` is not 1 to ``MOST_THREADS``, or `step` is too small or above
+            1.
     """
 
     def __init__(self, model: str | Path, *, threads: int | None = None, mirroring: bool = True, step: float = 0.5):
@@ -37,6 +40,8 @@ class Predictor:
             raise ValueError(
                 f"The step of the sliding window is {step:g} patches: give {SMALLEST_STEP} to 1; nnU-Net's is 0.5."
             )
+        if threads is not None and threads not in range(1, MOST_THREADS + 1):
+            raise ValueError(f"{threads} threads are not possible: give 1 to {MOST_THREADS}, or None for all cores.")
         path = Path(model)
         if not path.is_file():
             raise ValueError(f"The model {path} does not exist: give the .onnx file that `nnunet_lgms export` wrote.")
@@ -47,6 +52,11 @@ class Predictor:
             raise ValueError(f"{path} needs {unknown[0]!r}, which this nnunet_lgms does not know: upgrade it.")
         self.mirror_axes = self.description.mirror_axes if mirroring else ()
         self.step = step
+        if self.description.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != self.description.sha256:
+            raise ValueError(
+                f"{path} is not the file that its JSON was written with: it was damaged or changed, or an export was "
+                "interrupted; export again."
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
         options.log_severity_level = 3  # warnings about constants that could be folded are for the exporter
@@ -54,12 +64,14 @@ class Predictor:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has classes of its own for this
             raise ValueError(f"{path} is no ONNX model ({' '.join(str(error).split())[:120]}).") from error
-        (image,) = self._session.get_inputs()
-        channels = len(self.description.channel_names)
-        if len(image.shape) != 2 + len(self.description.patch_size) or image.shape[1] != channels:
+        (image,), (logits,) = self._session.get_inputs(), self._session.get_outputs()
+        channels, heads = len(self.description.channel_names), self.description.heads
+        described = [channels, *self.description.patch_size], [heads, *self.description.patch_size]
+        if not all(_agree(found.shape[1:], sizes) for found, sizes in zip((image, logits), described)):
             raise ValueError(
-                f"{path} takes {image.shape}, but the JSON beside it describes {channels} channel(s) and a patch of "
-                f"{list(self.description.patch_size)}: they are of two models; export again."
+                f"{path} takes {image.shape} and gives {logits.shape}, but the JSON beside it describes {channels} "
+                f"channel(s), {heads} labels or regions and a patch of {list(self.description.patch_size)}: they are "
+                "of two models; export again."
             )
 
     def network(self, window: np.ndarray) -> np.ndarray:
@@ -125,6 +137,8 @@ class Predictor:
         )
         start = 0
         for logits in resampled_rows(rows, prepared.back):
+            if not np.isfinite(logits).all():
+                raise ValueError("The network gave NaN or infinity for this image: its values are not what it learned.")
             inside[start : start + logits.shape[1]] = _to_labels(logits, description.regions_class_order)
             start += logits.shape[1]
         labels = labels.transpose(description.transpose_backward)
@@ -141,6 +155,11 @@ def _to_labels(logits: np.ndarray, regions_class_order: Sequence[int] | None) ->
     return labels
 
 
+def _agree(found: Sequence[int | str | None], described: Sequence[int]) -> bool:
+    """Whether sizes of the file, a name where they are free, can be those that the JSON describes."""
+    return len(found) == len(described) and all(a == b for a, b in zip(found, described) if isinstance(a, int))
+
+
 def _as_list(image: str | Path | Sequence[str | Path]) -> list[Path]:
     return [Path(image)] if isinstance(image, (str, Path)) else [Path(file) for file in image]
 
@@ -150,13 +169,17 @@ def _from_array(samples: np.ndarray, spacing: Sequence[float] | None, descriptio
         raise ValueError(f"The image has shape {samples.shape}, expected (C, Y, X) or (C, Z, Y, X).")
     if samples.ndim == 4 and spacing is None:
         raise ValueError("A volume needs its spacing, (z, y, x) in mm.")
-    spacing = tuple(map(float, spacing or (1.0, 1.0)))
+    spacing = (1.0, 1.0) if spacing is None else tuple(map(float, spacing))
     if len(spacing) != samples.ndim - 1:
         raise ValueError(f"The spacing {spacing} has {len(spacing)} axes, the image has {samples.ndim - 1}.")
     check_channels(len(samples), description, "The array")
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused
+        samples = samples.astype(np.float32)
+    if not np.isfinite(samples).all():
+        raise ValueError("The array holds NaN, infinity or more than float32 can hold: correct it before.")
     if flat := samples.ndim == 3:
         samples, spacing = samples[:, None], (FLAT_SPACING, *spacing)
-    return Case(samples.astype(np.float32), spacing, flat)
+    return Case(samples, spacing, flat)
 
 
 def available_cores() -> int:
