@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         )
     sizes = ", ".join(f"{p} + {s} n" if s else f"{p}" for p, s in zip(description.patch_size, description.steps))
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB) and {path.with_suffix('.json')}; sizes: {sizes}; any batch")
-    print(f"Predict with: nnunet_lgms runtime {path} -i IMAGES -o PREDICTIONS")
+    print(f"Predict with: nnunet_lgms runtime {shlex.quote(str(path))} -i IMAGES -o PREDICTIONS")
     return 0
 
 

@@ -28,7 +28,7 @@ def load_model(
         ValueError: it is no trained model or one of another trainer, a fold is missing, or prediction needs what the
             runtime does not have: a cascade's previous stage, a reader, a normalisation or a resampling.
     """
-    folds = trained_folds(model_folder, checkpoint) if folds is None else [str(fold) for fold in folds]
+    folds = trained_folds(model_folder, checkpoint) if folds is None else list(dict.fromkeys(map(str, folds)))
     predictor = load_predictor(model_folder, folds=folds, checkpoint=checkpoint, device="cpu")
     if not isinstance(predictor.network, LGMSNet):
         raise ValueError(
