@@ -39,7 +39,7 @@ NORMS = {  # input shape, norm, activation, mean of the input
 BOTTLENECKS = {  # input shape, output channels, norms of input and hidden channels
     "instance": ((2, 16, 5, 6, 7), 16, InstanceNorm3d(16), InstanceNorm3d(32)),
     "batch": ((3, 16, 9, 10), 32, nn.BatchNorm2d(16), nn.BatchNorm2d(32)),
-    "group": ((2, 16, 9, 31), 16, nn.GroupNorm(4, 16), nn.GroupNorm(8, 64)),
+    "group": ((1, 32, 96, 90), 16, nn.GroupNorm(4, 32), nn.GroupNorm(8, 64)),
     "wide": ((1, 32, 4, 5, 6), 32, InstanceNorm3d(32, affine=True), InstanceNorm3d(64, affine=True)),
 }
 UPSAMPLINGS = {  # input shape, scale, voxels cropped

@@ -72,6 +72,16 @@ def _slices(x: Tensor) -> int:
     return max(1, SLICES // x.shape[0])
 
 
+def _plans(x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, int]]) -> list[Plan]:
+    """One for each norm, with the same slices: how many can be joined depends on kind and channels."""
+    sizes = b.expand.shape[1], b.expand.shape[0]
+
+    def plans(slices: int) -> list[Plan]:
+        return [Plan(x, *spec, channels, _rows(b), slices) for spec, channels in zip(specs, sizes, strict=True)]
+
+    return plans(min(plan.slices for plan in plans(_slices(x))))
+
+
 def first_norm(x: Tensor, kind: str, groups: int) -> tuple[Tensor, Tensor]:
     """Statistics of norm1."""
     return moments(x, kind, groups, ACTIVATION)
@@ -105,8 +115,7 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
     ``specs`` are kind and groups of the two norms.
     """
     rows, (hidden, channels), out_channels = _rows(b), b.expand.shape[:2], b.squeeze.shape[0]
-    plan1 = Plan(x, *specs[0], channels, rows, _slices(x))
-    plan2 = Plan(x, *specs[1], hidden, rows, _slices(x))
+    plan1, plan2 = _plans(x, b, specs)
     programs = plan1.batch * plan1.slices
 
     def partial(*shape: int) -> Tensor:
