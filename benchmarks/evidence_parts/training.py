@@ -49,7 +49,7 @@ class Watch:
         trainer: nnU-Net's, before its training starts.
         turnstile: of all trainings on this GPU.
         until: ``time.time()`` at which to stop.
-        file: where progress is kept between sessions.
+        file: where progress is kept between calls.
     """
 
     def __init__(self, trainer, turnstile: Turnstile, until: float, file: Path):
