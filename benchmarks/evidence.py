@@ -63,15 +63,11 @@ def unpack(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     from evidence_parts.scheduler import train_all
 
-    from nnunet_lgms.files import read_json, written_whole
-
     runs = [run for words in args.stages for run in runs_of(words, args.iterations)]
     state = train_all(runs, args.work, args.device, args.jobs, args.seconds)
     file = args.work / "runs" / "state.json"
     file.parent.mkdir(exist_ok=True)
-    before = read_json(file) if file.is_file() else {}
-    with written_whole(file) as temporary:
-        temporary.write_text(json.dumps(before | state, indent=1) + "\n")
+    _add_to(file, state)
     for name, what in state.items():
         print(f"{name}: {what}")
     return 0
@@ -99,7 +95,7 @@ def scores(args: argparse.Namespace) -> int:
     from evidence_parts.packs import join
     from evidence_parts.scores import score_all
 
-    from nnunet_lgms.files import read_json, written_whole
+    from nnunet_lgms.files import read_json
 
     preprocessed = Path(os.environ["nnUNet_preprocessed"])
     for folder in args.bundles:
@@ -110,11 +106,17 @@ def scores(args: argparse.Namespace) -> int:
         for weights in target.glob("models/**/weights.pth"):
             weights.rename(weights.with_name("checkpoint_final.pth"))
         print(*score_all(target / "runs", preprocessed, args.results / "evidence"), sep="\n")
-        state, new = args.results / "evidence" / "state.json", read_json(target / "runs" / "state.json")
-        before = read_json(state) if state.is_file() else {}
-        with written_whole(state) as temporary:
-            temporary.write_text(json.dumps(before | new, indent=1) + "\n")
+        _add_to(args.results / "evidence" / "state.json", read_json(target / "runs" / "state.json"))
     return 0
+
+
+def _add_to(file: Path, new: dict) -> None:
+    """What became of runs, beside that of runs before."""
+    from nnunet_lgms.files import read_json, written_whole
+
+    before = read_json(file) if file.is_file() else {}
+    with written_whole(file) as temporary:
+        temporary.write_text(json.dumps(before | new, indent=1) + "\n")
 
 
 def costs(args: argparse.Namespace) -> int:

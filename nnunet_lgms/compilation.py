@@ -21,9 +21,7 @@ def compile_network(network: nn.Module) -> nn.Module:
     return torch.compile(network, mode="reduce-overhead")
 
 
-def without_graphs(network: nn.Module) -> nn.Module:
+def without_graphs(network: OptimizedModule) -> nn.Module:
     """The network that was compiled, as it is; the memory of all CUDA graphs is free again."""
-    if not isinstance(network, OptimizedModule):
-        return network
     torch.compiler.reset()
     return network._orig_mod

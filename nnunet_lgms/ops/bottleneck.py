@@ -13,13 +13,19 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.library import triton_op
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.backend import HALF, compute_dtype
 from nnunet_lgms.ops.conv import conv_norm_act, same_conv
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act import NormSpec, kernels_fit_map, kernels_fit_norm, norm_act, update_running_statistics
+from nnunet_lgms.ops.norm_act import (
+    NormSpec,
+    kernels_fit_map,
+    kernels_fit_norm,
+    norm_act,
+    statistics_known,
+    update_running_statistics,
+)
 
 ACTIVATION = "gelu_first"
 CHANNELS = (16, 32)  # of input and output, for the tensor cores
@@ -44,7 +50,7 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
         return same_conv(x, squeeze.weight, squeeze.bias)
     x = x.to(compute_dtype(x))
     parameters = [p for m in (norm1, expand, norm2, squeeze) for p in (m.weight, m.bias)]
-    if _statistics_known(norm1):
+    if statistics_known(norm1):
         statistics = [s for n in (norm1, norm2) for s in (n.running_mean, n.running_var)]
         return _inverted_bottleneck_known(x, *statistics, *parameters, norm1.eps, norm2.eps)
     out, mean1, variance1, mean2, variance2 = _inverted_bottleneck(
@@ -55,10 +61,6 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
     return out
 
 
-def _statistics_known(norm: nn.Module) -> bool:
-    return isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats
-
-
 def _kernels_fit(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> bool:
     """Half precision, few channels, norms that the kernels serve; known statistics only without a gradient."""
     hidden, channels = expand.weight.shape[:2]
@@ -67,7 +69,7 @@ def _kernels_fit(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module,
     if compute_dtype(x) not in HALF or expand.bias is None or squeeze.bias is None:
         return False
     norms = norm1, norm2
-    if all(map(_statistics_known, norms)):
+    if all(map(statistics_known, norms)):
         return not torch.is_grad_enabled() and kernels_fit_map(x)
     return all(kernels_fit_norm(x, norm, expand.weight.shape[0]) for norm in norms)
 

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import triton_op
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.ops.norm_act import norm_act, statistics_known
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
@@ -48,13 +47,11 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 
-def conv_norm_act(
-    x: Tensor | Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None
-) -> Tensor:
+def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
     """:func:`same_conv` and :func:`norm_act`; one pass over memory where the norm's statistics are known before.
 
     Args:
-        x: as in :func:`same_conv`.
+        x: (B, C_in, *spatial).
         conv: stride 1, "same" padding.
         norm: norm of its output channels.
         activation: as in :func:`norm_act`.
@@ -63,15 +60,12 @@ def conv_norm_act(
     Returns:
         (B, C_out, *spatial).
     """
-    xs = [x] if isinstance(x, Tensor) else list(x)
-    known = isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats
-    if known and not torch.is_grad_enabled() and kernels_fit_conv(xs, conv.weight):
-        dtype = compute_dtype(xs[0])
+    if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_conv([x], conv.weight):
         return _convolve_finished(
-            [x.to(dtype) for x in xs], conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
+            x.to(compute_dtype(x)), conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
             norm.weight, norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
         )  # fmt: skip
-    return norm_act(same_conv(xs, conv.weight, conv.bias, conv.groups), norm, activation, residual)
+    return norm_act(same_conv(x, conv.weight, conv.bias, conv.groups), norm, activation, residual)
 
 
 def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
@@ -105,7 +99,7 @@ def _convolve_transposed(grad: Tensor, weight: Tensor, groups: int, parts: int) 
 
 @triton_op("nnunet_lgms::same_conv_norm_act", mutates_args=())
 def _convolve_finished(
-    xs: Sequence[Tensor],
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     groups: int,
@@ -121,7 +115,7 @@ def _convolve_finished(
     from nnunet_lgms.ops import conv_triton
 
     finish = conv_triton.Finish(mean, variance, norm_weight, norm_bias, eps, activation, residual)
-    return conv_triton.convolve(xs, weight, bias, groups, finish)
+    return conv_triton.convolve([x], weight, bias, groups, finish)
 
 
 def _setup(ctx, inputs, output):

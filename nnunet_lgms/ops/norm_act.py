@@ -73,6 +73,11 @@ class NormSpec(NamedTuple):
         return cls("batch" if isinstance(norm, _BatchNorm) else "instance", 1, norm.eps)
 
 
+def statistics_known(norm: nn.Module) -> bool:
+    """Whether the statistics are known before the map is: a batch norm in prediction."""
+    return isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats
+
+
 def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None) -> bool:
     """Whether the kernels serve this norm of a map of the size of x (of ``channels`` channels, if not those of x).
 
