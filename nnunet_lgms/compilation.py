@@ -21,7 +21,9 @@ def compile_network(network: nn.Module) -> nn.Module:
     return torch.compile(network, mode="reduce-overhead")
 
 
-def without_graphs(network: OptimizedModule) -> nn.Module:
-    """The network that was compiled, as it is; the memory of all CUDA graphs is free again."""
+def without_graphs(network: nn.Module) -> nn.Module:
+    """The network as it is, and the memory of all CUDA graphs free again; one that was not compiled is as it is."""
+    if not isinstance(network, OptimizedModule):
+        return network
     torch.compiler.reset()
     return network._orig_mod
