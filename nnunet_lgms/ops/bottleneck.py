@@ -156,10 +156,7 @@ def _inverted_bottleneck_backward(
     groups2: int,
     eps2: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, scale1, shift1, expand and its bias, scale2, shift2, squeeze and its bias, in float32 but x's.
-
-    Those of the norms' parameters are per statistic, (B, C) or (1, C).
-    """
+    """Gradients of x, scale1, shift1, expand and its bias, scale2, shift2, squeeze and its bias, in float32 but x's."""
     kernels = _kernels()
     norm1 = kernels.Norm(mean1, variance1, scale1, shift1, eps1)
     norm2 = kernels.Norm(mean2, variance2, scale2, shift2, eps2)
@@ -178,8 +175,6 @@ def _backward(ctx, grad, *_):
     x, *saved = ctx.saved_tensors
     parameters = saved[4:]
     grad_x, *grads = _inverted_bottleneck_backward(to_channels_last(grad), x, *saved, *ctx.spec)
-    for i in (0, 1, 4, 5):  # of the norms
-        grads[i] = grads[i].sum(0)
     grads = [None if p is None else g.view(p.shape).to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
     return grad_x, *grads, *[None] * len(ctx.spec)
 

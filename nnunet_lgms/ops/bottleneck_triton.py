@@ -32,6 +32,7 @@ from nnunet_lgms.ops.norm_act_triton import (
     join_gradient_sums,
     join_moments,
     moments,
+    over_samples,
 )
 
 ELEMENTS = 4096  # of the wide map in a program
@@ -110,7 +111,7 @@ def forward(x: Tensor, b: Bottleneck) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, int]]) -> tuple[Tensor, ...]:
-    """Gradients of x, of weight and bias of norm1, expand, norm2, squeeze; those of norms per statistic, (B, C).
+    """Gradients of x, of weight and bias of norm1, expand, norm2, squeeze.
 
     ``specs`` are kind and groups of the two norms.
     """
@@ -138,8 +139,8 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
     grad_weight1, grad_bias1, *means = join_gradient_sums(plan1, sums1, b.norm1)
     grad_x = apply_gradient(plan1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION)
     return (
-        grad_x, grad_weight1, grad_bias1, grad_expand.sum(0), grad_expand_bias.sum(0),
-        grad_weight2, grad_bias2, grad_squeeze.sum(0), grad_squeeze_bias.sum(0),
+        grad_x, over_samples(grad_weight1), over_samples(grad_bias1), grad_expand.sum(0), grad_expand_bias.sum(0),
+        over_samples(grad_weight2), over_samples(grad_bias2), grad_squeeze.sum(0), grad_squeeze_bias.sum(0),
     )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ def _norm_act_backward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, and of weight and bias per sample, (B, C), or (1, C) for the batch norm."""
+    """Gradients of x, and of weight and bias in float32."""
     from nnunet_lgms.ops import norm_act_triton
 
     norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
@@ -168,8 +168,8 @@ def _backward(ctx, grad, _grad_mean, _grad_variance):
     grad_x, grad_weight, grad_bias = _norm_act_backward(
         to_channels_last(grad), x, weight, bias, mean, variance, *ctx.spec
     )
-    grad_weight = None if weight is None else grad_weight.sum(0).to(weight.dtype)
-    grad_bias = None if bias is None else grad_bias.sum(0).to(bias.dtype)
+    grad_weight = None if weight is None else grad_weight.to(weight.dtype)
+    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
     return grad_x, grad_weight, grad_bias, grad if ctx.has_residual else None, *[None] * len(ctx.spec)
 
 

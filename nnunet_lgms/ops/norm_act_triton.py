@@ -141,11 +141,16 @@ def backward(
         ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
     )  # fmt: skip
     grad_weight, grad_bias, *means = join_gradient_sums(plan, partial, norm)
-    return apply_gradient(plan, grad, x, norm, *means, activation), grad_weight, grad_bias
+    return apply_gradient(plan, grad, x, norm, *means, activation), over_samples(grad_weight), over_samples(grad_bias)
+
+
+def over_samples(gradient: Tensor) -> Tensor:
+    """Sum of a parameter's gradients by sample, (B, C) -> (C,); those of the batch norm are (1, C)."""
+    return gradient.sum(0) if gradient.shape[0] > 1 else gradient[0]
 
 
 def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Tensor]:
-    """Gradients of weight and bias, means of w g and of w g xhat, from the sums of all slices."""
+    """Gradients of weight and bias by sample, means of w g and of w g xhat, from the sums of all slices."""
     out = plan.empty(partial[0], 4, plan.statistics)
     wrap_triton(_join_gradient_sums)[plan.join_grid](
         *partial, norm.weight, *out, plan.voxels, plan.joined_samples,
