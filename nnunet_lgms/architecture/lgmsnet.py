@@ -10,6 +10,7 @@ Differences from the published network, none of which changes a result where the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
@@ -195,7 +196,9 @@ class LGMSNet(nn.Module):
         if use_kernels(x):
             # Tensor cores want channels innermost; any other layout costs two transposes around every convolution.
             x = x.contiguous(memory_format=CHANNELS_LAST[x.ndim])
-        return self.decoder(self.encoder(x))
+        # Triton launches on the current device, which need not be that of x; compiled code sees to that itself.
+        with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x):
+            return self.decoder(self.encoder(x))
 
 
 def _check_norm(norm_op: type[nn.Module], norm_op_kwargs: dict, dim: int) -> None:
