@@ -1,5 +1,6 @@
 """`nnunet_lgms override`: new plans beside old ones, and the road from there to a prediction."""
 
+import errno
 import json
 import os
 import re
@@ -166,11 +167,14 @@ def test_auto_is_resolved_printed_and_repeatable(dataset, capsys):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"lms_kernels": [27]}, ["lgmsnet.lms_kernels holds 27 at level 3", "12x12", "1 to 25", "-c 3d_fullres"]),
+        ({"lms_kernels": [27]}, ["lgmsnet.lms_kernels holds 27 at level 3", "12x12", "1 to 25"]),
+        ({"lms_kernels": {"1+": [[1, 3, 3]]}}, ["2d: ", "To leave 2d as it is, add -c 3d_fullres."]),
         ({"gms_ratio": "126:3"}, ["126:3", "64 channels"]),
         ({"widths": {"5": 8}}, ["level 5", "levels 1 to 4"]),
         ({"lms_kernals": [3]}, ["did you mean 'lms_kernels'"]),
         ({"requires": "7.0"}, ["need nnunet_lgms 7.0"]),
+        ({"block_by_level.encoder": "LMS"}, ['write it as {"block_by_level": {"encoder": ...}}']),
+        ({"block_by_level": {"decoder": {"4": "GMS"}}}, ["level 4, which it does not have", "levels 1 to 3"]),
     ],
 )
 def test_refused_when_written(dataset, tmp_path, capsys, settings, said):
@@ -196,12 +200,41 @@ def test_the_largest_kernel_that_a_refusal_names_is_taken(dataset, tmp_path):
         (["999", "--apply", "kernels_3", "--as", "a/b"], "'a/b' cannot name"),
         (["999", "--apply", "kernels_3", "--as", "a__b"], "'a__b' cannot name"),
         (["999", "--apply", "kernels_3", "-c", "3d"], "no configuration '3d'"),
+        (["Dataset777_Nothing", "--apply", "kernels_3"], "There is no dataset Dataset777_Nothing"),
     ],
 )
 def test_bad_input_is_one_sentence(dataset, capsys, arguments, said):
     assert main(["override", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_other_configurations_are_offered_only_if_they_fit(dataset, tmp_path, capsys):
+    assert override(tmp_path, {"gms_ratio": "4096:1"}) == 2
+    assert "To leave" not in capsys.readouterr().err
+
+
+def test_what_is_wrong_in_the_old_plans_can_be_overridden_or_is_said_to_be_there(dataset, tmp_path, capsys):
+    path = dataset / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["2d"]["lgmsnet"] = {"lms_kernels": "auto"}  # by hand
+    path.write_text(json.dumps(plans))
+    assert override(tmp_path, {"lms_kernels": [3]}) == 0
+    assert kernels(dataset, "2d") == [[(3, 3)]] * 3
+    plans["configurations"]["2d"]["lgmsnet"] = {"lms_kernels": [4]}
+    path.write_text(json.dumps(plans))
+    assert override(tmp_path, {"lms_kernels": [3]}, "--force") == 2
+    assert "2d: in the plans to start from, lgmsnet.lms_kernels is [4]" in capsys.readouterr().err
+
+
+def test_the_system_s_refusal_names_the_file_and_a_way_out(dataset, tmp_path, monkeypatch, capsys):
+    def read_only(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    assert main(["override", "999", "--apply", "kernels_3", "--as", "New"]) == 2
+    error = capsys.readouterr().err
+    assert f"{dataset / 'New.json'}: Permission denied; change its permissions, or name another folder." in error
 
 
 def test_what_is_no_override(dataset, tmp_path, capsys):
@@ -300,7 +333,7 @@ def with_value(value, *path: str):
     [
         (with_value({}, "configurations"), "have no configuration"),
         (with_value(None, "configurations", "2d"), "configuration '2d' is None"),
-        (with_value(None, "configurations", "2d", "lgmsnet"), '2d: "lgmsnet" is None'),
+        (with_value(None, "configurations", "2d", "lgmsnet"), '2d: in the plans to start from, "lgmsnet" is None'),
         (with_value({}, "configurations", "a/../../b"), "'a/../../b' cannot name a configuration"),
         (with_value({}, "configurations", "-x"), "'-x' cannot name a configuration"),
         (with_value("2d", "configurations", "2d", "inherits_from"), "in a circle, '2d' from '2d'"),

@@ -270,6 +270,7 @@ def test_plan_command(dataset, capsys):
         (["998", "--vram", "inf"], "--vram inf is no amount"),
         (["998", "--as=-x"], "'-x' cannot name a plans file"),
         (["998", "--as", "dataset", "--force"], "holds no plans and stays"),
+        (["998", "--as", "nnUNetPlans", "--force"], "nnU-Net's own plans and stay"),
         (["997", "--vram", "8"], "'997' names no dataset"),
         (["998", "--vram", "8", "--apply", "nothing"], "There is no override 'nothing'"),
     ],
@@ -378,6 +379,38 @@ def test_profile_command(dataset, capsys, tmp_path):
     assert ours["estimated_training_mib"] > 0
     assert main(["profile", "998", "-c", "3d"]) == 2
     assert "no configuration '3d'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, said", [("dataset.json", "is no profile and stays"), ("", "is no profile and stays")])
+def test_a_profile_replaces_nothing_else(dataset, capsys, name, said):
+    before = (dataset / "dataset.json").read_bytes()
+    assert main(["profile", "998", "-c", "2d", "--steps", "0", "--json", str(dataset / name)]) == 2
+    assert said in capsys.readouterr().err and (dataset / "dataset.json").read_bytes() == before
+
+
+def test_a_profile_without_steps_replaces_none_with_steps(dataset, capsys):
+    arguments = ["profile", "998", "-c", "2d", "--steps", "0"]
+    assert main(arguments) == 0 and main(arguments) == 0
+    (file,) = dataset.glob("*_profile.json")
+    profile = json.loads(file.read_text())
+    profile["networks"][0]["steps"] = {}
+    file.write_text(json.dumps(profile))
+    assert main(arguments) == 2
+    assert "holds measured steps" in capsys.readouterr().err and json.loads(file.read_text()) == profile
+
+
+def test_a_profile_s_file_is_looked_at_before_anything_is_measured(dataset, capsys, tmp_path):
+    assert main(["profile", "998", "-c", "2d", "--json", str(tmp_path / "nowhere" / "x.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_plan_that_nnunet_cannot_read_is_one_sentence(dataset, capsys):
+    content = json.loads((dataset / "nnUNetPlans.json").read_text())
+    del content["configurations"]["2d"]["architecture"]
+    (dataset / "Broken.json").write_text(json.dumps(content))
+    assert main(["profile", "998", "-c", "2d", "-p", "Broken", "--steps", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "nnU-Net cannot read the configuration" in error and error.count("\n") == 1
 
 
 def test_steps_are_measured_and_a_failure_is_told():

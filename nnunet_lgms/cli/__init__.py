@@ -9,6 +9,7 @@ sentence on stderr; 130 interrupted.
 """
 
 import argparse
+import errno
 import os
 import sys
 from difflib import get_close_matches
@@ -50,6 +51,23 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+WAY_OUT = {
+    errno.EACCES: "change its permissions, or name another folder",
+    errno.EPERM: "change its permissions, or name another folder",
+    errno.EROFS: "name a folder that can be written to",
+    errno.ENOSPC: "free some space, or name another folder",
+    errno.ENOENT: "correct the path, or make its folder",
+}
+
+
+def _said(error: Exception) -> str:
+    """The sentence for the user; what the system reports gets the file in front and a way out behind."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return str(error)
+    way_out = WAY_OUT.get(error.errno)
+    return f"{error.filename}: {error.strerror}" + (f"; {way_out}." if way_out else ".")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; never a traceback for what the user can put right."""
     argv = sys.argv[1:] if argv is None else argv
@@ -65,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at exit
         return 1
     except (ValueError, OSError, RequirementError) as error:
-        print(f"nnunet_lgms: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"nnunet_lgms: {' '.join(_said(error).split())}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # argparse: --help, --version, a wrong option
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

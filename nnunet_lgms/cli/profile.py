@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
+
+from nnunet_lgms.files import read_json, written_whole
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,9 +33,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from tqdm import tqdm
 
-    from nnunet_lgms.files import written_whole
+    from nnunet_lgms.planning.override import resolved
     from nnunet_lgms.planning.plans_files import dataset_name, environment_folder, read_dataset_json, read_plans
     from nnunet_lgms.planning.profile import (
         LGMSNET,
@@ -61,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
                 f"{plans_name} has no configuration {args.configuration!r}: there are "
                 f"{', '.join(plans['configurations'])}."
             )
+        resolved(PlansManager(plans), args.configuration)
         subjects.append(Subject(kind, plans, args.configuration, dataset_json))
+    target = args.json or folder / f"{args.plans}_{args.configuration}_profile.json"
+    _check_target(target, steps)
 
     profiles = []
     for subject in tqdm(subjects, desc=f"profiling on {device}"):
@@ -69,10 +76,27 @@ def run(args: argparse.Namespace) -> int:
         if steps:
             profile["steps"] = measured_profile(subject, device, steps, device == "cuda" and not args.no_compile)
         profiles.append(profile)
-    target = args.json or folder / f"{args.plans}_{args.configuration}_profile.json"
     with written_whole(target) as temporary:
         temporary.write_text(json.dumps({"machine": machine(device), "networks": profiles}, indent=2) + "\n", "utf-8")
     print(f"{dataset}, {args.configuration}; steps on {machine(device)['name']}\n")
     print(as_table(profiles))
     print(f"\nwritten to {target}")
     return 0
+
+
+def _check_target(target: Path, steps: int) -> None:
+    """Before anything is measured: the profile can be written, and replaces nothing but an earlier profile."""
+    if not target.parent.is_dir():
+        raise ValueError(f"--json {target}: there is no folder {target.parent}; make it, or name a file in another.")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{target.parent} cannot be written to: name a file in another folder with --json.")
+    if not target.exists():
+        return
+    try:
+        earlier = read_json(target) if target.is_file() else None
+    except ValueError:
+        earlier = None
+    if not (isinstance(earlier, dict) and {"machine", "networks"} == earlier.keys()):
+        raise ValueError(f"{target} is no profile and stays: name another file with --json.")
+    if not steps and any("steps" in network for network in earlier["networks"]):
+        raise ValueError(f"{target} holds measured steps, which --steps 0 would remove: name another file with --json.")

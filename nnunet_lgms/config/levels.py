@@ -60,7 +60,7 @@ def _spread_table(table: Mapping[str, Any], levels: Sequence[int], default: Call
         # "7+" may be empty: it lets one override serve plans of different depth. "7" by itself is a claim.
         if not key.endswith("+") and int(key) not in levels:
             raise ValueError(
-                f"lgmsnet.{name} names level {key}, which this plan does not have: allowed are levels 1 to "
+                f"lgmsnet.{name} names level {key}, which it does not have in this plan: allowed are levels 1 to "
                 f'{len(levels)}, or "{key}+" for "level {key} and below, if there is one".'
             )
     values = []

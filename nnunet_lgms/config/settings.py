@@ -215,6 +215,9 @@ def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
 
 
 def _unknown(name: Any, known: list[str]) -> str:
+    parent, _, child = str(name)[:80].partition(".")
+    if parent in known and child:
+        return f'lgmsnet has no setting {shown(name)}; write it as {{"{parent}": {{"{child}": ...}}}}.'
     near = get_close_matches(str(name)[:80].rsplit(".", 1)[-1], known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
     return f"lgmsnet has no setting {shown(name)}; {hint}"

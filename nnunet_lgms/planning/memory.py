@@ -130,9 +130,15 @@ def memory_remarks(
         for plans in (old, new):
             manager = PlansManager(plans).get_configuration(name)
             topology = Topology.of(manager.configuration)
-            need = estimate_training_memory(settings_of(manager), topology, manager.batch_size, channels, classes)
+            try:
+                settings = settings_of(manager)
+                need = estimate_training_memory(settings, topology, manager.batch_size, channels, classes)
+            except ValueError:
+                if plans is new:
+                    raise
+                break  # old settings that no network can be built from: nothing to compare with
             gib.append(need / 2**30)
-        if gib[1] > CLEARLY_MORE * gib[0]:
+        if len(gib) == 2 and gib[1] > CLEARLY_MORE * gib[0]:
             remarks.append(f"{name}: a training step needs about {gib[1]:.1f} GiB instead of {gib[0]:.1f}")
     return remarks
 

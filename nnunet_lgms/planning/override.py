@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -59,20 +60,36 @@ def override_plans(
     new = deepcopy(plans)
     new["plans_name"] = plans_name
     components = None
+
+    def changed(name: str, say: Callable[[str], None]) -> LGMSSettings:
+        nonlocal components
+        configuration = resolved(manager, name)
+        topology = Topology.of(configuration)
+        try:
+            base = LGMSSettings.from_plan(configuration.get(KEY, {})).explicit()
+        except ValueError as error:
+            raise ValueError(f"in the plans to start from, {error}") from None
+        settings = LGMSSettings.from_plan(merge(base, override))
+        if settings.lms_kernels == AUTO:
+            components = components or measure()
+            say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
+            settings = with_auto_kernels(settings, topology, components, say)
+        build_on_meta(settings, topology)
+        return settings
+
+    def fits(name: str) -> bool:
+        try:
+            changed(name, say=lambda line: None)
+        except ValueError:
+            return False
+        return True
+
     for name in _targets(plans, configurations):
         try:
-            configuration = _resolved(manager, name)
-            topology = Topology.of(configuration)
-            base = LGMSSettings.from_plan(configuration.get(KEY, {})).explicit()
-            settings = LGMSSettings.from_plan(merge(base, override))
-            if settings.lms_kernels == AUTO:
-                components = components or measure()
-                say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
-                settings = with_auto_kernels(settings, topology, components, say)
-            build_on_meta(settings, topology)
+            settings = changed(name, say)
         except ValueError as error:
-            others = [c for c in _targets(plans, None) if c != name]
-            hint = f" To leave {name} as it is, add -c {shlex.join(others)}." if others and not configurations else ""
+            others = [] if configurations else [c for c in _targets(plans, None) if c != name and fits(c)]
+            hint = f" To leave {name} as it is, add -c {shlex.join(others)}." if others else ""
             raise ValueError(f"{name}: {error}{hint}") from None
         new["configurations"][name][KEY] = stored(settings)
     return new
@@ -108,10 +125,16 @@ def stored(settings: LGMSSettings) -> dict[str, Any]:
     return {**settings.explicit(), "requires": READABLE_SINCE}
 
 
-def _resolved(manager: PlansManager, name: str) -> dict[str, Any]:
-    """A configuration with what it inherits; plans of nnU-Net's first releases get today's names."""
+def resolved(manager: PlansManager, name: str) -> dict[str, Any]:
+    """A configuration with what it inherits; plans of nnU-Net's first releases get today's names.
+
+    Raises:
+        ValueError: nnU-Net cannot read it.
+    """
     try:
-        return manager.get_configuration(name).configuration
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nnU-Net's, that the plans are old
+            return manager.get_configuration(name).configuration
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"nnU-Net cannot read the configuration ({reason}): plan again.") from None

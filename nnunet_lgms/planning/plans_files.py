@@ -20,6 +20,7 @@ from nnunet_lgms.files import read_json, shown, written_whole
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}")
 CONFIGURATION_NAME = re.compile(r"[^-./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
 MAX_BATCH = 4096
+STOCK_PLANS = "nnUNetPlans"
 #: what nnU-Net's commands and this package's read of a configuration, beside its topology
 NEEDED = {
     "batch_size": f"a whole number from 1 to {MAX_BATCH}",
@@ -90,6 +91,11 @@ def read_plans(name: str, plans_name: str) -> dict[str, Any]:
     """
     path = plans_file(name, plans_name)
     if not path.is_file():
+        if not path.parent.is_dir() and not (environment_folder("nnUNet_raw") / name).is_dir():
+            raise ValueError(
+                f"There is no dataset {name}, neither in nnUNet_preprocessed ({path.parent.parent}) nor in nnUNet_raw: "
+                "correct its name, or the two variables."
+            )
         there = sorted(p.stem for p in path.parent.glob("*.json") if _is_plans(p))
         raise ValueError(
             f"{name} has no plans {plans_name!r}: "
@@ -170,13 +176,15 @@ def read_dataset_json(name: str) -> dict[str, Any]:
 
 
 def check_writable(path: Path, force: bool) -> None:
-    """Refuses to write over what is there; plans may be replaced with ``force``, nothing else.
+    """Refuses to write over what is there; plans may be replaced with ``force``, nothing else, nor nnU-Net's own.
 
     Raises:
-        ValueError: the file exists and ``force`` is not set, or it holds something other than plans.
+        ValueError: the file exists and ``force`` is not set, or it holds something other than plans of the user's.
     """
     if not path.exists():
         return
+    if path.stem == STOCK_PLANS:
+        raise ValueError(f"{STOCK_PLANS} are nnU-Net's own plans and stay: choose another name with --as.")
     try:
         content = read_json(path)
     except ValueError:
