@@ -381,11 +381,13 @@ def test_profile_command(dataset, capsys, tmp_path):
     assert "no configuration '3d'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, said", [("dataset.json", "is no profile and stays"), ("", "is no profile and stays")])
-def test_a_profile_replaces_nothing_else(dataset, capsys, name, said):
-    before = (dataset / "dataset.json").read_bytes()
+@pytest.mark.parametrize("name", ["dataset.json", "nnUNetPlans.json", "other.json", ""])
+def test_a_profile_replaces_nothing_else(dataset, capsys, name):
+    (dataset / "other.json").write_text('{"machine": 1, "networks": [1]}')
+    before = {p: p.read_bytes() for p in dataset.glob("*.json")}
     assert main(["profile", "998", "-c", "2d", "--steps", "0", "--json", str(dataset / name)]) == 2
-    assert said in capsys.readouterr().err and (dataset / "dataset.json").read_bytes() == before
+    assert "is no profile and stays" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in dataset.glob("*.json")} == before
 
 
 def test_a_profile_without_steps_replaces_none_with_steps(dataset, capsys):

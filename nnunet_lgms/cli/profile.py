@@ -96,7 +96,8 @@ def _check_target(target: Path, steps: int) -> None:
         earlier = read_json(target) if target.is_file() else None
     except ValueError:
         earlier = None
-    if not (isinstance(earlier, dict) and {"machine", "networks"} == earlier.keys()):
+    networks = earlier.get("networks") if isinstance(earlier, dict) and "machine" in earlier else None
+    if not isinstance(networks, list) or not all(isinstance(network, dict) for network in networks):
         raise ValueError(f"{target} is no profile and stays: name another file with --json.")
-    if not steps and any("steps" in network for network in earlier["networks"]):
+    if not steps and any("steps" in network for network in networks):
         raise ValueError(f"{target} holds measured steps, which --steps 0 would remove: name another file with --json.")
