@@ -124,22 +124,21 @@ def memory_remarks(
     channels = n_channels(dataset_json)
     classes = len(dataset_json["labels"])
     own = [name for name, content in new["configurations"].items() if "inherits_from" not in content]
+
+    def gib(plans: dict[str, Any], name: str) -> float:
+        manager = PlansManager(plans).get_configuration(name)
+        topology = Topology.of(manager.configuration)
+        return estimate_training_memory(settings_of(manager), topology, manager.batch_size, channels, classes) / 2**30
+
     remarks = []
     for name in configurations or own:
-        gib = []
-        for plans in (old, new):
-            manager = PlansManager(plans).get_configuration(name)
-            topology = Topology.of(manager.configuration)
-            try:
-                settings = settings_of(manager)
-                need = estimate_training_memory(settings, topology, manager.batch_size, channels, classes)
-            except ValueError:
-                if plans is new:
-                    raise
-                break  # old settings that no network can be built from: nothing to compare with
-            gib.append(need / 2**30)
-        if len(gib) == 2 and gib[1] > CLEARLY_MORE * gib[0]:
-            remarks.append(f"{name}: a training step needs about {gib[1]:.1f} GiB instead of {gib[0]:.1f}")
+        try:
+            before = gib(old, name)
+        except ValueError:  # settings that no network can be built from: nothing to compare with
+            continue
+        after = gib(new, name)
+        if after > CLEARLY_MORE * before:
+            remarks.append(f"{name}: a training step needs about {after:.1f} GiB instead of {before:.1f}")
     return remarks
 
 

@@ -6,6 +6,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,23 +60,10 @@ def override_plans(
     manager = PlansManager(deepcopy(plans))
     new = deepcopy(plans)
     new["plans_name"] = plans_name
-    components = None
+    measure = cache(measure)
 
     def changed(name: str, say: Callable[[str], None]) -> LGMSSettings:
-        nonlocal components
-        configuration = resolved(manager, name)
-        topology = Topology.of(configuration)
-        try:
-            base = LGMSSettings.from_plan(configuration.get(KEY, {})).explicit()
-        except ValueError as error:
-            raise ValueError(f"in the plans to start from, {error}") from None
-        settings = LGMSSettings.from_plan(merge(base, override))
-        if settings.lms_kernels == AUTO:
-            components = components or measure()
-            say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
-            settings = with_auto_kernels(settings, topology, components, say)
-        build_on_meta(settings, topology)
-        return settings
+        return _changed(resolved(manager, name), override, measure, name, say)
 
     def fits(name: str) -> bool:
         try:
@@ -93,6 +81,28 @@ def override_plans(
             raise ValueError(f"{name}: {error}{hint}") from None
         new["configurations"][name][KEY] = stored(settings)
     return new
+
+
+def _changed(
+    configuration: Mapping[str, Any],
+    override: Mapping[str, Any],
+    measure: Callable[[], Components],
+    name: str,
+    say: Callable[[str], None],
+) -> LGMSSettings:
+    """The settings of a configuration with the override, which a network can be built from."""
+    topology = Topology.of(configuration)
+    try:
+        base = LGMSSettings.from_plan(configuration.get(KEY, {})).explicit()
+    except ValueError as error:
+        raise ValueError(f"in the plans to start from, {error}") from None
+    settings = LGMSSettings.from_plan(merge(base, override))
+    if settings.lms_kernels == AUTO:
+        components = measure()
+        say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
+        settings = with_auto_kernels(settings, topology, components, say)
+    build_on_meta(settings, topology)
+    return settings
 
 
 def with_auto_kernels(
