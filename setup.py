@@ -104,6 +104,7 @@ setup(
             *VIEW,
             "playwright>=1.50",  # with a browser of the system's
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",

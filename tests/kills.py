@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import dataset_replicas
 import numpy as np
 import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from tqdm import tqdm
 from workshop import Workshop, make_case, write
 
 from nnunet_lgms import cli
@@ -202,6 +204,8 @@ def _run(task: Task, kill_after: float | None, aim: tuple[Path, str] | None = No
     if child == 0:
         status = 1
         try:
+            # tqdm's own lock is shared by all forked processes: killed with it in hand, one leaves the next waiting
+            tqdm.set_lock(threading.RLock())
             with open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), 1)
                 if kill_after is not None:
@@ -221,10 +225,9 @@ def _run(task: Task, kill_after: float | None, aim: tuple[Path, str] | None = No
             time.sleep(rng.uniform(0, 0.02))
             break
         time.sleep(0.001 if aim else 0.005)
-    else:
-        assert kill_after is not None and not aim, "a run hangs"
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    assert time.monotonic() < begin + PATIENCE, "a run hangs"
     return os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0  # it may have ended by itself just then
 
 

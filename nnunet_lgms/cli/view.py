@@ -6,6 +6,8 @@ import argparse
 import errno
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,11 +42,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise RequirementError(f"view needs {error.name}: pip install 'nnunet-lgms[view]'.") from error
 
-    # However it is stopped, images and masks go with it; a shell starts what runs in its background deaf to SIGINT.
-    # SIGHUP: its terminal was closed.
-    for stop in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        signal.signal(stop, signal.default_int_handler)
-    with TemporaryDirectory(prefix="nnunet_lgms_view_") as folder:
+    # However it is stopped, images and masks go with it.
+    with signals_interrupt(), TemporaryDirectory(prefix="nnunet_lgms_view_") as folder:
         serve(
             args.model,
             args.image,
@@ -55,6 +54,21 @@ def run(args: argparse.Namespace) -> int:
             open_browser=not args.no_browser,
         )
     return 0
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Within, what stops a program raises KeyboardInterrupt; afterwards it does what it did before.
+
+    SIGINT too: a shell starts what runs in its background deaf to it. SIGHUP says that the terminal was closed.
+    """
+    stops = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {stop: signal.signal(stop, signal.default_int_handler) for stop in stops}
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def check_address(host: str, port: int | None) -> None:
