@@ -5,9 +5,9 @@
 MRI is the hippocampus set of the demo (3D, patches of 64x64x64, batch 2); ultrasound is a folder of flat images with
 ``images/*.png`` and ``masks/*.png`` of the same names, such as BUSI resized to 256x256 (2D, batch 16; left out without
 the option). Images become z-scores, as nnU-Net makes them, and every batch is rotated and flipped as in the recipe:
-SGD at 0.02 with momentum 0.9 and weight decay 1e-4, 0.5 * cross-entropy + Dice, clipping at 12. On a GPU the network is
-compiled and a gradient scaler works as in nnU-Net. Without a GPU the script rehearses in bfloat16, which needs no
-scaler.
+SGD at 0.02 with momentum 0.9 and weight decay 1e-4, 0.5 * cross-entropy + Dice, clipping at 12. On a GPU the step
+is a CUDA graph and a gradient scaler works as in nnU-Net. Without a GPU the script rehearses in bfloat16, which needs
+no scaler.
 
 Writes benchmarks/results/amp_soundness.json and exits with 1 if a loss or a weight was not finite, or if the scale
 fell below ``SCALE_FLOOR``: a network that needs so small a scale trains on gradients that have lost their small ends.
@@ -88,16 +88,18 @@ def make_batches(pairs: Sequence[Pair], patch: Sequence[int], batch: int) -> Cal
 
 def train(pairs: Sequence[Pair], patch: Sequence[int], batch: int, classes: int, steps: int, eager: bool) -> dict:
     """All figures of one training."""
-    from nnunet_lgms import LGMSNet
+    from nnunet_lgms.architecture.graphed import GraphedLGMSNet
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
     from nnunet_lgms.planning.memory import label_manager
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     torch.manual_seed(0)
-    network = LGMSNet.paper(1, classes, dim=len(patch)).to(device).train()
-    compiled = device.type == "cuda" and not eager
-    model = torch.compile(network) if compiled else network
+    network = GraphedLGMSNet.paper(1, classes, dim=len(patch)).to(device).train()
+    recorded = device.type == "cuda" and not eager
+    if recorded:
+        with torch.autocast("cuda", dtype):
+            network.record_training(torch.zeros(batch, 1, *patch, device=device))
     loss_function = cross_entropy_and_dice(label_manager(classes), batch_dice=len(patch) == 2, ddp=False)
     optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler("cuda", enabled=device.type == "cuda")
@@ -108,7 +110,7 @@ def train(pairs: Sequence[Pair], patch: Sequence[int], batch: int, classes: int,
         data, target = (tensor.to(device) for tensor in draw())
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype):
-            output = model(data)
+            output = network(data)
             loss = loss_function(output, target)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -124,7 +126,7 @@ def train(pairs: Sequence[Pair], patch: Sequence[int], batch: int, classes: int,
         "input": [batch, 1, *patch],
         "classes": classes,
         "dtype": str(dtype).removeprefix("torch."),
-        "compiled": compiled,
+        "cuda_graph": recorded,
         "steps": steps,
         "losses_not_finite": sum(not np.isfinite(loss) for loss in losses),
         "steps_skipped_by_the_scaler": len(norms) - len(finite),

@@ -1,14 +1,15 @@
 """Time and memory of training and inference steps on a GPU, LGMSNet beside other networks.
 
     python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md,png}
-    python benchmarks/gpu.py --networks lgmsnet plain --modes trained       each as its own trainer compiles it
+    python benchmarks/gpu.py --networks lgmsnet plain --modes trained       each as its own trainer runs it
     python benchmarks/gpu.py --sweep              how the cost grows with the size, uncompiled
     python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
 
-A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Only the
-network is compiled, as nnU-Net does it ("compiled") or as LGMSNet's trainers do on one GPU ("graphs": with CUDA
-graphs). Times are medians of CUDA events after warm-up, with the 5th and 95th percentile; the memory is what PyTorch
-allocated at the peak of a step; the first step includes compilation; x is the ratio to PlainConvUNet, compiled.
+A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Networks run
+as nnU-Net's trainer runs them ("compiled"), as LGMSNet's trainers do on one GPU ("graphs": recorded as CUDA graphs),
+or as they are ("eager"). Times are medians of CUDA events after warm-up, with the 5th and 95th percentile; the memory
+is what PyTorch allocated at the peak of a step, with what graphs hold; the first step includes all that comes before
+it, compiling or recording; x is the ratio to PlainConvUNet, compiled.
 
 Every row runs in a process of its own with empty compiler caches. The rows of a batch (--jobs) compile side by side;
 when all of them have, they are timed one after the other, so nothing else uses the GPU or the CPU then. The table is
@@ -36,6 +37,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nnunet_lgms.architecture.graphed import GraphedLGMSNet
+from nnunet_lgms.files import written_whole
+from nnunet_lgms.planning.training_step import peak_memory
+
 RESULTS = Path(__file__).parent / "results"
 CASES = {  # stages: what nnU-Net plans for the patch
     "3d": {"input": (2, 1, 128, 128, 128), "classes": 4, "n_stages": 6},
@@ -44,7 +49,7 @@ CASES = {  # stages: what nnU-Net plans for the patch
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
 REFERENCE = ("plain", "compiled")
 MODES = ("graphs", "compiled", "eager")
-WITH_GRAPHS = ("lgmsnet", "plain")
+WITH_GRAPHS = ("lgmsnet",)
 
 
 def median_ms(step, device: torch.device, seconds: float = 1.5, warmup: int = 3) -> tuple[float, float, float]:
@@ -75,13 +80,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_gib(step, device: torch.device) -> float | None:
-    """GiB that PyTorch allocated at the peak of the three steps after the first: one of them records the graph."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
+    """GiB of PyTorch's tensors at the peak of a step, with what CUDA graphs keep to themselves."""
+    for _ in range(3):  # predictions record their graph in the third
         step()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return peak_memory() / 2**30
 
 
 def wait_for_turn() -> None:
@@ -91,18 +98,16 @@ def wait_for_turn() -> None:
 
 
 def as_trained(name: str) -> str:
-    """How the network's own trainer compiles it on one GPU."""
+    """How the network's own trainer runs it on one GPU."""
     return "graphs" if name == "lgmsnet" else "compiled"
 
 
-def compiled_for(mode: str, network: torch.nn.Module) -> torch.nn.Module:
-    if mode == "eager":
-        return network
-    if mode == "graphs":
-        from nnunet_lgms.compilation import compile_network
-
-        return compile_network(network)
-    return torch.compile(network)
+def made_fast(mode: str, network: torch.nn.Module, data: torch.Tensor) -> torch.nn.Module:
+    """The network for training steps on batches like ``data``."""
+    if mode == "graphs" and data.is_cuda:
+        with torch.autocast("cuda"):
+            network.record_training(data)
+    return torch.compile(network) if mode == "compiled" else network
 
 
 def measure(case: str, name: str, mode: str, size: int | None = None, profile: bool = False, turn=lambda: None) -> dict:
@@ -112,8 +117,10 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
     shape = shape if size is None else (*shape[:2], *(size,) * (len(shape) - 2))
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).to(device)
-    model = compiled_for(mode, network)
+    if mode == "graphs":
+        network = GraphedLGMSNet.paper(shape[1], classes, dim=len(shape) - 2).to(device)
+    else:
+        network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
     scaler = torch.GradScaler(device.type, enabled=device.type == "cuda")
     data = torch.randn(shape, device=device)
@@ -134,6 +141,7 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
             model(data)
 
     begin = time.perf_counter()
+    model = made_fast(mode, network, data)
     train()
     synchronize(device)
     row = {
@@ -149,6 +157,8 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
     row["train_gib"] = peak_gib(train, device)
     optimizer.zero_grad(set_to_none=True)
     network.eval()
+    if mode == "graphs":
+        network.forget_graphs()  # the training's hold memory
     infer()
     row["infer_gib"] = peak_gib(infer, device)
     if device.type == "cuda":
@@ -158,6 +168,7 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
     if profile:
         show_profile(infer)
     network.train()
+    model = made_fast(mode, network, data) if mode == "graphs" else model
     row["train_ms"] = median_ms(train, device)
     if profile:
         show_profile(train)
@@ -302,8 +313,6 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
-    from nnunet_lgms.files import written_whole
-
     done = [row for row in rows if "failed" not in row]
     device = f"{done[0]['device']}, torch {done[0]['torch']}" if done else "no row"
     heading = f"{max(row['run'] for row in rows)}, {device}, float16 autocast\n\n"

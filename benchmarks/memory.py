@@ -6,8 +6,8 @@
     python benchmarks/memory.py --calibrate           constants for nnunet_lgms/planning/memory.py from memory.json
 
 A step is what nnU-Net does: batch to the GPU, autocast to float16, loss, scaled backward pass, clipping at 12, SGD with
-momentum; cuDNN searches for its fastest algorithms. "trained" is compiled as the trainer does it on one GPU,
-"compiled" by plain torch.compile as under DDP, "eager" not compiled. Every step runs in a process of its own, several
+momentum; cuDNN searches for its fastest algorithms. "trained" is a CUDA graph and a compiled Dice, as in the trainer on
+one GPU, "eager" neither. Every step runs in a process of its own, several
 at a time: the memory that PyTorch allocates is counted per process. memory.json is written after each of them, and
 what is not done in time, or fails, is said there.
 """
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nnunet_lgms.files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
-MODES = ("trained", "compiled", "eager")
+MODES = ("trained", "eager")
 MIB = 2**20
 
 
@@ -87,42 +87,40 @@ PLANS = [  # the most different ones first
 
 
 def measure(plan: Plan, mode: str, device: torch.device) -> dict:
-    """Bytes at the peak of each of the first steps; the first compiles and tries cuDNN's algorithms.
+    """Bytes at the peak of each of the first steps; before the first, cuDNN's algorithms are tried and graphs recorded.
 
-    ``allocated`` and ``reserved`` are PyTorch's counts. CUDA graphs take their memory in the second step, so the peak
-    is the most of the steps but the first. ``beside`` is what else the card holds: CUDA itself, where this process is
-    alone. On a CPU, for a rehearsal, all are the process's size.
+    ``allocated`` and ``reserved`` are PyTorch's counts, the former with what CUDA graphs hold. The peak is the most of
+    the steps but the first. ``beside`` is what else the card holds: CUDA itself, where this process is alone. On a CPU,
+    for a rehearsal, all are the process's size.
     """
     from torch import nn
 
-    from nnunet_lgms.architecture.lgmsnet import LGMSNet
-    from nnunet_lgms.compilation import compile_network
+    from nnunet_lgms.architecture.graphed import GraphedLGMSNet
     from nnunet_lgms.config import LGMSSettings
     from nnunet_lgms.config.resolve import network_kwargs
-    from nnunet_lgms.planning.training_step import TrainingStep
+    from nnunet_lgms.planning.training_step import TrainingStep, peak_memory
 
     torch.backends.cudnn.benchmark = True
     topology = plan.topology()
-    network = LGMSNet(
+    network = GraphedLGMSNet(
         plan.channels,
         plan.n_classes,
         conv_op=nn.Conv2d if topology.dim == 2 else nn.Conv3d,
         **network_kwargs(LGMSSettings.from_plan(plan.settings), topology),
     )
     shape = (plan.batch, plan.channels, *topology.patch_size)
-    compiler = {"trained": compile_network, "compiled": torch.compile, "eager": None}[mode]
-    step = TrainingStep(network, shape, plan.n_classes, device, compiler)
-    allocated, reserved, seconds = [], [], []
-    for _ in range(4 if compiler else 2):
+    allocated, reserved, seconds, step = [], [], [], None
+    for _ in range(4):
         begin = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            step()
+        step = step or TrainingStep(network, shape, plan.n_classes, device, fast=mode == "trained")
+        step()
+        if device.type == "cuda":
             torch.cuda.synchronize()
-            allocated.append(torch.cuda.max_memory_allocated())
+            allocated.append(peak_memory() if seconds else torch.cuda.max_memory_allocated())
             reserved.append(torch.cuda.max_memory_reserved())
         else:
-            step()
             allocated.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             reserved.append(allocated[-1])
         seconds.append(round(time.perf_counter() - begin, 3))
@@ -258,14 +256,14 @@ def table(report: dict) -> str:
         f"Peak memory of a training step: {about}.",
         "",
         "All in MiB, and without what CUDA holds beside PyTorch. Estimate: `nnunet_lgms plan`. Trained: the most that "
-        "PyTorch allocated in a step, compiled as the trainer does it on one GPU, after the first; compiled: by plain "
-        "torch.compile; first: the first step, in which cuDNN tries algorithms; reserved: what PyTorch held.",
+        "PyTorch's tensors and CUDA graphs took in a step of the trainer's on one GPU, after the first; first: until "
+        "the end of the first step, for which cuDNN tries algorithms; reserved: what PyTorch held.",
         "",
-        "| plan | patch | batch | levels | estimate | trained | deviation | compiled | eager | first | reserved |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| plan | patch | batch | levels | estimate | trained | deviation | eager | first | reserved |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        trained, compiled, eager = (row.get(mode, {}) for mode in MODES)
+        trained, eager = (row.get(mode, {}) for mode in MODES)
         measured = trained.get("peak")
         cells = [
             row["name"],
@@ -275,7 +273,6 @@ def table(report: dict) -> str:
             _mib(row["estimate"]),
             _mib(measured),
             f"{100 * (row['estimate'] / measured - 1):+.1f} %" if measured else "",
-            _mib(compiled.get("peak")),
             _mib(eager.get("peak")),
             _mib(trained["allocated"][0] if measured else None),
             _mib(max(trained["reserved"][1:]) if measured else None),

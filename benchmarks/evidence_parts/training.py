@@ -24,7 +24,6 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lgms.checkpoint import read_checkpoint
-from nnunet_lgms.compilation import without_graphs
 from nnunet_lgms.files import read_json, written_whole
 
 from .provenance import provenance
@@ -178,7 +177,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         "workers": run.settings.workers,
         "autocast": "float16" if device == "cuda" else None,
         "compiled": isinstance(trainer.network, OptimizedModule),
-        "cuda_graphs": hasattr(trainer, "_has_graphs") and trainer._has_graphs(),
+        "cuda_graphs": hasattr(trainer, "_trains_on_graphs") and trainer._trains_on_graphs(),
         "cases": dict(zip(("training", "validation"), map(len, trainer.do_split()))),
         "step_ms_alone": [1e3 * alone[int(q * (len(alone) - 1))] for q in (0.5, 0.05, 0.95)] if alone else None,
         "waiting_for_batches": watch.progress["waiting_s"]
@@ -212,7 +211,8 @@ def _write_weights(folder: Path) -> None:
 def predict_all(trainer, turnstile: Turnstile, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
     """Labels of the validation cases and of the unseen datasets, with and without nnU-Net's mirroring, as .npz."""
     identifier = trainer.configuration_manager.data_identifier
-    trainer.network = without_graphs(trainer.network)
+    if isinstance(trainer.network, OptimizedModule):
+        trainer.network = trainer.network._orig_mod
     trainer.set_deep_supervision_enabled(False)
     for name, mirrored in run.predictions:
         file = folder / file_of(name, mirrored)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_lgms.ops.backend import HALF, use_kernels
+
 
 def unfold_positions(x: Tensor, patch: Sequence[int]) -> Tensor:
     """(B, C, *spatial) -> (B, P, N, C): P = prod(patch) position groups, N tokens each, row-major over patches.
@@ -56,6 +58,20 @@ def real_token_mask(spatial: Sequence[int], patch: Sequence[int], device: torch.
 def end_padding(spatial: Sequence[int], padded: Sequence[int]) -> list[int]:
     """``F.pad``'s argument that grows ``spatial`` to ``padded`` at the far end of every axis."""
     return [n for size, target in zip(reversed(spatial), reversed(padded), strict=True) for n in (0, target - size)]
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` that stays in half precision where autocast on a GPU would write float32 for it.
+
+    Sums are in float32 all the same, and the layers behind round what they get to half precision.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, C) -> (*, C)."""
+        if x.dtype not in HALF or not use_kernels(x):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class PositionGroupAttention(nn.Module):
@@ -103,9 +119,9 @@ class SparseTransformer(nn.Module):
     def __init__(self, channels: int, mlp_channels: int, patch: Sequence[int], n_heads: int = 4, head_dim: int = 8):
         super().__init__()
         self.patch = tuple(patch)
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attention = PositionGroupAttention(channels, n_heads, head_dim)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.feed_forward = nn.Sequential(
             nn.Linear(channels, mlp_channels), nn.SiLU(), nn.Linear(mlp_channels, channels)
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
-from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.architecture.graphed import GraphedLGMSNet
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology, network_kwargs
 
@@ -19,7 +19,7 @@ def build_network(
     num_input_channels: int,
     num_output_channels: int,
     enable_deep_supervision: bool = True,
-) -> LGMSNet:
+) -> GraphedLGMSNet:
     """LGMSNet for a configuration of an nnU-Net plan.
 
     Args:
@@ -33,7 +33,7 @@ def build_network(
             newer plugin.
     """
     topology = Topology.of(configuration_manager.configuration)
-    return LGMSNet(
+    return GraphedLGMSNet(
         num_input_channels,
         num_output_channels,
         conv_op=nn.Conv2d if topology.dim == 2 else nn.Conv3d,

@@ -16,10 +16,8 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from nnunet_lgms.checkpoint import read_checkpoint
-from nnunet_lgms.compilation import compile_network, without_graphs
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
@@ -27,6 +25,7 @@ from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+from nnunet_lgms.ops.backend import use_kernels
 
 # A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
 MAX_STEPS_WITHOUT_LOSS = 20
@@ -83,18 +82,23 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         with said_in_one_sentence():
             check_preprocessed(Path(self.preprocessed_dataset_folder), self._preprocessing())
         super().initialize()
-        if self._has_graphs():
-            self.network = compile_network(self.network._orig_mod)
+        if self._trains_on_graphs():
+            self.network = self.network._orig_mod  # nothing is compiled before its first step
 
-    def _has_graphs(self) -> bool:
-        """Whether training runs on CUDA graphs: compiled, on one GPU. DDP's hooks keep their own time."""
-        return self.device.type == "cuda" and not self.is_ddp and isinstance(self.network, OptimizedModule)
+    def _trains_on_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs: where nnU-Net would compile, on one GPU.
 
-    def perform_actual_validation(self, save_probabilities: bool = False):
-        """As nnU-Net's, with the network as it is: a mirrored prediction outlives the next call of the network."""
-        if self._has_graphs():
-            self.network = without_graphs(self.network)
-        super().perform_actual_validation(save_probabilities)
+        With several, nnU-Net compiles as ever: batch norms wait for the other GPUs inside the step.
+        """
+        return self._do_i_compile() and not self.is_ddp and use_kernels(next(self.network.parameters()))
+
+    def _record_step(self):
+        """Records the training step before the loaders' threads, which use the GPU as well, begin."""
+        self.print_to_log_file("Recording the training step as a CUDA graph...")
+        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+        self.network.train()
+        with torch.autocast(self.device.type):
+            self.network.record_training(torch.zeros(shape, device=self.device))
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
@@ -156,6 +160,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
                 check_room(output, 2 * 3 * weights)
             for left_behind in output.glob(".*.checkpoint_*.pth"):  # by a training killed while it wrote
                 left_behind.unlink()
+        if self._trains_on_graphs():
+            self._record_step()
         super().on_train_start()
 
     def on_epoch_end(self):

@@ -25,6 +25,7 @@ from torch.library import wrap_triton
 
 from nnunet_lgms.ops.activation_triton import affine, gelu, normal
 from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.norm_act_triton import (
     Norm,
     Plan,
@@ -92,7 +93,7 @@ def second_norm(x: Tensor, b: Bottleneck, kind: str, groups: int) -> tuple[Tenso
     """Statistics of norm2."""
     plan = Plan(x, kind, groups, b.expand.shape[0], _rows(b), _slices(x))
     partial = plan.partial(x)
-    wrap_triton(_hidden_moments)[plan.slices_grid](
+    launch(wrap_triton(_hidden_moments))[plan.slices_grid](
         x, *b.norm1.tensors, b.expand, b.expand_bias, *partial, plan.voxels, plan.steps, *_strides(b),
         ROWS=_rows(b), **b.constants(), num_warps=WARPS,
     )  # fmt: skip
@@ -103,7 +104,7 @@ def forward(x: Tensor, b: Bottleneck) -> Tensor:
     """(B, D, *spatial) channels-last -> (B, C, *spatial) channels-last, with given statistics."""
     out = map_memory(x, b.squeeze.shape[0], x.shape[2:])
     plan = Plan(x, "instance", 1, None, _rows(b), _slices(x))
-    wrap_triton(_bottleneck)[plan.slices_grid](
+    launch(wrap_triton(_bottleneck))[plan.slices_grid](
         x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, b.squeeze_bias, out, plan.voxels,
         plan.steps, *_strides(b), ROWS=_rows(b), **b.all_constants(), num_warps=WARPS,
     )  # fmt: skip
@@ -123,7 +124,7 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
         return torch.empty((programs, *shape), dtype=torch.float32, device=x.device)
 
     sums2, grad_squeeze, grad_squeeze_bias = plan2.partial(x), partial(out_channels, hidden), partial(out_channels)
-    wrap_triton(_hidden_gradient_sums)[plan1.slices_grid](
+    launch(wrap_triton(_hidden_gradient_sums))[plan1.slices_grid](
         grad, x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, *sums2, grad_squeeze,
         grad_squeeze_bias, plan1.voxels, plan1.steps, *_strides(b), ROWS=rows, **b.all_constants(), num_warps=WARPS,
     )  # fmt: skip
@@ -131,7 +132,7 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
 
     sums1, grad_expand, grad_expand_bias = plan1.partial(x), partial(hidden, channels), partial(hidden)
     grad_y = map_memory(x, channels, x.shape[2:])
-    wrap_triton(_bottleneck_gradient)[plan1.slices_grid](
+    launch(wrap_triton(_bottleneck_gradient))[plan1.slices_grid](
         grad, x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, *means, grad_y, *sums1,
         grad_expand, grad_expand_bias, plan1.voxels, plan1.steps, *_strides(b),
         ROWS=rows, **b.all_constants(), num_warps=WARPS,

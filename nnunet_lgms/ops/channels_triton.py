@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.launch import launch
 
 TILE = 4096  # elements that a program copies
 
@@ -39,7 +40,7 @@ def _launch(x: Tensor, x_stride: int, x_first: int, out: Tensor, out_stride: int
     voxels = x.numel() // x.shape[1]
     lanes = triton.next_power_of_2(channels)
     rows = max(1, TILE // lanes)
-    wrap_triton(_copy_channels)[(triton.cdiv(voxels, rows),)](
+    launch(wrap_triton(_copy_channels))[(triton.cdiv(voxels, rows),)](
         x, x_first, out, out_first, voxels, X_STRIDE=x_stride, OUT_STRIDE=out_stride, C=channels, LANES=lanes, ROWS=rows
     )
 

@@ -3,8 +3,10 @@
 At full resolution LGMSNet has 4 to 64 channels where cuDNN's kernels are made for hundreds: on an H100 its input
 gradients there take up to six times as long as a product that reads every voxel once (4 to 16 channels, 128^3), and
 grouped convolutions twice as long as dense ones. Channels-last maps of that kind go to an implicit matrix product in
-Triton (`conv_triton.py`), forward and input gradient; weight gradients are cuDNN's. Everything else, and everything
-when the environment variable NNUNET_LGMS_KERNELS is `off`, is `F.conv2d` / `F.conv3d`.
+Triton (`conv_triton.py`), forward and input gradient; weight gradients are cuDNN's. Other channels-last maps go to the
+libraries, 1x1 convolutions as the matrix products that they are there, with the gradient of a bias as the sum of a few
+parallel slices. Everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is
+`F.conv2d` / `F.conv3d`.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act import norm_act, statistics_known
+from nnunet_lgms.ops.norm_act import channel_sums, norm_act, statistics_known
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
@@ -44,7 +47,58 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
         dtype = compute_dtype(xs[0])
         return _convolve([x.to(dtype) for x in xs], weight, bias, groups)
     x = join_channels(xs)
+    if use_kernels(x) and channels_last(x):
+        return _library_conv(x.to(compute_dtype(x)), weight, bias, groups)
+    return _conv(x, weight, bias, groups)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
+
+
+def _is_product(weight: Tensor, groups: int) -> bool:
+    """Whether a convolution is a matrix product over channels."""
+    return groups == 1 and all(k == 1 for k in weight.shape[2:])
+
+
+def _library_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """The convolution of a channels-last map, by the library that does it best."""
+    if bias is not None and torch.is_grad_enabled():
+        return _BiasedConv.apply(x, weight, bias, groups).movedim(-1, 1)
+    if _is_product(weight, groups):
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    return _conv(x, weight, bias, groups)
+
+
+class _BiasedConv(Function):
+    """`_library_conv` with this package's gradient of the bias; (B, C_in, *spatial) -> (B, *spatial, C_out)."""
+
+    # torch.compile makes the gradients of a Function contiguous, so this one returns what is contiguous.
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.groups, ctx.bias_dtype = groups, bias.dtype
+        with torch.no_grad():
+            return _library_conv(x, weight, bias, groups).movedim(1, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, weight_dtype, weight = grad.movedim(-1, 1).to(x.dtype), weight.dtype, weight.to(x.dtype)
+        grad_x = grad_weight = None
+        if _is_product(weight, ctx.groups):
+            rows = grad.movedim(1, -1).flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                grad_x = (rows @ weight.flatten(1)).view(*grad.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
+            grad_weight = (rows.T @ x.movedim(1, -1).flatten(0, -2)).view_as(weight)
+        else:
+            one, padding = [1] * (x.ndim - 2), [k // 2 for k in weight.shape[2:]]
+            mask = [ctx.needs_input_grad[0], True, False]
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, one, padding, one, False, [0] * len(one), ctx.groups, mask
+            )
+        return grad_x, grad_weight.to(weight_dtype), channel_sums(grad).to(ctx.bias_dtype), None
 
 
 def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
@@ -134,7 +188,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         grad_weight = _weight_gradient(grad, join_channels(xs), weight, ctx.groups)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
+        grad_bias = channel_sums(grad).to(ctx.bias_dtype)
     return grad_xs, grad_weight, grad_bias, None
 
 
@@ -154,11 +208,7 @@ def conv_gradients(
     else:
         grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0)
     grad_weight = _weight_gradient(grad, x, weight, 1)
-    return grad_x, grad_weight, None if bias is None else _bias_gradient(grad).to(bias.dtype)
-
-
-def _bias_gradient(grad: Tensor) -> Tensor:
-    return grad.sum([0, *range(2, grad.ndim)], dtype=torch.float32)
+    return grad_x, grad_weight, None if bias is None else channel_sums(grad).to(bias.dtype)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:

@@ -26,6 +26,7 @@ from torch.library import wrap_triton
 
 from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm
 from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.launch import launch
 
 BLOCK = 64  # tiles of a program
 MAX_N = 64  # results of a tile, beyond that it shrinks
@@ -128,7 +129,7 @@ def _launch(
     t = _Tiling.of(kernel, c_in, c_out)
     constants = t.constants()
     band = torch.empty((t.rows, t.run * c_in, t.ty * t.tx * c_out), dtype=x.dtype, device=x.device)
-    wrap_triton(_band_kernel)[(t.rows, triton.cdiv(t.run * c_in, BAND_ROWS))](
+    launch(wrap_triton(_band_kernel))[(t.rows, triton.cdiv(t.run * c_in, BAND_ROWS))](
         weight.contiguous(), band, group * c_in * c_out * math.prod(kernel), MIRRORED=mirrored, BAND_ROWS=BAND_ROWS,
         **constants,
     )  # fmt: skip
@@ -137,7 +138,7 @@ def _launch(
     if finish is not None:
         mean, variance, scale, shift, eps, activation, residual = finish
     tiles, depth, height, width = _volume(x, t)
-    wrap_triton(_convolve_kernel)[(triton.cdiv(tiles, BLOCK),)](
+    launch(wrap_triton(_convolve_kernel))[(triton.cdiv(tiles, BLOCK),)](
         x, x_first, band, bias, mean, variance, scale, shift, residual, out, out_first, tiles, depth, height, width,
         X_STRIDE=x.shape[1], OUT_STRIDE=out.shape[-1], BIAS=bias is not None, FINISH=finish is not None, EPS=eps,
         AFFINE=scale is not None, ACT=CODES[activation], RESIDUAL=residual is not None, BLOCK=BLOCK, **constants,

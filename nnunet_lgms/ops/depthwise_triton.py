@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nnunet_lgms.ops.launch import launch
+
 PATCH = tl.constexpr(8)  # outputs per axis of a patch
 BN = tl.constexpr(64)  # outputs of a patch
 WINDOW = tl.constexpr(256)  # window entries in one program of the weight gradient
@@ -379,8 +381,8 @@ def convolve(
     band = torch.empty(c * tiles * bk * 64, dtype=x.dtype, device=x.device)
     first_bias = parameters.numel() - c if has_bias else -1
     with _on(x):
-        _band_kernel[(c, tiles)](parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4)
-        _convolve_kernel[(-(-patches // bm), c)](
+        launch(_band_kernel)[(c, tiles)](parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4)
+        launch(_convolve_kernel)[(-(-patches // bm), c)](
             x, band, parameters, out, *groups.packed, first_bias, int(residual), tiles, c, d, h, w // unit, patches,
             *window, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -406,13 +408,13 @@ def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequenc
     workspace = torch.empty(splits * 64 * groups.taps, dtype=torch.float32, device=x.device)
     out = torch.empty(groups.taps, dtype=torch.float32, device=x.device)
     with _on(x):
-        _correlate_kernel[(splits, tasks)](
+        launch(_correlate_kernel)[(splits, tasks)](
             x, grad, workspace, *groups.packed, c, d, h, w // unit,
             yb.bit_length() - 1, xb.bit_length() - 1, blocks_z, blocks_y, blocks_x, blocks, splits,
             groups.window_width, groups.window_left, unit, dz, step, precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         columns = 16
-        _reduce_kernel[(c, -(-max(groups.sizes) // columns))](
+        launch(_reduce_kernel)[(c, -(-max(groups.sizes) // columns))](
             workspace, out, *groups.packed, splits, 256, columns, num_warps=8
         )
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.launch import launch
 
 TILE = 4096  # elements that a program copies
 
@@ -31,7 +32,7 @@ def _launch(x: Tensor, out: Tensor, channels: int, to_last: bool) -> None:
     voxels = x.numel() // (x.shape[0] * channels)
     lanes = triton.next_power_of_2(channels)
     rows = max(1, TILE // lanes)
-    wrap_triton(_transpose)[(triton.cdiv(voxels, rows), x.shape[0])](
+    launch(wrap_triton(_transpose))[(triton.cdiv(voxels, rows), x.shape[0])](
         x, out, voxels, TO_LAST=to_last, C=channels, LANES=lanes, ROWS=rows
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.launch import launch
 
 TILE = 1024  # elements of the result that a program holds
 
@@ -24,7 +25,7 @@ def pool(x: Tensor, stride: Sequence[int]) -> Tensor:
     size = [-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)]
     out = map_memory(x, x.shape[1], size)
     grid, arguments = _launch(x, size, stride)
-    wrap_triton(_pool_kernel)[grid](x, out, **arguments)
+    launch(wrap_triton(_pool_kernel))[grid](x, out, **arguments)
     return out.movedim(-1, 1)
 
 
@@ -32,7 +33,7 @@ def pool_backward(grad: Tensor, x: Tensor, stride: Sequence[int]) -> Tensor:
     """Gradient of the result -> gradient of x, all channels-last."""
     out = map_memory(x, x.shape[1], x.shape[2:])
     grid, arguments = _launch(x, grad.shape[2:], stride)
-    wrap_triton(_pool_backward_kernel)[grid](x, grad, out, **arguments)
+    launch(wrap_triton(_pool_backward_kernel))[grid](x, grad, out, **arguments)
     return out.movedim(-1, 1)
 
 

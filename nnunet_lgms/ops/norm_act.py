@@ -47,6 +47,11 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
     Returns:
         (B, C, *spatial) in the dtype of x where the kernels run.
     """
+    if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_map(x):
+        return _norm_act_known(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+            None if residual is None else residual.to(x.dtype), norm.eps, activation,
+        )  # fmt: skip
     if kernels_fit_norm(x, norm):
         residual = None if residual is None else residual.to(x.dtype)
         out, mean, variance = _norm_act_forward(x, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation)
@@ -104,6 +109,20 @@ def kernels_fit_map(x: Tensor, channels: int | None = None) -> bool:
     )
 
 
+def channel_sums(x: Tensor) -> Tensor:
+    """Sum of every channel, (B, C, *spatial) -> (C,) in float32."""
+    if kernels_fit_map(x):
+        return _channel_means(x) * (x.numel() // x.shape[1])
+    return x.sum([0, *range(2, x.ndim)], dtype=torch.float32)
+
+
+@triton_op("nnunet_lgms::channel_means", mutates_args=())
+def _channel_means(x: Tensor) -> Tensor:
+    from nnunet_lgms.ops import norm_act_triton
+
+    return norm_act_triton.moments(x, "batch", 1, "none")[0].view(-1)
+
+
 def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, x: Tensor) -> None:
     """What BatchNorm does to its buffers in training, nothing for others; the running variance is the unbiased one."""
     if not (isinstance(norm, _BatchNorm) and norm.track_running_stats):
@@ -133,6 +152,24 @@ def _norm_act_forward(
     mean, variance = norm_act_triton.moments(x, kind, groups, activation)
     norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
     return norm_act_triton.apply(x, norm, residual, kind, groups, activation), mean, variance
+
+
+@triton_op("nnunet_lgms::norm_act_known", mutates_args=())
+def _norm_act_known(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """With given statistics, (C,); for prediction, it has no gradient."""
+    from nnunet_lgms.ops import norm_act_triton
+
+    norm = norm_act_triton.Norm(mean[None], variance[None], weight, bias, eps)
+    return norm_act_triton.apply(x, norm, residual, "batch", 1, activation)
 
 
 @triton_op("nnunet_lgms::norm_act_backward", mutates_args=())

@@ -18,6 +18,7 @@ from torch.library import wrap_triton
 
 from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm, normal, slope_after_norm
 from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
+from nnunet_lgms.ops.launch import launch
 
 TILE = 4096  # elements of a program that writes a map
 SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
@@ -101,7 +102,7 @@ def moments(x: Tensor, kind: str, groups: int, activation: str) -> tuple[Tensor,
     """Mean and variance of x, behind the activation if that comes first; see `norm_act.py`."""
     plan = Plan(x, kind, groups)
     partial = plan.partial(x)
-    wrap_triton(_moments)[plan.slices_grid](
+    launch(wrap_triton(_moments))[plan.slices_grid](
         x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.sum_tile
     )
     return join_moments(plan, partial)
@@ -110,7 +111,7 @@ def moments(x: Tensor, kind: str, groups: int, activation: str) -> tuple[Tensor,
 def join_moments(plan: Plan, partial: list[Tensor]) -> tuple[Tensor, Tensor]:
     """(mean, variance) from the moments of all slices."""
     mean, variance = plan.empty(partial[0], 2, plan.statistics)
-    wrap_triton(_join_moments)[plan.join_grid](
+    launch(wrap_triton(_join_moments))[plan.join_grid](
         *partial, mean, variance, plan.voxels, plan.joined_samples, plan.slices, plan.slice_voxels,
         **plan.join, num_warps=8,
     )  # fmt: skip
@@ -123,7 +124,7 @@ def apply(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int
     out = map_memory(x, plan.channels, x.shape[2:])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
-    wrap_triton(_apply)[plan.tiles_grid](
+    launch(wrap_triton(_apply))[plan.tiles_grid](
         x, *norm.tensors, residual, out, plan.voxels, plan.sample_stride,
         RESIDUAL=residual is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
     )  # fmt: skip
@@ -136,7 +137,7 @@ def backward(
     """Gradients of x, weight and bias; see `norm_act.py`."""
     plan = Plan(x, kind, groups)
     partial = plan.partial(x)
-    wrap_triton(_gradient_sums)[plan.slices_grid](
+    launch(wrap_triton(_gradient_sums))[plan.slices_grid](
         grad, x, *norm.tensors, *partial, plan.voxels, plan.steps, plan.sample_stride,
         ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
     )  # fmt: skip
@@ -152,7 +153,7 @@ def over_samples(gradient: Tensor) -> Tensor:
 def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Tensor]:
     """Gradients of weight and bias by sample, means of w g and of w g xhat, from the sums of all slices."""
     out = plan.empty(partial[0], 4, plan.statistics)
-    wrap_triton(_join_gradient_sums)[plan.join_grid](
+    launch(wrap_triton(_join_gradient_sums))[plan.join_grid](
         *partial, norm.weight, *out, plan.voxels, plan.joined_samples,
         AFFINE=norm.weight is not None, **plan.join, num_warps=8,
     )  # fmt: skip
@@ -164,7 +165,7 @@ def apply_gradient(
 ) -> Tensor:
     """Gradient of x."""
     out = map_memory(x, plan.channels, x.shape[2:])
-    wrap_triton(_apply_gradient)[plan.tiles_grid](
+    launch(wrap_triton(_apply_gradient))[plan.tiles_grid](
         grad, x, *norm.tensors, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
         ACT=CODES[activation], **norm.constants(), **plan.tile,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.launch import launch
 
 BLOCK = 1024  # elements of a program
 
@@ -36,7 +37,7 @@ def _launch(kernel, source: Tensor, size: Sequence[int], scale: Sequence[int]) -
     lanes = triton.next_power_of_2(channels)
     voxels = max(1, BLOCK // lanes)
     grid = (triton.cdiv(math.prod(size), voxels), source.shape[0])
-    wrap_triton(kernel)[grid](
+    launch(wrap_triton(kernel))[grid](
         source, target, *planar, *source.shape[2:], *planar, *size, channels, *planar, *scale, voxels, lanes
     )
     return target.movedim(-1, 1)

@@ -23,12 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from nnunet_lgms.architecture.encoder import MaxPool
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.lms import MultiKernelDepthwise
-from nnunet_lgms.compilation import compile_network
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
-from nnunet_lgms.planning.training_step import InferenceStep, TrainingStep
+from nnunet_lgms.planning.training_step import InferenceStep, TrainingStep, peak_memory
 
 LGMSNET, NNUNET = "LGMSNet", "nnU-Net"
 MIB = 2**20
@@ -197,12 +196,13 @@ def _measure(subject: Subject, kind: str, device_name: str, steps: int, compiled
     before = 0 if on_cuda else _peak_of_process()
     network = subject.build(subject.deep_supervision if kind == "training" else False)
     if kind == "training":
-        compiler = compile_network if subject.kind == LGMSNET else torch.compile  # nnU-Net's trainer has no CUDA graphs
-        step = TrainingStep(network, subject.input_shape(), subject.n_classes, device, compiler if compiled else None)
+        step = TrainingStep(network, subject.input_shape(), subject.n_classes, device, fast=compiled)
     else:
         step = InferenceStep(network, subject.input_shape(), device)
     for _ in range(3 if on_cuda else 1):
         step()
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()  # cuDNN has tried its algorithms, graphs are recorded
     seconds = []
     for _ in range(steps):
         if on_cuda:
@@ -212,7 +212,7 @@ def _measure(subject: Subject, kind: str, device_name: str, steps: int, compiled
         if on_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if on_cuda else _peak_of_process() - before
+    peak = peak_memory() if on_cuda else _peak_of_process() - before
     return {"ms": 1000 * statistics.median(seconds), "peak_mib": peak / MIB}
 
 

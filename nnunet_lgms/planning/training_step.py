@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_lgms.architecture.graphed import GraphedLGMSNet
 from nnunet_lgms.planning.memory import label_manager
 
 
@@ -19,7 +20,7 @@ class TrainingStep:
         input_shape: (B, C, *patch).
         n_classes: channels of the output, background included.
         device: where it runs; autocast to float16 on CUDA, as in nnU-Net.
-        compile_network: how the network is compiled, as nnU-Net does with it and with Dice on CUDA; not at all if None.
+        fast: as the network's trainer makes it on one GPU: LGMSNet on CUDA graphs, other networks and Dice compiled.
     """
 
     def __init__(
@@ -28,15 +29,16 @@ class TrainingStep:
         input_shape: Sequence[int],
         n_classes: int,
         device: torch.device,
-        compile_network: Callable[[nn.Module], nn.Module] | None = None,
+        fast: bool = False,
     ):
         from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
 
         self.device = device
         self.network = network.to(device).train()
         self.loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-        if compile_network:
-            self.network = compile_network(self.network)
+        if fast:
+            with autocast(device):
+                self.network = fast_steps(self.network, torch.zeros(tuple(input_shape), device=device))
             self.loss.dc = torch.compile(self.loss.dc)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
@@ -66,6 +68,15 @@ class TrainingStep:
         return torch.randint(0, self.n_classes, shape, dtype=torch.int16).to(self.device)
 
 
+def fast_steps(network: nn.Module, x: Tensor) -> nn.Module:
+    """The network, for training steps on batches like x, as its trainer makes it fast on one GPU."""
+    if not isinstance(network, GraphedLGMSNet):
+        return torch.compile(network)
+    if x.is_cuda:
+        network.record_training(x)
+    return network
+
+
 class InferenceStep:
     """One call predicts one patch, as a tile of nnU-Net's sliding window."""
 
@@ -77,6 +88,15 @@ class InferenceStep:
     def __call__(self) -> None:
         with torch.inference_mode(), autocast(self.device):
             self.network(self.data)
+
+
+def peak_memory() -> int:
+    """Most bytes that PyTorch's tensors had on the GPU since its count was reset, with what CUDA graphs hold for them.
+
+    Replaying a graph allocates nothing: its memory was taken when it was recorded, and serves nobody else.
+    """
+    graphs = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
+    return torch.cuda.max_memory_allocated() + sum(s["total_size"] - s["allocated_size"] for s in graphs)
 
 
 def autocast(device: torch.device):

@@ -1,0 +1,252 @@
+"""LGMSNet that replays CUDA graphs in place of launching its kernels one by one.
+
+A training step of LGMSNet is about a thousand kernels, a prediction three hundred, most of them shorter than what
+Python takes to launch one: launched one by one, the GPU waits for Python most of the time. Recorded once as a CUDA
+graph, all of them start at a word. A graph knows its tensors by their place in memory, so it belongs to one shape of
+input.
+
+Nothing here is computed in another way, and `torch.compile`, export, the CPU and inputs of other shapes take the way of
+:class:`LGMSNet`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.ops.backend import use_kernels
+from nnunet_lgms.ops.launch import only_compiling
+
+# Predictions of one kind that are computed before one is recorded: a graph takes as long as these to make.
+BEFORE_RECORDING = 2
+
+
+class GraphedLGMSNet(LGMSNet):
+    """:class:`LGMSNet` whose predictions, and training steps once :meth:`record_training` was called, are CUDA graphs.
+
+    Graphs are made and replayed where the Triton kernels run (see :func:`use_kernels`). Predictions are recorded by
+    themselves, when inputs of the same shape come again and again, as windows of an image do; only the latest graph is
+    kept. A graph ends when the weights move to another place (``.to``, ``.half``), not when they change.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Frees their memory; predictions are recorded anew, a training step by :meth:`record_training`."""
+        self._training_kind: Hashable = None
+        self._training_step: Callable | None = None
+        self._prediction_kind: Hashable = None
+        self._prediction: _Prediction | None = None
+        self._computed = 0  # predictions of this kind
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """As :meth:`LGMSNet.forward`; in training, the result of a graph is overwritten by the next step."""
+        if torch.compiler.is_compiling() or not self._has_graphs(x):
+            return super().forward(x)
+        with torch.cuda.device_of(x):
+            if not torch.is_grad_enabled():
+                return self._predict(x)
+            return self._training_step(x) if self._kind(x) == self._training_kind else super().forward(x)
+
+    @staticmethod
+    def _has_graphs(x: Tensor) -> bool:
+        return x.is_cuda and use_kernels(x) and not torch.cuda.is_current_stream_capturing()
+
+    def record_training(self, x: Tensor) -> None:
+        """Records forward and backward pass of a step on a batch like x, to be replayed whenever such a batch comes.
+
+        Call it in training mode, under the autocast of the training. Weights and running statistics stay as they are.
+        With empty caches, all kernels are compiled first, on all cores.
+
+        Args:
+            x: (B, input_channels, *patch) on a GPU.
+        """
+        self.forget_graphs()
+        statistics = [b.clone() for b in self.buffers()]
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        self._training_step = _TrainingStep(self._with_converted_weights, x, parameters)
+        self._training_kind = self._kind(x)
+        for buffer, before in zip(self.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+
+    def _predict(self, x: Tensor) -> Tensor | list[Tensor]:
+        kind = self._kind(x)
+        if kind != self._prediction_kind:
+            self._prediction_kind, self._prediction, self._computed = kind, None, 0
+            with only_compiling():
+                self._with_converted_weights(x)
+        if self._prediction is None and self._computed == BEFORE_RECORDING:
+            try:
+                self._prediction = _Prediction(self._with_converted_weights, x)
+            except RuntimeError as error:  # out of memory, which is held for as long as the graph lives
+                warnings.warn(f"Predictions are not recorded as a CUDA graph ({error}).", stacklevel=2)
+        self._computed += 1
+        return self._with_converted_weights(x) if self._prediction is None else self._prediction(x)
+
+    def _with_converted_weights(self, x: Tensor) -> Tensor | list[Tensor]:
+        """The forward pass without graphs; one kernel converts what autocast would convert one by one."""
+        if not torch.is_autocast_enabled("cuda"):
+            return super().forward(x)
+        plain = _WithoutGraphs(self)
+        weights = {f"{name}.weight": m.weight for name, m in plain.named_modules() if _is_converted(m)}
+        converted = _Convert.apply(torch.get_autocast_dtype("cuda"), *weights.values())
+        return functional_call(plain, dict(zip(weights, converted, strict=True)), (x,))
+
+    def _kind(self, x: Tensor) -> Hashable:
+        """What a graph is good for."""
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return x.shape, x.dtype, x.device, autocast, self.training, self.decoder.deep_supervision
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> GraphedLGMSNet:
+        before = self._places()
+        super()._apply(fn, recurse)
+        if self._places() != before:
+            self.forget_graphs()
+        return self
+
+    def _places(self) -> list[int]:
+        return [t.data_ptr() for t in chain(self.parameters(), self.buffers())]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles record their own graphs."""
+        graphs = "_training_kind", "_training_step", "_prediction_kind", "_prediction"
+        return {**self.__dict__, **dict.fromkeys(graphs), "_computed": 0}
+
+
+class _WithoutGraphs(nn.Module):
+    def __init__(self, network: LGMSNet):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        return LGMSNet.forward(self.network, x)
+
+
+def _is_converted(module: nn.Module) -> bool:
+    """Whether autocast rounds this module's weight; depthwise kernels go to their operator in float32."""
+    depthwise = isinstance(module, _ConvNd) and module.weight.shape[1] == 1 and module.groups > 1
+    return isinstance(module, (_ConvNd, nn.Linear)) and not depthwise and module.weight.requires_grad
+
+
+class _Convert(torch.autograd.Function):
+    """Tensors in another dtype, all by one kernel, and so their gradients."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return tuple(_converted(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_converted(gradients, ctx.dtype)
+
+
+def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    out = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(out, tensors)
+    return out
+
+
+class _Prediction:
+    """A recorded forward pass, for inputs like x."""
+
+    def __init__(self, forward: Callable, x: Tensor):
+        self._input = _memory_for(x)
+        self._graph = torch.cuda.CUDAGraph()
+        with _autocast_without_cache(), _recording(self._graph, torch.cuda.Stream()):
+            self._output = forward(self._input)
+
+    def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
+        self._input.copy_(x)
+        self._graph.replay()
+        return tree_map(torch.clone, self._output)
+
+
+class _TrainingStep:
+    """A recorded forward and backward pass, for batches like x."""
+
+    def __init__(self, forward: Callable, x: Tensor, parameters: list[nn.Parameter]):
+        self._input, self._parameters = _memory_for(x), parameters
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # The backward pass stays in this thread, which is the one that records.
+        with _autocast_without_cache(), torch.autograd.set_multithreading_enabled(False):
+            with torch.cuda.stream(stream):
+                with only_compiling():
+                    outputs = forward(self._input)
+                    self._output_gradients = [torch.zeros_like(out) for out in tree_leaves(outputs)]
+                    self._differentiate(outputs)
+                # once for all, so that the libraries have chosen their algorithms
+                self._differentiate(forward(self._input))
+            with _recording(self._forward, stream):
+                outputs = forward(self._input)
+            with _recording(self._backward, stream, self._forward.pool()):
+                self._gradients = self._differentiate(outputs)
+        self._outputs = tree_map(torch.detach, outputs)
+
+    def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(tree_leaves(outputs), self._parameters, self._output_gradients)
+
+    def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
+        self._input.copy_(x)
+        outputs = _Replay.apply(self, *self._parameters)
+        return outputs[0] if isinstance(self._outputs, Tensor) else list(outputs)
+
+    def replay_forward(self) -> tuple[Tensor, ...]:
+        self._forward.replay()
+        return tuple(out.detach() for out in tree_leaves(self._outputs))
+
+    def replay_backward(self, output_gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for memory, gradient in zip(self._output_gradients, output_gradients, strict=True):
+            memory.copy_(gradient)
+        self._backward.replay()
+        return tuple(gradient.detach() for gradient in self._gradients)
+
+
+class _Replay(torch.autograd.Function):
+    """A recorded step as a function of the network's parameters."""
+
+    @staticmethod
+    def forward(ctx, step: _TrainingStep, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.step = step
+        return step.replay_forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.step.replay_backward(output_gradients)
+
+
+def _memory_for(x: Tensor) -> Tensor:
+    """A copy of x, to be overwritten in inference mode and outside of it."""
+    with torch.inference_mode(False):
+        return torch.empty_like(x).copy_(x)
+
+
+def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.graph:
+    """Other threads, such as those that prepare the next batch, may go on using the GPU meanwhile."""
+    return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+
+
+def _autocast_without_cache() -> torch.autocast:
+    """The autocast that is on, without its memory of converted weights: a graph has to convert them every time."""
+    return torch.autocast(
+        "cuda",
+        dtype=torch.get_autocast_dtype("cuda"),
+        enabled=torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,
+    )

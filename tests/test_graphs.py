@@ -1,0 +1,183 @@
+"""CUDA graphs of training and prediction: the same numbers as without, and gone when the weights move."""
+
+import copy
+
+import pytest
+import torch
+
+from nnunet_lgms import LGMSNet
+from nnunet_lgms.architecture import graphed
+from nnunet_lgms.architecture.graphed import GraphedLGMSNet
+
+SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
+
+
+def test_without_a_gpu_it_is_lgmsnet():
+    torch.manual_seed(0)
+    network = GraphedLGMSNet.paper(1, 2, dim=2)
+    plain = LGMSNet.paper(1, 2, dim=2)
+    plain.load_state_dict(network.state_dict())
+    x = torch.randn(2, 1, 33, 40)
+    torch.testing.assert_close(network(x), plain(x), rtol=0, atol=0)
+    assert torch.export.export(network.eval(), (x,)).module()(x).shape == (2, 2, 33, 40)
+
+
+class Recorder:
+    """Stands in for a recorded prediction."""
+
+    made = 0
+
+    def __init__(self, forward, x):
+        Recorder.made += 1
+        self.forward = forward
+
+    def __call__(self, x):
+        return self.forward(x)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(graphed, "_Prediction", Recorder)
+    monkeypatch.setattr(GraphedLGMSNet, "_has_graphs", staticmethod(lambda x: True))
+    monkeypatch.setattr(graphed, "only_compiling", torch.no_grad)
+    Recorder.made = 0
+    return Recorder
+
+
+@torch.no_grad()
+def test_predictions_are_recorded_when_a_shape_comes_again(recorder):
+    network = GraphedLGMSNet.paper(1, 2, dim=2).eval()
+    small, large = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 32, 16)
+    for made in (0, 0, 1, 1):
+        network(small)
+        assert recorder.made == made
+    for x in (large, large, small, small, large):  # never often enough in a row
+        network(x)
+    assert recorder.made == 1
+    network(large), network(large)
+    assert recorder.made == 2
+    network.train()(large)  # batch norms work in another way
+    assert network._prediction is None
+
+
+@torch.no_grad()
+def test_graphs_end_when_weights_move_and_are_not_copied(recorder):
+    network = GraphedLGMSNet.paper(1, 2, dim=2).eval()
+    for _ in range(3):
+        network(torch.zeros(1, 1, 16, 16))
+    network.load_state_dict(network.state_dict())
+    network.to("cpu")
+    assert network._prediction is not None
+    assert copy.deepcopy(network)._prediction is None
+    network.double()
+    assert network._prediction is None
+
+
+@torch.no_grad()
+def test_a_graph_that_does_not_fit_is_done_without(recorder, monkeypatch):
+    def fails(forward, x):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(graphed, "_Prediction", fails)
+    network = GraphedLGMSNet.paper(1, 2, dim=2).eval()
+    x = torch.zeros(1, 1, 16, 16)
+    network(x), network(x)
+    with pytest.warns(UserWarning, match="no memory"):
+        assert network(x).shape == (1, 2, 16, 16)
+    network(x)  # not tried again
+
+
+def steps(network, batches):
+    """Losses of nnU-Net's training steps, and of validations in between, on batches of one shape."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for x in batches:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda"):
+            loss = network(x).float().square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+        optimizer.step()
+        network.eval()
+        with torch.no_grad(), torch.autocast("cuda"):
+            validation = network(x).float().square().mean()
+        network.train()
+        losses += [loss.item(), validation.item()]
+    return losses
+
+
+def gradients(network, x):
+    network.zero_grad(set_to_none=True)
+    with torch.autocast("cuda"):
+        out = network(x)
+    grad = torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)
+    (1024 * (out.float() * grad).mean()).backward()
+    found = torch.cat([p.grad.flatten().double() for p in network.parameters() if p.grad is not None])
+    network.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [2, 3])
+def test_training_on_graphs_is_training(dim, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    shape = SHAPE[dim]
+    plain = LGMSNet.paper(shape[1], 3, dim=dim).cuda()
+    network = GraphedLGMSNet.paper(shape[1], 3, dim=dim).cuda()
+    network.load_state_dict(plain.state_dict())
+    batches = [torch.randn(shape, device="cuda") for _ in range(5)]
+    with torch.autocast("cuda"):
+        network.record_training(torch.zeros(shape, device="cuda"))
+    for a, b in zip(network.state_dict().values(), plain.state_dict().values()):
+        assert torch.equal(a, b)
+    for x in batches[:2]:
+        actual, expected = gradients(network, x), gradients(plain, x)
+        assert (actual - expected).norm() < 1e-3 * expected.norm()  # some are rounded to float16 on the way
+        assert torch.equal(gradients(network, x), actual)
+    network.load_state_dict(plain.state_dict())  # running statistics
+    assert steps(network, batches) == pytest.approx(steps(plain, batches), rel=1e-2)
+    assert network._prediction is not None  # validations were recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [2, 3])
+def test_predictions_on_graphs_are_predictions(dim):
+    """Results live on, as nnU-Net sums mirrored ones, and follow the weights."""
+    torch.manual_seed(0)
+    shape = SHAPE[dim]
+    plain = LGMSNet.paper(shape[1], 3, dim=dim).cuda().eval()
+    network = GraphedLGMSNet.paper(shape[1], 3, dim=dim).cuda().eval()
+    images = [torch.randn(shape, device="cuda") for _ in range(6)]
+    for seed in range(2):  # the second time with other weights in the same graph
+        torch.manual_seed(seed)
+        for p in plain.parameters():
+            p.data.normal_(0, 0.1)
+        network.load_state_dict(plain.state_dict())
+        with torch.inference_mode(), torch.autocast("cuda"):
+            results = [network(x) for x in images]
+            expected = [plain(x) for x in images]
+        assert all(torch.equal(a, b) for a, b in zip(results, expected))
+    assert network._prediction is not None
+    with torch.no_grad(), torch.autocast("cuda"):  # a tensor of inference mode stays usable outside of it
+        assert torch.equal(network(images[0]), expected[0])
+    network.half().float()
+    assert network._prediction is None
+
+
+@pytest.mark.gpu
+def test_only_compiling_leaves_nothing_to_compile():
+    from triton.runtime.jit import JITFunction
+
+    network = GraphedLGMSNet.paper(1, 2, dim=2).cuda()
+    x = torch.zeros(2, 1, 64, 64, device="cuda")
+    with torch.autocast("cuda"):
+        network.record_training(x)
+    compiled, do_compile = [], JITFunction._do_compile
+    JITFunction._do_compile = lambda self, *a, **k: compiled.append(self) or do_compile(self, *a, **k)
+    try:
+        with torch.autocast("cuda"):
+            LGMSNet.forward(network, x).float().sum().backward()
+    finally:
+        JITFunction._do_compile = do_compile
+    assert not compiled
