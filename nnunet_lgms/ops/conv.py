@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act import norm_act, statistics_known
+from nnunet_lgms.ops.norm_act import moments_wanted, norm_act, statistics_known
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
@@ -47,6 +47,27 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 
+def same_conv_moments(
+    x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int, wanted: tuple[str, int, str] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`same_conv`, and what :func:`norm_act` wants to know of its result, taken before that goes to memory.
+
+    Args:
+        x, weight, bias, groups: as in :func:`same_conv`.
+        wanted: by the norm of the result; see :func:`nnunet_lgms.ops.norm_act.moments_wanted`.
+
+    Returns:
+        The result, and its moments by slices (`PartialMoments` in `norm_act_triton.py`), none where they come at a
+        cost.
+    """
+    xs = [x] if isinstance(x, Tensor) else list(x)
+    if wanted is None or not kernels_fit_conv(xs, weight):
+        return same_conv(x, weight, bias, groups), []
+    dtype = compute_dtype(xs[0])
+    out, *partial = _convolve_moments([x.to(dtype) for x in xs], weight, bias, groups, *wanted)
+    return out, partial
+
+
 def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
     """:func:`same_conv` and :func:`norm_act`; one pass over memory where the norm's statistics are known before.
 
@@ -65,7 +86,9 @@ def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, re
             x.to(compute_dtype(x)), conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
             norm.weight, norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
         )  # fmt: skip
-    return norm_act(same_conv(x, conv.weight, conv.bias, conv.groups), norm, activation, residual)
+    wanted = moments_wanted(norm, activation)
+    out, partial = same_conv_moments(x, conv.weight, conv.bias, conv.groups, wanted)
+    return norm_act(out, norm, activation, residual, partial)
 
 
 def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
@@ -88,6 +111,23 @@ def _convolve(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups:
     from nnunet_lgms.ops import conv_triton
 
     return conv_triton.convolve(xs, weight, bias, groups)
+
+
+@triton_op("nnunet_lgms::same_conv_moments", mutates_args=())
+def _convolve_moments(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    kind: str,
+    norm_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, mean, second moment, voxels), the latter by slices, for a norm of this kind."""
+    from nnunet_lgms.ops import conv_triton
+
+    out, partial = conv_triton.convolve_moments(xs, weight, bias, groups, kind, norm_groups, activation)
+    return out, *partial
 
 
 @triton_op("nnunet_lgms::same_conv_input_grad", mutates_args=())
@@ -119,12 +159,15 @@ def _convolve_finished(
 
 
 def _setup(ctx, inputs, output):
-    xs, weight, bias, ctx.groups = inputs
+    xs, weight, bias, ctx.groups = inputs[:4]
+    ctx.n_inputs = len(inputs)
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(weight, *xs)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, *_):
     weight, *xs = ctx.saved_tensors
     grad = to_channels_last(grad)
     grad_xs = [None] * len(xs)
@@ -135,10 +178,11 @@ def _backward(ctx, grad):
         grad_weight = _weight_gradient(grad, join_channels(xs), weight, ctx.groups)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
-    return grad_xs, grad_weight, grad_bias, None
+    return grad_xs, grad_weight, grad_bias, *[None] * (ctx.n_inputs - 3)
 
 
 _convolve.register_autograd(_backward, setup_context=_setup)
+_convolve_moments.register_autograd(_backward, setup_context=_setup)
 
 
 def conv_gradients(
