@@ -6,6 +6,7 @@ cases and prints their relative errors against PyTorch. The compiled kernels run
 """
 
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ CONVOLUTIONS = {  # input shape, output channels, kernel, groups
     "2d": ((2, 12, 7, 9), 20, (3, 3), 1),
     "two_groups": ((2, 8, 3, 5, 6), 12, (3, 3, 3), 2),
     "point": ((2, 32, 5, 5), 64, (1, 1), 1),
+}
+MOMENTS = {  # input shape, output channels, kernel, groups, norm behind, activation, mean of the result
+    "instance": ((2, 8, 9, 14, 13), 16, (3, 3, 3), 1, InstanceNorm3d(16), "silu", 0),
+    "large_mean": ((2, 4, 9, 7, 8), 4, (1, 1, 1), 1, InstanceNorm3d(4), "relu", 1000),
+    "gelu_before_two_groups": ((2, 8, 9, 13, 11), 12, (3, 3, 3), 2, InstanceNorm3d(12), "gelu_first", 0),
+    "batch_2d": ((3, 12, 11, 50), 20, (3, 3), 1, nn.BatchNorm2d(20), "relu", 0),
+    "group": ((2, 4, 40, 42), 16, (1, 3), 1, nn.GroupNorm(4, 16), "none", 0),
 }
 NORMS = {  # input shape, norm, activation, mean of the input
     "instance_silu": ((2, 16, 5, 6, 7), InstanceNorm3d(16), "silu", 1),
@@ -80,6 +88,31 @@ def convolution_errors(shape, out_channels, kernel, groups, device):
     ]
 
 
+def moments_errors(shape, out_channels, kernel, groups, norm, activation, offset, device):
+    """Mean and variance of a convolution's result from its own moments, against float64; offset is of its bias."""
+    from nnunet_lgms.ops import conv_triton, norm_act, norm_act_triton
+
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    halves = [draw((shape[0], shape[1] // groups, *shape[2:]), device).to(dtype) for _ in range(groups)]
+    weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device)
+    bias = (torch.randn(out_channels) + offset).to(device)
+    kind, norm_groups, _ = norm_act.moments_wanted(norm, activation)
+    with patch.object(norm_act_triton, "JOINED", 32):  # few slices, of several blocks each
+        out, partial = conv_triton.convolve_moments(halves, weight, bias, groups, kind, norm_groups, activation)
+    assert torch.equal(out, conv_triton.convolve(halves, weight, bias, groups))
+    value = F.gelu(out.double()) if activation == "gelu_first" else out.double()
+    axes = {"batch": [0, *range(2, out.ndim)]}.get(kind, [*range(2, out.ndim)])
+    if kind == "group":
+        value = value.unflatten(1, (norm_groups, -1)).flatten(2)
+        axes = [2]
+    variance, mean = torch.var_mean(value, axes, correction=0)
+    mean, variance = ((s[None] if kind == "batch" else s) for s in (mean, variance))
+    actual = norm_act_triton.join_moments(partial, kind, norm_groups)
+    if kind == "group":
+        actual = [s.unflatten(1, (norm_groups, -1))[:, :, 0] for s in actual]
+    return [relative(a, e) for a, e in zip(actual, (mean, variance), strict=True)]
+
+
 def norm_errors(shape, norm, activation, mean, device):
     from nnunet_lgms.ops import norm_act, norm_act_triton
 
@@ -104,6 +137,7 @@ def norm_errors(shape, norm, activation, mean, device):
 
 def bottleneck_errors(shape, out_channels, norm1, norm2, device):
     from nnunet_lgms.ops import bottleneck
+    from nnunet_lgms.ops.norm_act_triton import PartialMoments, join_moments, moments
 
     hidden = norm2.num_channels if isinstance(norm2, nn.GroupNorm) else norm2.num_features
     conv_op = {4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
@@ -116,22 +150,25 @@ def bottleneck_errors(shape, out_channels, norm1, norm2, device):
             nn.init.normal_(p)
     dtype = torch.float16 if device == "cuda" else torch.float32  # as the operator is used
     x = draw(shape, device).to(dtype).requires_grad_()
-    expected = bottleneck.inverted_bottleneck(x.double(), *modules)
+    expected, _ = bottleneck.inverted_bottleneck(x.double(), *modules, norm1)
     grad = draw(expected.shape, device).to(dtype)
     wanted = [x, *(p for p in parameters if p is not None)]
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     x, parameters = x.detach(), [None if p is None else p.detach().float() for p in parameters]
     specs = [norm for m in (norm1, norm2) for norm in bottleneck.NormSpec.of(m)]
-    out, *statistics = bottleneck._inverted_bottleneck(x, *parameters, *specs)
+    out, *statistics = bottleneck._inverted_bottleneck(x, [], *parameters, *specs, specs[0], specs[1])
+    statistics, partial = statistics[:4], PartialMoments(*statistics[4:])
     actual = bottleneck._inverted_bottleneck_backward(grad, x, *statistics, *parameters, *specs)
     actual = [actual[0], *(g for g, p in zip(actual[1:], parameters, strict=True) if p is not None)]
     errors = [relative(out, expected.detach())]
+    behind = join_moments(partial, *specs[:2]), moments(out, *specs[:2], "gelu_first")
+    errors += [relative(a, b) for a, b in zip(*behind, strict=True)]
     errors += [relative(a.view_as(e), e) for a, e in zip(actual, gradients, strict=True)]
     if isinstance(norm1, nn.BatchNorm2d):
         modules.eval()
         norms = [s.float() for n in (norm1, norm2) for s in (n.running_mean, n.running_var)]
         known = bottleneck._inverted_bottleneck_known(x, *norms, *parameters, norm1.eps, norm2.eps)
-        errors.append(relative(known, bottleneck.inverted_bottleneck(x.double(), *modules).detach()))
+        errors.append(relative(known, bottleneck.inverted_bottleneck(x.double(), *modules, norm1)[0].detach()))
     return errors
 
 
@@ -192,6 +229,7 @@ GROUPS = {
     "channels": (CHANNELS, channels_errors),
     "layout": (LAYOUTS, layout_errors),
     "convolution": (CONVOLUTIONS, convolution_errors),
+    "moments": (MOMENTS, moments_errors),
     "norm": (NORMS, norm_errors),
     "bottleneck": (BOTTLENECKS, bottleneck_errors),
     "upsampling": (UPSAMPLINGS, upsampling_errors),
@@ -218,14 +256,14 @@ def network_errors():
         state = {key: value.clone() for key, value in network.state_dict().items()}
         x = draw(shape, "cpu")
         results = []
-        for on in (True, False):
+        for on, min_voxels in ((True, 0), (True, 1 << 40), (False, 0)):  # every kernel, libraries' convolutions, none
             network.load_state_dict(state)
             network.zero_grad()
             for module in (channels, conv, layout, max_pool, norm_act, upsample):
                 module.use_kernels = lambda x, on=on: on
             for module in (bottleneck, conv):
                 module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype
-            conv.MIN_VOXELS = 0
+            conv.MIN_VOXELS = min_voxels
             out = network(x)
             out.square().mean().backward()
             gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
@@ -234,7 +272,8 @@ def network_errors():
                 predicted = network.eval()(x)
             network.train()
             results.append((out.detach(), gradient, buffers, predicted))
-        found.append([relative(a, b) for a, b in zip(*results, strict=True)])
+        *with_kernels, without = results
+        found.append([relative(a, b) for actual in with_kernels for a, b in zip(actual, without, strict=True)])
     return found
 
 

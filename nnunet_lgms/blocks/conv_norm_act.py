@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.conv import conv_norm_act
-from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.ops.norm_act import moments_wanted, norm_act
 
 
 def same_padding(kernel_size: Sequence[int]) -> tuple[int, ...]:
@@ -50,6 +50,10 @@ class ConvNormAct(nn.Module):
         """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last."""
         return conv_norm_act(x, self.conv, self.norm, self.activation, residual)
 
-    def normalise(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Norm, activation and residual of what the convolution gave, (B, out, *spatial)."""
-        return norm_act(x, self.norm, self.activation, residual)
+    def moments_wanted(self) -> tuple[str, int, str] | None:
+        """What the norm would like to know of the result of the convolution."""
+        return moments_wanted(self.norm, self.activation)
+
+    def normalise(self, x: Tensor, partial: Sequence[Tensor] = ()) -> Tensor:
+        """Norm and activation of what the convolution gave, (B, out, *spatial), with its moments where it took them."""
+        return norm_act(x, self.norm, self.activation, partial=partial)

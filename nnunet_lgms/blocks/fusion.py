@@ -9,8 +9,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
 from nnunet_lgms.ops.bottleneck import inverted_bottleneck
-from nnunet_lgms.ops.conv import same_conv
-from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.ops.conv import same_conv_moments
+from nnunet_lgms.ops.norm_act import moments_wanted, norm_act
 
 EXPANSION = 4
 
@@ -60,6 +60,7 @@ class FusionBlock(nn.Module):
     def forward(self, x: Tensor, upsampled: Tensor | None = None) -> Tensor:
         """(B, D, *spatial), or its two halves apart, which need not be joined then -> (B, C, *spatial)."""
         halves = [x] if upsampled is None else [x, upsampled]
-        x = same_conv(halves, self.grouped.weight, self.grouped.bias, groups=2)
-        x = inverted_bottleneck(x, self.norm1, self.expand, self.norm2, self.squeeze)
-        return norm_act(x, self.norm3, "gelu_first")
+        wanted = moments_wanted(self.norm1, "gelu_first")
+        x, moments = same_conv_moments(halves, self.grouped.weight, self.grouped.bias, 2, wanted)
+        x, moments = inverted_bottleneck(x, self.norm1, self.expand, self.norm2, self.squeeze, self.norm3, moments)
+        return norm_act(x, self.norm3, "gelu_first", partial=moments)

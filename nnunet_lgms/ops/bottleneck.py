@@ -8,6 +8,7 @@ environment variable NNUNET_LGMS_KERNELS is `off`, the operator is its convoluti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -16,12 +17,14 @@ from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.backend import HALF, compute_dtype
-from nnunet_lgms.ops.conv import conv_norm_act, same_conv
+from nnunet_lgms.ops.conv import conv_norm_act, same_conv_moments
 from nnunet_lgms.ops.layout import to_channels_last
 from nnunet_lgms.ops.norm_act import (
     NormSpec,
+    batch_moments,
     kernels_fit_map,
     kernels_fit_norm,
+    moments_wanted,
     norm_act,
     statistics_known,
     update_running_statistics,
@@ -32,8 +35,16 @@ CHANNELS = (16, 32)  # of input and output, for the tensor cores
 HIDDEN = (16, 32, 64)  # with more, a program holds fewer voxels than its products want
 
 
-def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> Tensor:
-    """squeeze(norm2(gelu(expand(norm1(gelu(x))))))
+def inverted_bottleneck(
+    x: Tensor,
+    norm1: nn.Module,
+    expand: _ConvNd,
+    norm2: nn.Module,
+    squeeze: _ConvNd,
+    norm3: nn.Module,
+    partial: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """squeeze(norm2(gelu(expand(norm1(gelu(x)))))), and moments of its GELU by slices for the norm behind it.
 
     Args:
         x: (B, D, *spatial).
@@ -41,24 +52,27 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
         expand: 1x1 convolution to H channels, with bias.
         norm2: norm of H channels.
         squeeze: 1x1 convolution to C channels, with bias.
+        norm3: the norm of the GELU of the result.
+        partial: moments of gelu(x) by slices, where known; see :func:`nnunet_lgms.ops.conv.same_conv_moments`.
 
     Returns:
-        (B, C, *spatial).
+        (B, C, *spatial), and the moments that norm3 needs, or none where they come at a cost.
     """
     if not _kernels_fit(x, norm1, expand, norm2, squeeze):
-        x = conv_norm_act(norm_act(x, norm1, ACTIVATION), expand, norm2, ACTIVATION)
-        return same_conv(x, squeeze.weight, squeeze.bias)
+        x = conv_norm_act(norm_act(x, norm1, ACTIVATION, partial=partial), expand, norm2, ACTIVATION)
+        return same_conv_moments(x, squeeze.weight, squeeze.bias, 1, moments_wanted(norm3, ACTIVATION))
     x = x.to(compute_dtype(x))
     parameters = [p for m in (norm1, expand, norm2, squeeze) for p in (m.weight, m.bias)]
     if statistics_known(norm1):
         statistics = [s for n in (norm1, norm2) for s in (n.running_mean, n.running_var)]
-        return _inverted_bottleneck_known(x, *statistics, *parameters, norm1.eps, norm2.eps)
-    out, mean1, variance1, mean2, variance2 = _inverted_bottleneck(
-        x, *parameters, *NormSpec.of(norm1), *NormSpec.of(norm2)
+        return _inverted_bottleneck_known(x, *statistics, *parameters, norm1.eps, norm2.eps), []
+    kind3, groups3, _ = NormSpec.of(norm3)
+    out, mean1, variance1, mean2, variance2, *behind = _inverted_bottleneck(
+        x, list(partial), *parameters, *NormSpec.of(norm1), *NormSpec.of(norm2), kind3, groups3
     )
     update_running_statistics(norm1, mean1, variance1, x)
     update_running_statistics(norm2, mean2, variance2, x)
-    return out
+    return out, behind
 
 
 def _kernels_fit(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> bool:
@@ -83,6 +97,7 @@ def _kernels() -> ModuleType:
 @triton_op("nnunet_lgms::inverted_bottleneck", mutates_args=())
 def _inverted_bottleneck(
     x: Tensor,
+    partial: Sequence[Tensor],
     scale1: Tensor | None,
     shift1: Tensor | None,
     expand: Tensor,
@@ -97,15 +112,21 @@ def _inverted_bottleneck(
     kind2: str,
     groups2: int,
     eps2: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, mean1, variance1, mean2, variance2); statistics are (B, C), or (1, C) for the batch norm, in float32."""
+    kind3: str,
+    groups3: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, mean1, variance1, mean2, variance2) and the moments of gelu(out) by slices, for the norm behind.
+
+    Statistics are (B, C), or (1, C) for the batch norm, in float32.
+    """
     kernels = _kernels()
-    mean1, variance1 = kernels.first_norm(x, kind1, groups1)
+    mean1, variance1 = batch_moments(x, partial, kind1, groups1, ACTIVATION)
     norm1 = kernels.Norm(mean1, variance1, scale1, shift1, eps1)
     b = kernels.Bottleneck(norm1, expand, expand_bias, None, squeeze, squeeze_bias)
     mean2, variance2 = kernels.second_norm(x, b, kind2, groups2)
     b = b._replace(norm2=kernels.Norm(mean2, variance2, scale2, shift2, eps2))
-    return kernels.forward(x, b), mean1, variance1, mean2, variance2
+    out, behind = kernels.forward(x, b, (kind3, groups3))
+    return out, mean1, variance1, mean2, variance2, *behind
 
 
 @triton_op("nnunet_lgms::inverted_bottleneck_known", mutates_args=())
@@ -130,7 +151,8 @@ def _inverted_bottleneck_known(
     kernels = _kernels()
     norm1 = kernels.Norm(mean1[None], variance1[None], scale1, shift1, eps1)
     norm2 = kernels.Norm(mean2[None], variance2[None], scale2, shift2, eps2)
-    return kernels.forward(x, kernels.Bottleneck(norm1, expand, expand_bias, norm2, squeeze, squeeze_bias))
+    out, _ = kernels.forward(x, kernels.Bottleneck(norm1, expand, expand_bias, norm2, squeeze, squeeze_bias))
+    return out
 
 
 @triton_op("nnunet_lgms::inverted_bottleneck_backward", mutates_args=())
@@ -165,10 +187,11 @@ def _inverted_bottleneck_backward(
 
 
 def _setup(ctx, inputs, output):
-    x, *ctx.spec = inputs[0], *inputs[9:]
+    x, partial, *parameters = inputs[:10]
+    ctx.spec, ctx.n_partial, ctx.n_constants = inputs[10:16], len(partial), len(inputs) - 10
     _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
-    ctx.save_for_backward(x, *statistics, *inputs[1:9])
+    ctx.save_for_backward(x, *statistics[:4], *parameters)
 
 
 def _backward(ctx, grad, *_):
@@ -176,7 +199,7 @@ def _backward(ctx, grad, *_):
     parameters = saved[4:]
     grad_x, *grads = _inverted_bottleneck_backward(to_channels_last(grad), x, *saved, *ctx.spec)
     grads = [None if p is None else g.view(p.shape).to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
-    return grad_x, *grads, *[None] * len(ctx.spec)
+    return grad_x, [None] * ctx.n_partial, *grads, *[None] * ctx.n_constants
 
 
 _inverted_bottleneck.register_autograd(_backward, setup_context=_setup)

@@ -27,13 +27,16 @@ from nnunet_lgms.ops.activation_triton import affine, gelu, normal
 from nnunet_lgms.ops.backend import map_memory
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.norm_act_triton import (
+    Join,
     Norm,
+    PartialMoments,
     Plan,
     apply_gradient,
+    first_row,
     join_gradient_sums,
     join_moments,
-    moments,
     over_samples,
+    store_moments,
 )
 
 ELEMENTS = 4096  # of the wide map in a program
@@ -84,31 +87,33 @@ def _plans(x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, int]]) -> list[P
     return plans(min(plan.slices for plan in plans(_slices(x))))
 
 
-def first_norm(x: Tensor, kind: str, groups: int) -> tuple[Tensor, Tensor]:
-    """Statistics of norm1."""
-    return moments(x, kind, groups, ACTIVATION)
-
-
 def second_norm(x: Tensor, b: Bottleneck, kind: str, groups: int) -> tuple[Tensor, Tensor]:
     """Statistics of norm2."""
     plan = Plan(x, kind, groups, b.expand.shape[0], _rows(b), _slices(x))
-    partial = plan.partial(x)
+    partial = plan.partial_moments(x)
     launch(wrap_triton(_hidden_moments))[plan.slices_grid](
         x, *b.norm1.tensors, b.expand, b.expand_bias, *partial, plan.voxels, plan.steps, *_strides(b),
         ROWS=_rows(b), **b.constants(), num_warps=WARPS,
     )  # fmt: skip
-    return join_moments(plan, partial)
+    return join_moments(partial, kind, groups)
 
 
-def forward(x: Tensor, b: Bottleneck) -> Tensor:
-    """(B, D, *spatial) channels-last -> (B, C, *spatial) channels-last, with given statistics."""
-    out = map_memory(x, b.squeeze.shape[0], x.shape[2:])
-    plan = Plan(x, "instance", 1, None, _rows(b), _slices(x))
+def forward(x: Tensor, b: Bottleneck, spec: tuple[str, int] | None = None) -> tuple[Tensor, PartialMoments | None]:
+    """(B, D, *spatial) channels-last -> (B, C, *spatial) channels-last, with given statistics.
+
+    With kind and groups of the norm behind, ``spec``, also the moments that it needs, those of gelu(out).
+    """
+    channels = b.squeeze.shape[0]
+    out = map_memory(x, channels, x.shape[2:])
+    slices = _slices(x) if spec is None else min(_slices(x), Join(x.shape[0], channels, *spec).most_slices)
+    plan = Plan(x, "instance", 1, None, _rows(b), slices)
+    partial = None if spec is None else PartialMoments.empty(x, plan.slices, channels)
     launch(wrap_triton(_bottleneck))[plan.slices_grid](
-        x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, b.squeeze_bias, out, plan.voxels,
-        plan.steps, *_strides(b), ROWS=_rows(b), **b.all_constants(), num_warps=WARPS,
+        x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, b.squeeze_bias, out,
+        *(partial or (None,) * 3), plan.voxels, plan.steps, *_strides(b), MOMENTS=spec is not None, ROWS=_rows(b),
+        **b.all_constants(), num_warps=WARPS,
     )  # fmt: skip
-    return out.movedim(-1, 1)
+    return out.movedim(-1, 1), partial
 
 
 def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, int]]) -> tuple[Tensor, ...]:
@@ -171,8 +176,9 @@ def _vector(pointer, N: tl.constexpr):
 
 @triton.jit
 def _hidden_moments(
-    x, mean1, variance1, scale1, shift1, expand, expand_bias, partial_mean, partial_m2, voxels, steps, stride1,
-    EPS1: tl.constexpr, AFFINE1: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    x, mean1, variance1, scale1, shift1, expand, expand_bias, partial_mean, partial_m2, partial_count, voxels, steps,
+    stride1, EPS1: tl.constexpr, AFFINE1: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred second moment of gelu(z) over a slice, about its first voxel; as `_moments` of the norm."""
     sample, hidden = tl.program_id(1), tl.arange(0, H)
@@ -193,18 +199,18 @@ def _hidden_moments(
         total += value
         squares += value * value
     count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
-    total, squares = tl.sum(total, 0), tl.sum(squares, 0)
-    out = (sample * tl.num_programs(0) + tl.program_id(0)) * H + hidden
-    tl.store(partial_mean + out, origin + total / count)
-    tl.store(partial_m2 + out, squares - total * total / count)
+    store_moments(partial_mean, partial_m2, partial_count, sample * tl.num_programs(0) + tl.program_id(0), H, hidden,
+                  hidden < H, origin, tl.sum(total, 0), tl.sum(squares, 0), count)  # fmt: skip
 
 
 @triton.jit
 def _bottleneck(
     x, mean1, variance1, scale1, shift1, expand, expand_bias, mean2, variance2, scale2, shift2, squeeze, squeeze_bias,
-    out, voxels, steps, stride1, stride2, EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr,
-    AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    out, partial_mean, partial_m2, partial_count, voxels, steps, stride1, stride2, MOMENTS: tl.constexpr,
+    EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """The result, and the moments of its GELU as it is stored, about its first voxel in the slice."""
     sample, channel = tl.program_id(1), tl.arange(0, C)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D
@@ -214,13 +220,26 @@ def _bottleneck(
     weight, bias = _weights(expand, H, D, True, dtype), _vector(expand_bias, H)
     weight2, bias2 = _weights(squeeze, C, H, True, dtype), _vector(squeeze_bias, C)
     begin = tl.program_id(0) * steps * ROWS
+    origin = tl.zeros((C,), tl.float32)
+    total, squares = tl.zeros((ROWS, C), tl.float32), tl.zeros((ROWS, C), tl.float32)
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, ROWS)
         y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
         value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
-        result = tl.dot((value * a2[None, :] + b2[None, :]).to(dtype), weight2) + bias2[None, :]
+        result = (tl.dot((value * a2[None, :] + b2[None, :]).to(dtype), weight2) + bias2[None, :]).to(dtype)
         offset = (begin + step * ROWS + tl.arange(0, ROWS))[:, None] * C + channel[None, :]
-        tl.store(out + offset, result.to(dtype), mask=inside)
+        tl.store(out + offset, result, mask=inside)
+        if MOMENTS:
+            value = gelu(result.to(tl.float32))
+            if step == 0:
+                origin = first_row(value)
+            value = tl.where(inside, value - origin[None, :], 0.0)
+            total += value
+            squares += value * value
+    if MOMENTS:
+        count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
+        store_moments(partial_mean, partial_m2, partial_count, sample * tl.num_programs(0) + tl.program_id(0), C,
+                      channel, channel < C, origin, tl.sum(total, 0), tl.sum(squares, 0), count)  # fmt: skip
 
 
 @triton.jit

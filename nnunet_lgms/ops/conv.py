@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act import channel_sums, norm_act, statistics_known
+from nnunet_lgms.ops.norm_act import channel_sums, moments_wanted, norm_act, statistics_known
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
@@ -47,7 +47,7 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
         dtype = compute_dtype(xs[0])
         return _convolve([x.to(dtype) for x in xs], weight, bias, groups)
     x = join_channels(xs)
-    if use_kernels(x) and channels_last(x):
+    if use_kernels(x) and channels_last(x) and x.dtype != torch.float64:
         return _library_conv(x.to(compute_dtype(x)), weight, bias, groups)
     return _conv(x, weight, bias, groups)
 
@@ -78,27 +78,37 @@ class _BiasedConv(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.groups, ctx.bias_dtype = groups, bias.dtype
+        ctx.groups = groups
         with torch.no_grad():
             return _library_conv(x, weight, bias, groups).movedim(1, -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad, weight_dtype, weight = grad.movedim(-1, 1).to(x.dtype), weight.dtype, weight.to(x.dtype)
-        grad_x = grad_weight = None
-        if _is_product(weight, ctx.groups):
-            rows = grad.movedim(1, -1).flatten(0, -2)
-            if ctx.needs_input_grad[0]:
-                grad_x = (rows @ weight.flatten(1)).view(*grad.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
-            grad_weight = (rows.T @ x.movedim(1, -1).flatten(0, -2)).view_as(weight)
-        else:
-            one, padding = [1] * (x.ndim - 2), [k // 2 for k in weight.shape[2:]]
-            mask = [ctx.needs_input_grad[0], True, False]
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, one, padding, one, False, [0] * len(one), ctx.groups, mask
-            )
-        return grad_x, grad_weight.to(weight_dtype), channel_sums(grad).to(ctx.bias_dtype), None
+        gradients = conv_gradients(
+            grad.movedim(-1, 1), *ctx.saved_tensors, ctx.groups, of_x=ctx.needs_input_grad[0], of_bias=True
+        )
+        return *gradients, None
+
+
+def same_conv_moments(
+    x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int, wanted: tuple[str, int, str] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`same_conv`, and what :func:`norm_act` wants to know of its result, taken before that goes to memory.
+
+    Args:
+        x, weight, bias, groups: as in :func:`same_conv`.
+        wanted: by the norm of the result; see :func:`nnunet_lgms.ops.norm_act.moments_wanted`.
+
+    Returns:
+        The result, and its moments by slices (`PartialMoments` in `norm_act_triton.py`), none where they come at a
+        cost.
+    """
+    xs = [x] if isinstance(x, Tensor) else list(x)
+    if wanted is None or not kernels_fit_conv(xs, weight):
+        return same_conv(x, weight, bias, groups), []
+    dtype = compute_dtype(xs[0])
+    out, *partial = _convolve_moments([x.to(dtype) for x in xs], weight, bias, groups, *wanted)
+    return out, partial
 
 
 def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
@@ -119,7 +129,9 @@ def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, re
             x.to(compute_dtype(x)), conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
             norm.weight, norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
         )  # fmt: skip
-    return norm_act(same_conv(x, conv.weight, conv.bias, conv.groups), norm, activation, residual)
+    wanted = moments_wanted(norm, activation)
+    out, partial = same_conv_moments(x, conv.weight, conv.bias, conv.groups, wanted)
+    return norm_act(out, norm, activation, residual, partial)
 
 
 def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
@@ -142,6 +154,23 @@ def _convolve(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups:
     from nnunet_lgms.ops import conv_triton
 
     return conv_triton.convolve(xs, weight, bias, groups)
+
+
+@triton_op("nnunet_lgms::same_conv_moments", mutates_args=())
+def _convolve_moments(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    kind: str,
+    norm_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, mean, second moment, voxels), the latter by slices, for a norm of this kind."""
+    from nnunet_lgms.ops import conv_triton
+
+    out, partial = conv_triton.convolve_moments(xs, weight, bias, groups, kind, norm_groups, activation)
+    return out, *partial
 
 
 @triton_op("nnunet_lgms::same_conv_input_grad", mutates_args=())
@@ -173,12 +202,15 @@ def _convolve_finished(
 
 
 def _setup(ctx, inputs, output):
-    xs, weight, bias, ctx.groups = inputs
+    xs, weight, bias, ctx.groups = inputs[:4]
+    ctx.n_inputs = len(inputs)
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(weight, *xs)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, *_):
     weight, *xs = ctx.saved_tensors
     grad = to_channels_last(grad)
     grad_xs = [None] * len(xs)
@@ -189,26 +221,28 @@ def _backward(ctx, grad):
         grad_weight = _weight_gradient(grad, join_channels(xs), weight, ctx.groups)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = channel_sums(grad).to(ctx.bias_dtype)
-    return grad_xs, grad_weight, grad_bias, None
+    return grad_xs, grad_weight, grad_bias, *[None] * (ctx.n_inputs - 3)
 
 
 _convolve.register_autograd(_backward, setup_context=_setup)
+_convolve_moments.register_autograd(_backward, setup_context=_setup)
 
 
 def conv_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias of :func:`same_conv` (one group), from that of its result, channels-last.
+    grad: Tensor, x: Tensor, weight: Tensor, groups: int = 1, of_x: bool = True, of_bias: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias (float32) of :func:`same_conv`, from that of its result, channels-last.
 
     For the backward pass of an operator that contains a convolution; ``x`` in the dtype that it was convolved in.
     """
-    grad = grad.to(x.dtype)
-    if kernels_fit_conv([grad], weight):
-        (grad_x,) = _convolve_transposed(grad, weight, 1, 1)
-    else:
-        grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0)
-    grad_weight = _weight_gradient(grad, x, weight, 1)
-    return grad_x, grad_weight, None if bias is None else channel_sums(grad).to(bias.dtype)
+    grad, grad_x = to_channels_last(grad).to(x.dtype), None
+    if of_x and kernels_fit_conv([grad], weight):
+        (grad_x,) = _convolve_transposed(grad, weight, groups, 1)
+    elif of_x and _is_product(weight, groups):
+        grad_x = F.linear(grad.movedim(1, -1), weight.to(x.dtype).flatten(1).T).movedim(-1, 1)
+    elif of_x:
+        grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0, groups)
+    return grad_x, _weight_gradient(grad, x, weight, groups), channel_sums(grad) if of_bias else None
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -216,15 +250,18 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Te
 
     So groups are multiplied all with all, and what belongs to no pair of them is dropped.
     """
+    if _is_product(weight, groups):
+        rows, inputs = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
+        return (rows.T @ inputs).view(weight.shape).to(weight.dtype)
     out_channels, channels, *kernel = weight.shape
     dense = _aten_gradient(grad, x, grad.new_empty((out_channels, channels * groups, *kernel)), 1)
     blocks = [w[:, i * channels : (i + 1) * channels] for i, w in enumerate(dense.chunk(groups))]
     return torch.cat(blocks).to(weight.dtype)
 
 
-def _aten_gradient(grad: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
+def _aten_gradient(grad: Tensor, x: Tensor, weight: Tensor, of: int, groups: int = 1) -> Tensor:
     """PyTorch's gradient of x (0) or of weight (1)."""
     kernel = weight.shape[2:]
     one, padding, zero = [1] * len(kernel), [k // 2 for k in kernel], [0] * len(kernel)
     mask = [of == 0, of == 1, False]
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, one, padding, one, False, zero, 1, mask)[of]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, one, padding, one, False, zero, groups, mask)[of]

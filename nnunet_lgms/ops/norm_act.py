@@ -13,6 +13,7 @@ is `off`, the plain PyTorch modules do the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,9 @@ ACTIVATIONS = {
 MAX_CHANNELS = 512
 
 
-def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
+def norm_act(
+    x: Tensor, norm: nn.Module, activation: str, residual: Tensor | None = None, partial: Sequence[Tensor] = ()
+) -> Tensor:
     """activation(norm(x)) + residual, or norm(gelu(x)) for the activation "gelu_first".
 
     Args:
@@ -43,6 +46,8 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
         norm: BatchNorm, InstanceNorm or GroupNorm; any other module takes PyTorch's path.
         activation: "none", "relu", "silu", "gelu" or "gelu_first".
         residual: added last, (B, C, *spatial).
+        partial: moments of x by slices, where the operator before took them for this norm and activation; see
+            :func:`nnunet_lgms.ops.conv.same_conv_moments`.
 
     Returns:
         (B, C, *spatial) in the dtype of x where the kernels run.
@@ -54,7 +59,9 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
         )  # fmt: skip
     if kernels_fit_norm(x, norm):
         residual = None if residual is None else residual.to(x.dtype)
-        out, mean, variance = _norm_act_forward(x, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation)
+        out, mean, variance = _norm_act_forward(
+            x, list(partial), norm.weight, norm.bias, residual, *NormSpec.of(norm), activation
+        )
         update_running_statistics(norm, mean, variance, x)
         return out
     if activation == "gelu_first":
@@ -88,13 +95,20 @@ def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None) ->
 
     They do for statistics of this very batch; the statistics of SyncBatchNorm span other processes.
     """
+    return _from_this_batch(norm) and kernels_fit_map(x, channels) and x[0, 0].numel() > 1
+
+
+def moments_wanted(norm: nn.Module, activation: str) -> tuple[str, int, str] | None:
+    """What the kernels of a norm want to know of its map: kind, groups, activation; None where they do not serve it."""
+    return (*NormSpec.of(norm)[:2], activation) if _from_this_batch(norm) else None
+
+
+def _from_this_batch(norm: nn.Module) -> bool:
     if isinstance(norm, nn.SyncBatchNorm):
         return False
     if isinstance(norm, (_BatchNorm, _InstanceNorm)):
-        from_this_batch = not norm.track_running_stats or (isinstance(norm, _BatchNorm) and norm.training)
-    else:
-        from_this_batch = isinstance(norm, nn.GroupNorm)
-    return from_this_batch and kernels_fit_map(x, channels) and x[0, 0].numel() > 1
+        return not norm.track_running_stats or (isinstance(norm, _BatchNorm) and norm.training)
+    return isinstance(norm, nn.GroupNorm)
 
 
 def kernels_fit_map(x: Tensor, channels: int | None = None) -> bool:
@@ -135,9 +149,21 @@ def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, x
         norm.running_var.lerp_(variance[0].to(norm.running_var.dtype) * (count / max(count - 1, 1)), momentum)
 
 
+def batch_moments(
+    x: Tensor, partial: Sequence[Tensor], kind: str, groups: int, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x, (B, C) or, for the batch norm, (1, C) in float32, from its slices if they are known."""
+    from nnunet_lgms.ops import norm_act_triton
+
+    if partial:
+        return norm_act_triton.join_moments(norm_act_triton.PartialMoments(*partial), kind, groups)
+    return norm_act_triton.moments(x, kind, groups, activation)
+
+
 @triton_op("nnunet_lgms::norm_act", mutates_args=())
 def _norm_act_forward(
     x: Tensor,
+    partial: Sequence[Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -149,7 +175,7 @@ def _norm_act_forward(
     """(out, mean, variance); the statistics are (B, C), or (1, C) for the batch norm, in float32."""
     from nnunet_lgms.ops import norm_act_triton
 
-    mean, variance = norm_act_triton.moments(x, kind, groups, activation)
+    mean, variance = batch_moments(x, partial, kind, groups, activation)
     norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
     return norm_act_triton.apply(x, norm, residual, kind, groups, activation), mean, variance
 
@@ -193,10 +219,10 @@ def _norm_act_backward(
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, residual, *ctx.spec = inputs
+    x, partial, weight, bias, residual, *ctx.spec = inputs
     _, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
-    ctx.has_residual = residual is not None
+    ctx.n_partial, ctx.has_residual = len(partial), residual is not None
     ctx.save_for_backward(x, weight, bias, mean, variance)
 
 
@@ -207,7 +233,8 @@ def _backward(ctx, grad, _grad_mean, _grad_variance):
     )
     grad_weight = None if weight is None else grad_weight.to(weight.dtype)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-    return grad_x, grad_weight, grad_bias, grad if ctx.has_residual else None, *[None] * len(ctx.spec)
+    grad_residual = grad if ctx.has_residual else None
+    return grad_x, [None] * ctx.n_partial, grad_weight, grad_bias, grad_residual, *[None] * len(ctx.spec)
 
 
 _norm_act_forward.register_autograd(_backward, setup_context=_setup)

@@ -4,6 +4,9 @@ Forward: `_moments` (mean and centred second moment of a slice of voxels, per ch
 and of the channels of a group), `_apply`. Backward: `_gradient_sums`, `_join_gradient_sums`, `_apply_gradient`. Slices
 are joined in a fixed order, so results repeat bit for bit. All sums are in float32, moments about the first voxel of
 their slice: a large mean costs no digits.
+
+The kernel that writes a map may take the moments of its slices at once (`conv_triton.py`, `bottleneck_triton.py`):
+`_moments` and its pass over the map are then left out.
 """
 
 from __future__ import annotations
@@ -24,6 +27,34 @@ TILE = 4096  # elements of a program that writes a map
 SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
 JOINED = 8192  # slices x channels that are joined by one program, at most
 JOINED_CHANNELS = 8  # that one program joins: a sector of memory
+
+
+class Join:
+    """How what slices of samples gave is joined to the statistics of one kind of norm, each of 8 channels or a group's.
+
+    The batch norm joins the slices of all samples, the others those of one.
+    """
+
+    def __init__(self, batch: int, channels: int, kind: str, groups: int):
+        self.channels = channels
+        self.statistics = 1 if kind == "batch" else batch
+        self.samples = batch // self.statistics
+        self.group_channels = channels // groups if kind == "group" else 1
+        lanes = triton.next_power_of_2(channels)
+        self.lanes = lanes if self.group_channels > 1 else min(lanes, JOINED_CHANNELS)
+        self.most_slices = max(1, JOINED // (self.lanes * triton.next_power_of_2(self.samples)))
+        self.grid = (self.statistics, triton.cdiv(channels, self.lanes))
+
+    def constants(self, slices: int) -> dict[str, int]:
+        """Of the kernels, for ``slices`` of every sample."""
+        joined = slices * self.samples
+        return {
+            "slices": joined,
+            "SLICES_2": triton.next_power_of_2(joined),
+            "C": self.channels,
+            "LANES": self.lanes,
+            "GROUP": self.group_channels,
+        }
 
 
 class Plan:
@@ -48,27 +79,13 @@ class Plan:
         self.voxels = x[0, 0].numel()
         self.lanes = triton.next_power_of_2(self.channels)
         tile_rows, sum_rows = max(1, TILE // self.lanes), rows or max(1, SUM_TILE // self.lanes)
-        # The batch norm joins the slices of all samples, the others those of one.
-        self.statistics = 1 if kind == "batch" else self.batch
-        self.joined_samples = self.batch // self.statistics
-        self.group_channels = self.channels // groups if kind == "group" else 1
-        joined_lanes = self.lanes if self.group_channels > 1 else min(self.lanes, JOINED_CHANNELS)
-        joined = max(1, JOINED // (joined_lanes * triton.next_power_of_2(self.joined_samples)))
+        self.join = Join(self.batch, self.channels, kind, groups)
         tiles = triton.cdiv(self.voxels, sum_rows)
-        self.steps = triton.cdiv(tiles, min(tiles, joined, slices or joined))
+        self.steps = triton.cdiv(tiles, min(tiles, self.join.most_slices, slices or tiles))
         self.slices = triton.cdiv(tiles, self.steps)
         self.sample_stride = 0 if kind == "batch" else self.channels
-        self.slice_voxels = self.steps * sum_rows
         self.tiles_grid = (triton.cdiv(self.voxels, tile_rows), self.batch)
         self.slices_grid = (self.slices, self.batch)
-        self.join = {
-            "slices": self.slices * self.joined_samples,
-            "SLICES_2": triton.next_power_of_2(self.slices * self.joined_samples),
-            "C": self.channels,
-            "LANES": joined_lanes,
-            "GROUP": self.group_channels,
-        }
-        self.join_grid = (self.statistics, triton.cdiv(self.channels, joined_lanes))
         self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": tile_rows}
         self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows}
 
@@ -77,8 +94,24 @@ class Plan:
         return [torch.empty((rows, self.channels), dtype=torch.float32, device=x.device) for _ in range(n)]
 
     def partial(self, x: Tensor) -> list[Tensor]:
-        """Two buffers for what the slices give."""
+        """Two buffers for the sums of the slices."""
         return self.empty(x, 2, self.batch * self.slices)
+
+    def partial_moments(self, x: Tensor) -> PartialMoments:
+        return PartialMoments.empty(x, self.slices, self.channels)
+
+
+class PartialMoments(NamedTuple):
+    """Mean and centred second moment of slices of a map, (B, slices, C), and their voxels, (B, slices), in float32."""
+
+    mean: Tensor
+    second: Tensor
+    count: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor, slices: int, channels: int) -> PartialMoments:
+        shapes = (x.shape[0], slices, channels), (x.shape[0], slices, channels), (x.shape[0], slices)
+        return cls(*(torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes))
 
 
 class Norm(NamedTuple):
@@ -101,20 +134,19 @@ class Norm(NamedTuple):
 def moments(x: Tensor, kind: str, groups: int, activation: str) -> tuple[Tensor, Tensor]:
     """Mean and variance of x, behind the activation if that comes first; see `norm_act.py`."""
     plan = Plan(x, kind, groups)
-    partial = plan.partial(x)
+    partial = plan.partial_moments(x)
     launch(wrap_triton(_moments))[plan.slices_grid](
         x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.sum_tile
     )
-    return join_moments(plan, partial)
+    return join_moments(partial, kind, groups)
 
 
-def join_moments(plan: Plan, partial: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(mean, variance) from the moments of all slices."""
-    mean, variance = plan.empty(partial[0], 2, plan.statistics)
-    launch(wrap_triton(_join_moments))[plan.join_grid](
-        *partial, mean, variance, plan.voxels, plan.joined_samples, plan.slices, plan.slice_voxels,
-        **plan.join, num_warps=8,
-    )  # fmt: skip
+def join_moments(partial: PartialMoments, kind: str, groups: int) -> tuple[Tensor, Tensor]:
+    """(mean, variance) from the moments of all slices, at most :attr:`Join.most_slices` of them."""
+    batch, slices, channels = partial.mean.shape
+    join = Join(batch, channels, kind, groups)
+    mean, variance = (partial.mean.new_empty((join.statistics, channels)) for _ in range(2))
+    launch(wrap_triton(_join_moments))[join.grid](*partial, mean, variance, **join.constants(slices), num_warps=8)
     return mean, variance
 
 
@@ -152,10 +184,10 @@ def over_samples(gradient: Tensor) -> Tensor:
 
 def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Tensor]:
     """Gradients of weight and bias by sample, means of w g and of w g xhat, from the sums of all slices."""
-    out = plan.empty(partial[0], 4, plan.statistics)
-    launch(wrap_triton(_join_gradient_sums))[plan.join_grid](
-        *partial, norm.weight, *out, plan.voxels, plan.joined_samples,
-        AFFINE=norm.weight is not None, **plan.join, num_warps=8,
+    out = plan.empty(partial[0], 4, plan.join.statistics)
+    launch(wrap_triton(_join_gradient_sums))[plan.join.grid](
+        *partial, norm.weight, *out, plan.voxels, plan.join.samples,
+        AFFINE=norm.weight is not None, **plan.join.constants(plan.slices), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -173,7 +205,7 @@ def apply_gradient(
 
 
 @triton.jit
-def _moments(x, partial_mean, partial_m2, voxels, steps, ACT: tl.constexpr,
+def _moments(x, partial_mean, partial_m2, partial_count, voxels, steps, ACT: tl.constexpr,
              C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     channel = tl.arange(0, LANES)
     begin = tl.program_id(0) * steps * ROWS
@@ -189,10 +221,25 @@ def _moments(x, partial_mean, partial_m2, voxels, steps, ACT: tl.constexpr,
         first += value
         second += value * value
     count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
-    total = tl.sum(first, 0)
-    out = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * C + channel
-    tl.store(partial_mean + out, origin + total / count, mask=channel < C)
-    tl.store(partial_m2 + out, tl.sum(second, 0) - total * total / count, mask=channel < C)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    store_moments(partial_mean, partial_m2, partial_count, program, C, channel, channel < C, origin, tl.sum(first, 0),
+                  tl.sum(second, 0), count)  # fmt: skip
+
+
+@triton.jit
+def first_row(value):
+    """The first row of a matrix: an origin for the moments of all."""
+    row = tl.arange(0, value.shape[0])
+    return tl.sum(tl.where((row == 0)[:, None], value, 0.0), 0)
+
+
+@triton.jit
+def store_moments(mean, m2, count, program, C: tl.constexpr, channel, inside, origin, first, second, voxels):
+    """Moments of a slice from its sums about an origin, of `voxels` numbers a channel; see `PartialMoments`."""
+    offset = program * C + channel
+    tl.store(mean + offset, origin + first / voxels, mask=inside)
+    tl.store(m2 + offset, second - first * first / voxels, mask=inside)
+    tl.store(count + program, voxels)
 
 
 @triton.jit
@@ -206,8 +253,8 @@ def _over_group(value, channel, C: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _join_moments(
-    partial_mean, partial_m2, mean, variance, voxels, samples, per_sample, slice_voxels, slices,
-    SLICES_2: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    partial_mean, partial_m2, partial_count, mean, variance, slices, SLICES_2: tl.constexpr, C: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     statistic = tl.program_id(0)
     channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, SLICES_2)
@@ -215,9 +262,9 @@ def _join_moments(
     offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
     means = tl.load(partial_mean + offset, mask=inside, other=0.0)
     m2 = tl.load(partial_m2 + offset, mask=inside, other=0.0)
-    counts = tl.minimum(slice_voxels, voxels - (piece % per_sample) * slice_voxels).to(tl.float32)
-    counts = tl.where(inside, counts[:, None], 0.0)
-    count = voxels * samples * 1.0  # either number may be a constant
+    counts = tl.load(partial_count + statistic * slices + piece, mask=piece < slices, other=0.0)
+    count = tl.sum(counts, 0)
+    counts = counts[:, None]
 
     channel_mean = tl.sum(means * counts, 0) / count
     group_mean = _over_group(channel_mean, channel, C, GROUP) / GROUP

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops.conv import conv_gradients, same_conv
+from nnunet_lgms.ops.conv import conv_gradients, same_conv_moments
 from nnunet_lgms.ops.upsample import kernels_fit_upsample, linear_upsample, linear_upsample_transposed
 
 
-def upsample_conv(x: Tensor, scale: Sequence[int], size: Sequence[int], conv: _ConvNd) -> Tensor:
+def upsample_conv(
+    x: Tensor, scale: Sequence[int], size: Sequence[int], conv: _ConvNd, wanted: tuple[str, int, str] | None
+) -> tuple[Tensor, Sequence[Tensor]]:
     """conv(linear_upsample(x)), which keeps x and not the upsampled map.
 
     Args:
@@ -26,13 +28,15 @@ def upsample_conv(x: Tensor, scale: Sequence[int], size: Sequence[int], conv: _C
         scale: whole factor per axis.
         size: voxels per axis of the result, at most ``scale`` times those of x.
         conv: stride 1, "same" padding.
+        wanted: by the norm of the result; see :func:`nnunet_lgms.ops.norm_act.moments_wanted`.
 
     Returns:
-        (B, C_out, *size).
+        (B, C_out, *size), and its moments as from :func:`nnunet_lgms.ops.conv.same_conv_moments`.
     """
     if torch.is_grad_enabled() and kernels_fit_upsample(x, size):
-        return _UpsampleConv.apply(x, conv.weight, conv.bias, tuple(scale), tuple(size)).movedim(-1, 1)
-    return same_conv(linear_upsample(x, scale, size), conv.weight, conv.bias)
+        out, *partial = _UpsampleConv.apply(x, conv.weight, conv.bias, tuple(scale), tuple(size), wanted)
+        return out.movedim(-1, 1), partial
+    return same_conv_moments(linear_upsample(x, scale, size), conv.weight, conv.bias, 1, wanted)
 
 
 # torch.compile makes the gradients of a Function contiguous: a transposed copy of a channels-last map. So this one
@@ -41,14 +45,17 @@ def upsample_conv(x: Tensor, scale: Sequence[int], size: Sequence[int], conv: _C
 
 class _UpsampleConv(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, size):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.scale, ctx.size = scale, size
-        return same_conv(linear_upsample(x, scale, size), weight, bias).movedim(1, -1)
+    def forward(ctx, x, weight, bias, scale, size, wanted):
+        ctx.save_for_backward(x, weight)
+        ctx.scale, ctx.size, ctx.has_bias = scale, size, bias is not None
+        out, partial = same_conv_moments(linear_upsample(x, scale, size), weight, bias, 1, wanted)
+        ctx.mark_non_differentiable(*partial)
+        return out.movedim(1, -1), *partial
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
+    def backward(ctx, grad, *_):
+        x, weight = ctx.saved_tensors
         upsampled = linear_upsample(x, ctx.scale, ctx.size)
-        grad, grad_weight, grad_bias = conv_gradients(grad.movedim(-1, 1), upsampled, weight, bias)
-        return linear_upsample_transposed(grad, ctx.scale, x.shape[2:]).to(x.dtype), grad_weight, grad_bias, None, None
+        grad, grad_weight, grad_bias = conv_gradients(grad.movedim(-1, 1), upsampled, weight, of_bias=ctx.has_bias)
+        grad_x = linear_upsample_transposed(grad, ctx.scale, x.shape[2:]).to(x.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
