@@ -41,17 +41,17 @@ def _launch(x: Tensor, x_stride: int, x_first: int, out: Tensor, out_stride: int
     lanes = triton.next_power_of_2(channels)
     rows = max(1, TILE // lanes)
     launch(wrap_triton(_copy_channels))[(triton.cdiv(voxels, rows),)](
-        x, x_first, out, out_first, voxels, X_STRIDE=x_stride, OUT_STRIDE=out_stride, C=channels, LANES=lanes, ROWS=rows
+        x, x_stride, x_first, out, out_stride, out_first, channels, voxels, LANES=lanes, ROWS=rows
     )
 
 
-@triton.jit
+# Numbers of channels are arguments, of which the compiler only knows whether they divide by 16: few versions serve all.
+@triton.jit(do_not_specialize=["voxels"])
 def _copy_channels(
-    x, x_first, out, out_first, voxels, X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, C: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x, x_stride, x_first, out, out_stride, out_first, channels, voxels, LANES: tl.constexpr, ROWS: tl.constexpr
+):
     channel = tl.arange(0, LANES)[None, :]
     voxel = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = (voxel < voxels) & (channel < C)
-    value = tl.load(x + voxel * X_STRIDE + x_first + channel, mask=inside)
-    tl.store(out + voxel * OUT_STRIDE + out_first + channel, value, mask=inside)
+    inside = (voxel < voxels) & (channel < channels)
+    value = tl.load(x + voxel * x_stride + x_first + channel, mask=inside)
+    tl.store(out + voxel * out_stride + out_first + channel, value, mask=inside)

@@ -50,8 +50,8 @@ class Join:
         joined = slices * self.samples
         return {
             "slices": joined,
-            "SLICES_2": triton.next_power_of_2(joined),
-            "C": self.channels,
+            "channels": self.channels,
+            "PIECES": min(n for n in (16, 128, JOINED // self.lanes) if n >= joined),  # few versions to compile
             "LANES": self.lanes,
             "GROUP": self.group_channels,
         }
@@ -136,9 +136,14 @@ def moments(x: Tensor, kind: str, groups: int, activation: str) -> tuple[Tensor,
     plan = Plan(x, kind, groups)
     partial = plan.partial_moments(x)
     launch(wrap_triton(_moments))[plan.slices_grid](
-        x, *partial, plan.voxels, plan.steps, ACT=CODES[activation], **plan.sum_tile
+        x, *partial, plan.voxels, plan.steps, ACT=first_act(activation), **plan.sum_tile
     )
     return join_moments(partial, kind, groups)
+
+
+def first_act(activation: str) -> int:
+    """The code of an activation in front of the norm; those behind it make no difference to its moments."""
+    return CODES[activation if activation == "gelu_first" else "none"]
 
 
 def join_moments(partial: PartialMoments, kind: str, groups: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +209,8 @@ def apply_gradient(
     return out.movedim(-1, 1)
 
 
-@triton.jit
+# Sizes stay run-time values, and tell the compiler nothing: each version less is a tenth of a second of compilation.
+@triton.jit(do_not_specialize=["voxels", "steps"])
 def _moments(x, partial_mean, partial_m2, partial_count, voxels, steps, ACT: tl.constexpr,
              C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     channel = tl.arange(0, LANES)
@@ -243,23 +249,23 @@ def store_moments(mean, m2, count, program, C: tl.constexpr, channel, inside, or
 
 
 @triton.jit
-def _over_group(value, channel, C: tl.constexpr, GROUP: tl.constexpr):
+def _over_group(value, channel, channels, GROUP: tl.constexpr):
     """Sum over the channels of a group, for each of its channels."""
     if GROUP == 1:
         return value
-    same = (channel[:, None] // GROUP == channel[None, :] // GROUP) & (channel < C)[None, :]
+    same = (channel[:, None] // GROUP == channel[None, :] // GROUP) & (channel < channels)[None, :]
     return tl.sum(tl.where(same, value[None, :], 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices", "channels"])
 def _join_moments(
-    partial_mean, partial_m2, partial_count, mean, variance, slices, SLICES_2: tl.constexpr, C: tl.constexpr,
+    partial_mean, partial_m2, partial_count, mean, variance, slices, channels, PIECES: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     statistic = tl.program_id(0)
-    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, SLICES_2)
-    inside = (piece < slices)[:, None] & (channel < C)[None, :]
-    offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
+    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, PIECES)
+    inside = (piece < slices)[:, None] & (channel < channels)[None, :]
+    offset = (statistic * slices + piece)[:, None] * channels + channel[None, :]
     means = tl.load(partial_mean + offset, mask=inside, other=0.0)
     m2 = tl.load(partial_m2 + offset, mask=inside, other=0.0)
     counts = tl.load(partial_count + statistic * slices + piece, mask=piece < slices, other=0.0)
@@ -267,15 +273,15 @@ def _join_moments(
     counts = counts[:, None]
 
     channel_mean = tl.sum(means * counts, 0) / count
-    group_mean = _over_group(channel_mean, channel, C, GROUP) / GROUP
+    group_mean = _over_group(channel_mean, channel, channels, GROUP) / GROUP
     spread = means - group_mean[None, :]
     centred = tl.sum(tl.where(inside, m2 + counts * spread * spread, 0.0), 0)
-    group_variance = _over_group(centred, channel, C, GROUP) / (count * GROUP)
-    tl.store(mean + statistic * C + channel, group_mean, mask=channel < C)
-    tl.store(variance + statistic * C + channel, group_variance, mask=channel < C)
+    group_variance = _over_group(centred, channel, channels, GROUP) / (count * GROUP)
+    tl.store(mean + statistic * channels + channel, group_mean, mask=channel < channels)
+    tl.store(variance + statistic * channels + channel, group_variance, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["voxels", "sample_stride"])
 def _apply(
     x, mean, variance, weight, bias, residual, out, voxels, sample_stride, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
     EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
@@ -293,7 +299,7 @@ def _apply(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["voxels", "steps", "sample_stride"])
 def _gradient_sums(
     grad, x, mean, variance, weight, bias, partial_g, partial_gx, voxels, steps, sample_stride, ACT: tl.constexpr,
     EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
@@ -319,30 +325,30 @@ def _gradient_sums(
     tl.store(partial_gx + out, tl.sum(sum_gx, 0), mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["voxels", "samples", "slices", "channels"])
 def _join_gradient_sums(
-    partial_g, partial_gx, weight, grad_weight, grad_bias, mean_g, mean_gx, voxels, samples, slices,
-    AFFINE: tl.constexpr, SLICES_2: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    partial_g, partial_gx, weight, grad_weight, grad_bias, mean_g, mean_gx, voxels, samples, slices, channels,
+    AFFINE: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Sums over all slices, and the means of w g and of w g xhat over what shares a statistic."""
     statistic = tl.program_id(0)
-    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, SLICES_2)
-    inside = (piece < slices)[:, None] & (channel < C)[None, :]
-    offset = (statistic * slices + piece)[:, None] * C + channel[None, :]
+    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, PIECES)
+    inside = (piece < slices)[:, None] & (channel < channels)[None, :]
+    offset = (statistic * slices + piece)[:, None] * channels + channel[None, :]
     sum_g = tl.sum(tl.load(partial_g + offset, mask=inside, other=0.0), 0)
     sum_gx = tl.sum(tl.load(partial_gx + offset, mask=inside, other=0.0), 0)
-    out = statistic * C + channel
-    tl.store(grad_weight + out, sum_gx, mask=channel < C)
-    tl.store(grad_bias + out, sum_g, mask=channel < C)
+    out = statistic * channels + channel
+    tl.store(grad_weight + out, sum_gx, mask=channel < channels)
+    tl.store(grad_bias + out, sum_g, mask=channel < channels)
     if AFFINE:
-        w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
+        w = tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float32)
         sum_g, sum_gx = w * sum_g, w * sum_gx
     count = voxels * samples * GROUP * 1.0  # either number may be a constant
-    tl.store(mean_g + out, _over_group(sum_g, channel, C, GROUP) / count, mask=channel < C)
-    tl.store(mean_gx + out, _over_group(sum_gx, channel, C, GROUP) / count, mask=channel < C)
+    tl.store(mean_g + out, _over_group(sum_g, channel, channels, GROUP) / count, mask=channel < channels)
+    tl.store(mean_gx + out, _over_group(sum_gx, channel, channels, GROUP) / count, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["voxels", "sample_stride"])
 def _apply_gradient(
     grad, x, mean, variance, weight, bias, mean_g, mean_gx, out, voxels, sample_stride, ACT: tl.constexpr,
     EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,

@@ -1,0 +1,58 @@
+"""Kernels that are compiled in place of being launched; with real ones in test_graphs.py, on a GPU."""
+
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from nnunet_lgms.ops.launch import launch, only_compiling
+
+
+class Kernel:
+    """As much of Triton's kernel as is used."""
+
+    def __init__(self):
+        self.launched, self.compiled, self.prepared_in = [], [], []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launched.append((grid, args, kwargs))
+
+    def warmup(self, *args, grid, **kwargs):
+        self.compiled.append((args, kwargs))
+        return self
+
+    @property
+    def run(self):
+        self.prepared_in.append(threading.current_thread())
+
+
+def test_a_launch_is_a_launch():
+    kernel, x = Kernel(), torch.zeros(2)
+    launch(kernel)[(3,)](x, 1, C=4)
+    assert kernel.launched == [((3,), (x, 1), {"C": 4})] and not kernel.compiled
+
+
+def test_nothing_is_launched_and_each_version_compiled_once():
+    kernel = Kernel()
+    with only_compiling():
+        for _ in range(3):
+            launch(kernel)[(3,)](torch.zeros(2), None, 1, C=4)
+        launch(kernel)[(3,)](torch.zeros(2, dtype=torch.float16), None, 1, C=4)
+        assert not kernel.compiled
+    assert not kernel.launched
+    assert kernel.compiled == [((torch.float32, None, 1), {"C": 4}), ((torch.float16, None, 1), {"C": 4})]
+    assert len(kernel.prepared_in) == 2 and threading.main_thread() not in kernel.prepared_in
+    launch(kernel)[(1,)]()
+    assert len(kernel.launched) == 1
+
+
+def test_after_an_error_nothing_is_compiled_and_launches_are_launches():
+    kernel = Kernel()
+    with pytest.raises(RuntimeError, match="no memory"), only_compiling():
+        launch(kernel)[(3,)](1)
+        raise RuntimeError("no memory")
+    assert not kernel.compiled
+    launch(kernel)[(1,)]()
+    assert len(kernel.launched) == 1
