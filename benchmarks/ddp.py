@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 TRAINER = "nnUNetTrainerLGMSNet_measured"
 CONFIGURATION = "3d_fullres"
 SYNTHETIC_ID = 990
+PLAN = [sys.executable, "-m", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"]
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 PATIENCE = 900  # seconds until a command counts as hanging
 PATIENCE_AFTER_KILL = 120
@@ -236,9 +237,8 @@ def make_synthetic(size: int) -> str:
         "file_ending": ".nii.gz",
     }
     (raw / "dataset.json").write_text(json.dumps(description))
-    plan = str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess"))
     select = ["-d", str(SYNTHETIC_ID), "-c", CONFIGURATION, "-npfp", "2", "-np", "2"]
-    subprocess.run([plan, *select], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*PLAN, *select], check=True, stdout=subprocess.DEVNULL)
     return str(SYNTHETIC_ID)
 
 

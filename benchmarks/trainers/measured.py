@@ -1,4 +1,4 @@
-"""The recipe with a length and a seed from outside; writes down how long its steps took (``benchmarks/ddp.py``)."""
+"""Trainers with a length and a seed from outside; they write down how long steps took (`ddp.py`, `epochs.py`)."""
 
 import json
 import os
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 
 
-class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
+class Measured:
     """MEASURED_EPOCHS epochs of MEASURED_ITERATIONS steps; MEASURED_STOP=n breaks off after epoch n."""
 
     def __init__(
@@ -29,7 +30,7 @@ class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
         self.num_iterations_per_epoch = int(os.environ["MEASURED_ITERATIONS"])
         self.num_val_iterations_per_epoch = 1
         self.save_every = 1
-        self.seconds = []  # of the steps of each epoch of this run
+        self.seconds, self.waiting, self.times = [], [], []  # of the steps of each epoch of this run
 
     def initialize(self):
         self._seed(0)  # every process begins with the same weights, as DDP would see to anyway
@@ -47,7 +48,15 @@ class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        self.begin = self._now()
+        self.begin = self.end_of_step = self._now()
+        self.waiting.append(0.0)
+        self.times.append(time.time())
+
+    def train_step(self, batch: dict) -> dict:
+        self.waiting[-1] += time.perf_counter() - self.end_of_step  # for the batch
+        result = super().train_step(batch)  # ends when the loss is on the CPU
+        self.end_of_step = time.perf_counter()
+        return result
 
     def on_train_epoch_end(self, train_outputs):
         self.seconds.append(self._now() - self.begin)
@@ -64,6 +73,8 @@ class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
             record = {
                 "epochs_done": self.current_epoch,
                 "seconds": self.seconds,
+                "waiting": self.waiting,
+                "times": self.times,
                 "losses": [float(x) for x in self.logger.get_value("train_losses", step=None)],
                 "batch_size": self.configuration_manager.batch_size,
             }
@@ -75,3 +86,11 @@ class nnUNetTrainerLGMSNet_measured(nnUNetTrainerLGMSNet):
     def perform_actual_validation(self, save_probabilities: bool = False):
         if os.environ.get("MEASURED_VALIDATION") == "1":
             super().perform_actual_validation(save_probabilities)
+
+
+class nnUNetTrainerLGMSNet_measured(Measured, nnUNetTrainerLGMSNet):
+    """The paper's recipe, measured."""
+
+
+class nnUNetTrainer_measured(Measured, nnUNetTrainer):
+    """nnU-Net's recipe, measured."""

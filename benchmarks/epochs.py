@@ -1,0 +1,168 @@
+"""Epochs of nnU-Net's own training loop, LGMSNet's trainer beside nnU-Net's: what a user waits for.
+
+    python benchmarks/epochs.py [--epochs 4] [--iterations 50] [--synthetic 128] [--output benchmarks/results]
+
+Both train on the hippocampus cases of the demo and on noise with planned patches of 128^3, one after the other, with
+batches from nnU-Net's worker processes. The first epoch, which compiles or records, is told apart; of the others the
+median. "waiting" is the share of their time in which the training waited for a batch, and the utilisation of the GPU is
+what nvidia-smi says during them, several times a second. Writes epochs.json and epochs.md. A CPU will do for a
+rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from ddp import CONFIGURATION, PLAN, make_synthetic
+
+from nnunet_lgms.files import written_whole
+
+HERE = Path(__file__).resolve().parent
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+TRAINERS = {"LGMSNet": "nnUNetTrainerLGMSNet_measured", "nnU-Net's U-Net": "nnUNetTrainer_measured"}
+TRAIN = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_train calls
+UTILISATION = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+
+
+def prepare(folder: Path, synthetic: int) -> list[str]:
+    """nnU-Net's folders and two planned and preprocessed datasets; their numbers."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        os.environ[name] = str(folder / name)
+        (folder / name).mkdir()
+    os.environ["nnUNet_extTrainer"] = str(HERE / "trainers")
+    shutil.copytree(HERE.parent / "demo" / "data" / "hippocampus", folder / "nnUNet_raw" / HIPPOCAMPUS)
+    subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
+    return ["4", make_synthetic(synthetic)]
+
+
+class Utilisation:
+    """What nvidia-smi says of the first GPU, with the time, in a file."""
+
+    def __init__(self, folder: Path):
+        self.said, self.process = [], None
+        if torch.cuda.is_available():
+            self.file = (folder / "utilisation").open("w+")
+            self.process = subprocess.Popen([*UTILISATION, "--id=0", "-lms", "200"], stdout=self.file)
+            self.begin = time.time()
+
+    def mean(self, begin: float, end: float) -> float | None:
+        """Per cent between two times."""
+        if self.process is None:
+            return None
+        self.file.seek(0)
+        said = [float(line) for line in self.file.read().split()]
+        step = (time.time() - self.begin) / max(1, len(said))
+        those = [value for i, value in enumerate(said) if begin <= self.begin + i * step <= end]
+        return statistics.fmean(those) if those else None
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+
+def train(dataset: str, trainer: str, folder: Path, environment: dict[str, str], device: str) -> dict:
+    """What the trainer measured.
+
+    Raises:
+        RuntimeError: the training failed.
+    """
+    utilisation, begin = Utilisation(folder), time.time()
+    log = folder / f"{dataset}_{trainer}.txt"
+    with log.open("w") as file:
+        command = [*TRAIN, dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device]
+        code = subprocess.run(command, env={**os.environ, **environment}, stdout=file, stderr=file).returncode
+    utilisation.stop()
+    if code:
+        raise RuntimeError(f"{trainer} on dataset {dataset} ended with {code}: {log.read_text()[-1500:]}")
+    (path,) = (folder / "nnUNet_results").glob(f"Dataset{int(dataset):03d}_*/{trainer}__*/fold_0/measured.json")
+    found = json.loads(path.read_text())
+    later = slice(1, None)
+    return {
+        "first_epoch_s": found["times"][0] + found["seconds"][0] - begin,
+        "epoch_s": statistics.median(found["seconds"][later]),
+        "waiting": sum(found["waiting"][later]) / sum(found["seconds"][later]),
+        "utilisation": utilisation.mean(found["times"][1], found["times"][-1] + found["seconds"][-1]),
+        "batch_size": found["batch_size"],
+        "measured": found,
+    }
+
+
+def markdown(results: dict) -> str:
+    lines = [
+        "# Epochs in nnU-Net's training loop",
+        "",
+        f"{results['date']}, {results['device']}, torch {results['versions']['torch']}, nnunetv2 "
+        f"{results['versions']['nnunetv2']}; {results['iterations']} steps an epoch, median of "
+        f"{results['epochs'] - 1} epochs after the first. nnU-Net's epochs have 250 steps.",
+        "",
+        "| dataset | patch, batch | network | first epoch and start, s | epoch, s | × | waiting for batches | GPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, dataset in results["datasets"].items():
+        reference = dataset["runs"].get("nnU-Net's U-Net", {}).get("epoch_s")
+        for network, run in dataset["runs"].items():
+            cells = [
+                name,
+                f"{' × '.join(map(str, dataset['patch_size']))}, {run['batch_size']}",
+                network,
+                f"{run['first_epoch_s']:.0f}",
+                f"{run['epoch_s']:.2f}",
+                f"{run['epoch_s'] / reference:.2f}" if reference else "",
+                f"{100 * run['waiting']:.0f} %",
+                "" if run["utilisation"] is None else f"{run['utilisation']:.0f} %",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
+    parser.add_argument("--synthetic", type=int, default=128, metavar="SIZE", help="voxels per axis of the noise")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    if args.epochs < 2:
+        parser.error("--epochs must be 2 or more: the first one compiles")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    environment = {"MEASURED_EPOCHS": str(args.epochs), "MEASURED_ITERATIONS": str(args.iterations)}
+    results = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {name: version(name) for name in ("torch", "nnunetv2")},
+        "epochs": args.epochs,
+        "iterations": args.iterations,
+        "datasets": {},
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        for dataset in prepare(folder, args.synthetic):
+            (plans,) = (folder / "nnUNet_preprocessed").glob(f"Dataset{int(dataset):03d}_*/nnUNetPlans.json")
+            patch_size = json.loads(plans.read_text())["configurations"][CONFIGURATION]["patch_size"]
+            runs = {}
+            results["datasets"][plans.parent.name] = {"patch_size": patch_size, "runs": runs}
+            for network, trainer in TRAINERS.items():
+                runs[network] = train(dataset, trainer, folder, environment, device)
+                print(f"{plans.parent.name}, {network}: {runs[network]['epoch_s']:.2f} s an epoch", flush=True)
+                with written_whole(args.output / "epochs.json") as temporary:
+                    temporary.write_text(json.dumps(results, indent=1) + "\n")
+                with written_whole(args.output / "epochs.md") as temporary:
+                    temporary.write_text(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Runs the tests that need a GPU, and writes down what came out of them.
+
+    python benchmarks/gpu_tests.py [--output benchmarks/results] [TEST ...]
+
+Writes gpu_tests.txt: date, device, versions, and a line for each test. Exit code as pytest's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from nnunet_lgms.files import written_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = ("PASSED", "FAILED", "SKIPPED", "ERROR")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=["tests"], help="files or names (all)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("these tests need a CUDA device, and PyTorch finds none")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "--numprocesses", "4", *args.tests]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout[-6000:])
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "nnunetv2"))
+    lines = [line for line in done.stdout.splitlines() if line.startswith(LINE)]
+    report = [
+        f"Tests marked gpu, {datetime.date.today()}: {torch.cuda.get_device_name()}, Python "
+        f"{platform.python_version()}, {packages}.",
+        *sorted(lines),
+        done.stdout.strip().splitlines()[-1],
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    with written_whole(args.output / "gpu_tests.txt") as temporary:
+        temporary.write_text("\n".join(report) + "\n")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
