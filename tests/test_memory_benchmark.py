@@ -102,7 +102,7 @@ def test_estimates_are_merged_with_what_was_measured(memory, tmp_path, capsys):
         peak = row["trained"]["peak"]
         assert cells[0] == row["name"] and cells[4:6] == [f"{n / 2**20:.0f}" for n in (row["estimate"], peak)]
         assert cells[6] == f"{100 * (row['estimate'] / peak - 1):+.1f} %"
-        assert cells[8] == "" and cells[9:] == [f"{2 * peak / 2**20:.0f}"] * 2
+        assert cells[7] == "" and cells[8:] == [f"{2 * peak / 2**20:.0f}"] * 2
 
 
 @pytest.mark.gpu

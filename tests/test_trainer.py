@@ -413,3 +413,33 @@ def test_regions_with_ignore_label_end_in_the_ignore_channel():
     out = transform(image=torch.zeros(1, 1, 5), segmentation=segmentation)["segmentation"]
     expected = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]])[:, None]
     assert torch.equal(out.long(), expected)
+
+
+def test_the_step_that_is_recorded_is_the_training_step(monkeypatch):
+    """On one GPU, in on_train_start: planned batch and patch, training mode, deep supervision as it will be."""
+    trainer = make_trainer(patch_size=(8, 12, 8), lgmsnet={"deep_supervision": True})
+    trainer.num_input_channels = 1
+    recorded = []
+
+    def record(x):
+        recorded.append((tuple(x.shape), trainer.network.training, trainer.network.decoder.deep_supervision))
+
+    monkeypatch.setattr(trainer.network, "record_training", record)
+    trainer.network.eval()
+    trainer.set_deep_supervision_enabled(False)
+    trainer._record_step()
+    assert recorded == [((trainer.batch_size, 1, 8, 12, 8), True, True)]
+
+
+@pytest.mark.parametrize(("switch", "graphs"), [(None, True), ("f", False)])
+def test_graphs_are_where_nnunet_would_compile(switch, graphs, monkeypatch):
+    trainer = make_trainer()
+    assert not trainer._trains_on_graphs()  # a CPU
+    trainer.device = torch.device("cuda")
+    monkeypatch.setattr(trainers, "use_kernels", lambda parameter: True)
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    if switch:
+        monkeypatch.setenv("nnUNet_compile", switch)
+    assert trainer._trains_on_graphs() == graphs
+    trainer.is_ddp = True
+    assert not trainer._trains_on_graphs()

@@ -97,6 +97,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.print_to_log_file("Recording the training step as a CUDA graph...")
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         self.network.train()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
         with torch.autocast(self.device.type):
             self.network.record_training(torch.zeros(shape, device=self.device))
 
