@@ -11,14 +11,14 @@ that is an ordinary matrix product for the tensor cores: (patches, windows) x (w
 plane. The tensor cores multiply many zeros (256 * 9 products an output for k = 9 in place of 729), and are still far
 faster than 729 multiplications one by one. What bounds the kernels is gathering the windows.
 
-* forward: `_band_kernel` writes the band matrices (288 KiB a channel for 9x9x9, read from L2 by everybody), and
-  `_convolve_kernel` is a matrix product whose left side is gathered from x, for two output planes at a time, so that a
-  window is gathered (kz + 1) / 2 times and not kz times. Kernel sizes are run-time values: they only say how many
+* forward: `_depthwise_band` writes the band matrices (288 KiB a channel for 9x9x9, read from L2 by everybody), and
+  `_depthwise_convolve` is a matrix product whose left side is gathered from x, for two output planes at a time, so that
+  a window is gathered (kz + 1) / 2 times and not kz times. Kernel sizes are run-time values: they only say how many
   products to sum. One launch of one compiled kernel so serves all groups.
 * input gradient: the same with mirrored taps.
 * weight gradient: (64, patches) x (patches, windows), output gradient times input, for two dz at a time. The entries of
   one diagonal belong to one tap. Every program writes its part of those entries to a workspace, which
-  `_reduce_kernel` adds up in a fixed order: no atomics, so the result is the same in every run.
+  `_depthwise_reduce` adds up in a fixed order: no atomics, so the result is the same in every run.
 
 Sums are float32. float32 input goes through tf32 where PyTorch allows that for convolutions, else through three tf32
 products that together keep float32's precision.
@@ -99,7 +99,7 @@ def _find(index, group0, group1, group2, group3, PER_CHANNEL: tl.constexpr, DZ: 
 # Flags and sizes stay run-time values: UNIT, the largest power of two up to 8 that divides the width, says all that the
 # compiler needs, and every version less is seconds less of compilation.
 @triton.jit(do_not_specialize=["group0", "group1", "group2", "group3", "flip", "most_tiles"])
-def _band_kernel(
+def _depthwise_band(
     parameters_ptr, band_ptr,
     group0, group1, group2, group3, flip, most_tiles,
     XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr,
@@ -138,7 +138,7 @@ def _band_kernel(
         "patches",
     ]
 )
-def _convolve_kernel(
+def _depthwise_convolve(
     x_ptr, band_ptr, parameters_ptr, out_ptr,
     group0, group1, group2, group3, first_bias, residual, most_tiles, channels, depth, height, width_units, patches,
     XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr,
@@ -209,7 +209,7 @@ def _convolve_kernel(
         "log_y", "log_x", "blocks_z", "blocks_y", "blocks_x", "blocks", "splits",
     ]
 )  # fmt: skip
-def _correlate_kernel(
+def _depthwise_correlate(
     x_ptr, grad_ptr, workspace_ptr,
     group0, group1, group2, group3, channels, depth, height, width_units,
     log_y, log_x, blocks_z, blocks_y, blocks_x, blocks, splits,
@@ -272,10 +272,10 @@ def _correlate_kernel(
 
 
 @triton.jit(do_not_specialize=["group0", "group1", "group2", "group3", "splits"])
-def _reduce_kernel(
+def _depthwise_reduce(
     workspace_ptr, out_ptr, group0, group1, group2, group3, splits, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Sum of the rows that `_correlate_kernel` wrote, COLS taps of one channel."""
+    """Sum of the rows that `_depthwise_correlate` wrote, COLS taps of one channel."""
     kz, ky, kx, _, weight, _ = _find(tl.program_id(0), group0, group1, group2, group3, True, 1, 1)
     taps = kz * ky * kx
     first = tl.program_id(1) * COLS
@@ -381,8 +381,10 @@ def convolve(
     band = torch.empty(c * tiles * bk * 64, dtype=x.dtype, device=x.device)
     first_bias = parameters.numel() - c if has_bias else -1
     with _on(x):
-        launch(_band_kernel)[(c, tiles)](parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4)
-        launch(_convolve_kernel)[(-(-patches // bm), c)](
+        launch(_depthwise_band)[(c, tiles)](
+            parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4
+        )
+        launch(_depthwise_convolve)[(-(-patches // bm), c)](
             x, band, parameters, out, *groups.packed, first_bias, int(residual), tiles, c, d, h, w // unit, patches,
             *window, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -408,13 +410,13 @@ def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequenc
     workspace = torch.empty(splits * 64 * groups.taps, dtype=torch.float32, device=x.device)
     out = torch.empty(groups.taps, dtype=torch.float32, device=x.device)
     with _on(x):
-        launch(_correlate_kernel)[(splits, tasks)](
+        launch(_depthwise_correlate)[(splits, tasks)](
             x, grad, workspace, *groups.packed, c, d, h, w // unit,
             yb.bit_length() - 1, xb.bit_length() - 1, blocks_z, blocks_y, blocks_x, blocks, splits,
             groups.window_width, groups.window_left, unit, dz, step, precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         columns = 16
-        launch(_reduce_kernel)[(c, -(-max(groups.sizes) // columns))](
+        launch(_depthwise_reduce)[(c, -(-max(groups.sizes) // columns))](
             workspace, out, *groups.packed, splits, 256, columns, num_warps=8
         )
     return out
