@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nnunet_lgms import LGMSNet
-from nnunet_lgms.compilation import compile_network, without_graphs
 from nnunet_lgms.ops import backend, conv
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
@@ -63,31 +62,3 @@ def test_compiled_step_is_the_eager_one(network_and_batch, monkeypatch):
     compiled = run(torch.compile(network, fullgraph=True, dynamic=False), x, "on", monkeypatch)
     for a, b in zip(compiled, (out, gradients, predicted), strict=True):
         assert error(a, b) < 2e-2
-
-
-def test_graphs_survive_a_validation_between_steps(network_and_batch):
-    """As in nnU-Net's loop: gradients of the last step are alive while the network predicts in between."""
-    network, x = network_and_batch
-    losses = {}
-    for name in ("plain", "graphs"):
-        subject = copy.deepcopy(network)
-        model = compile_network(subject) if name == "graphs" else subject
-        optimizer = torch.optim.SGD(subject.parameters(), lr=0.01, momentum=0.9)
-        losses[name] = []
-        for _ in range(5):
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cuda"):
-                loss = model(x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad(), torch.autocast("cuda"):
-                validation = model.eval()(x).float().square().mean()
-            model.train()
-            losses[name] += [loss.item(), validation.item()]
-    assert losses["graphs"] == pytest.approx(losses["plain"], rel=2e-2)
-    predict = without_graphs(model).eval()
-    with torch.no_grad(), torch.autocast("cuda"):
-        first = predict(x)
-        kept = first.clone()
-        first += predict(x.flip(-1)).flip(-1)  # as mirrored predictions are summed
-    assert torch.isfinite(first).all() and not torch.equal(first, kept)
