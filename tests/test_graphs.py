@@ -137,7 +137,7 @@ def test_training_on_graphs_is_training(dim, monkeypatch):
         assert torch.equal(a, b)
     for x in batches[:2]:
         actual, expected = gradients(network, x), gradients(plain, x)
-        assert relative(actual, expected) < 5e-3  # float16; a wrong gradient is off by about 1
+        assert relative(actual, expected) < 2e-2  # float16; a wrong gradient is off by about 1
         assert torch.equal(gradients(network, x), actual)
     network.load_state_dict(plain.state_dict())  # running statistics
     assert steps(network, batches) == pytest.approx(steps(plain, batches), rel=3e-2)
