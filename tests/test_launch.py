@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from nnunet_lgms.ops import launch as launching
 from nnunet_lgms.ops.launch import launch, only_compiling
 
 
@@ -14,7 +15,7 @@ class Kernel:
     """As much of Triton's kernel as is used."""
 
     def __init__(self):
-        self.launched, self.compiled, self.prepared_in = [], [], []
+        self.launched, self.compiled = [], []
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launched.append((grid, args, kwargs))
@@ -23,10 +24,6 @@ class Kernel:
         self.compiled.append((args, kwargs))
         return self
 
-    @property
-    def run(self):
-        self.prepared_in.append(threading.current_thread())
-
 
 def test_a_launch_is_a_launch():
     kernel, x = Kernel(), torch.zeros(2)
@@ -34,8 +31,9 @@ def test_a_launch_is_a_launch():
     assert kernel.launched == [((3,), (x, 1), {"C": 4})] and not kernel.compiled
 
 
-def test_nothing_is_launched_and_each_version_compiled_once():
-    kernel = Kernel()
+def test_nothing_is_launched_and_each_version_compiled_once(monkeypatch):
+    kernel, built = Kernel(), []
+    monkeypatch.setattr(launching, "_build_launcher", lambda k: built.append((k, threading.current_thread())))
     with only_compiling():
         for _ in range(3):
             launch(kernel)[(3,)](torch.zeros(2), None, 1, C=4)
@@ -43,7 +41,8 @@ def test_nothing_is_launched_and_each_version_compiled_once():
         assert not kernel.compiled
     assert not kernel.launched
     assert kernel.compiled == [((torch.float32, None, 1), {"C": 4}), ((torch.float16, None, 1), {"C": 4})]
-    assert len(kernel.prepared_in) == 2 and threading.main_thread() not in kernel.prepared_in
+    ((of, thread),) = built
+    assert of is kernel and thread is not threading.main_thread()
     launch(kernel)[(1,)]()
     assert len(kernel.launched) == 1
 

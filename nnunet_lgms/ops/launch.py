@@ -65,10 +65,19 @@ def _compile(asked_for: list[tuple]) -> None:
     with ThreadPoolExecutor(os.cpu_count(), "compile", *on_device) as threads:
         with triton.AsyncCompileMode(threads):
             kernels = [kernel.warmup(*args, grid=(1,), **dict(kwargs)) for kernel, args, kwargs in asked_for]
-        # The C function that launches a kernel is compiled when it is first asked for.
-        list(threads.map(lambda kernel: kernel.run, map(_compiled, kernels)))
+        list(threads.map(_build_launcher, {id(kernel): kernel for kernel in map(_compiled, kernels)}.values()))
 
 
 def _compiled(kernel: Any) -> CompiledKernel:
     """The kernel that a warm-up gave, or promised."""
     return kernel.result() if hasattr(kernel, "result") else kernel
+
+
+def _build_launcher(kernel: CompiledKernel) -> None:
+    """Builds the C function that launches a kernel, which Triton then finds in its cache when the kernel is launched.
+
+    It is not kept: those functions are modules of one name, and threads that import such can be given each other's.
+    """
+    from triton.runtime import driver
+
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
