@@ -90,8 +90,9 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
     """Bytes at the peak of each of the first steps; before the first, cuDNN's algorithms are tried and graphs recorded.
 
     ``allocated`` and ``reserved`` are PyTorch's counts, the former with what CUDA graphs hold. The peak is the most of
-    the steps but the first. ``beside`` is what else the card holds: CUDA itself, where this process is alone. On a CPU,
-    for a rehearsal, all are the process's size.
+    the steps but the first. ``recording`` is what tensors had at once while the step was recorded. ``beside`` is what
+    else the card holds: CUDA itself, where this process is alone. On a CPU, for a rehearsal, all are the process's
+    size.
     """
     from torch import nn
 
@@ -109,7 +110,7 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
         **network_kwargs(LGMSSettings.from_plan(plan.settings), topology),
     )
     shape = (plan.batch, plan.channels, *topology.patch_size)
-    allocated, reserved, seconds, step = [], [], [], None
+    allocated, reserved, seconds, step, recording = [], [], [], None, None
     for _ in range(4):
         begin = time.perf_counter()
         if device.type == "cuda":
@@ -123,12 +124,32 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
         else:
             allocated.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             reserved.append(allocated[-1])
+        if len(seconds) == 1 and mode == "trained" and device.type == "cuda":
+            recording = _peak_of_recording(network, torch.zeros(shape, device=device))
         seconds.append(round(time.perf_counter() - begin, 3))
     beside = None
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         beside = total - free - torch.cuda.memory_reserved()
-    return {"peak": max(allocated[1:]), "allocated": allocated, "reserved": reserved, "s": seconds, "beside": beside}
+    return {
+        "peak": max(allocated[1:]),
+        "recording": recording,
+        "allocated": allocated,
+        "reserved": reserved,
+        "s": seconds,
+        "beside": beside,
+    }
+
+
+def _peak_of_recording(network, x: torch.Tensor) -> int:
+    """Bytes that tensors had at once while the step was recorded again: without what its graph cannot share."""
+    network.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
+    network.forget_graphs()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda"):
+        network.record_training(x)
+    return torch.cuda.max_memory_allocated()
 
 
 # --- many of them -----------------------------------------------------------------------------------------------------

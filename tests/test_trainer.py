@@ -431,6 +431,19 @@ def test_the_step_that_is_recorded_is_the_training_step(monkeypatch):
     assert recorded == [((trainer.batch_size, 1, 8, 12, 8), True, True)]
 
 
+def test_a_step_that_cannot_be_recorded_is_taken_without(monkeypatch, capsys):
+    trainer = make_trainer()
+    trainer.num_input_channels = 1
+
+    def fail(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.network, "record_training", fail)
+    trainer._record_step()
+    assert "could not be recorded (CUDA out of memory)" in capsys.readouterr().out
+    assert np.isfinite(trainer.train_step(make_batch(trainer))["loss"])
+
+
 @pytest.mark.parametrize(("switch", "graphs"), [(None, True), ("f", False)])
 def test_graphs_are_where_nnunet_would_compile(switch, graphs, monkeypatch):
     trainer = make_trainer()

@@ -72,6 +72,9 @@ class GraphedLGMSNet(LGMSNet):
 
         Args:
             x: (B, input_channels, *patch) on a GPU.
+
+        Raises:
+            RuntimeError: the GPU has not enough memory, or something in the step cannot be recorded.
         """
         self.forget_graphs()
         statistics = [b.clone() for b in self.buffers()]

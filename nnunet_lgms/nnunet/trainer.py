@@ -98,8 +98,14 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         self.network.train()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
-        with torch.autocast(self.device.type):
-            self.network.record_training(torch.zeros(shape, device=self.device))
+        try:
+            with torch.autocast(self.device.type):
+                self.network.record_training(torch.zeros(shape, device=self.device))
+        except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
+            self.network.forget_graphs()
+            torch.cuda.empty_cache()
+            reason = " ".join(str(error).split())[:120]
+            self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""

@@ -234,18 +234,6 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-class _Unsaved(torch.autograd.Function):
-    """The memory of an activation that is computed together with the norm, twice: nothing is kept for it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return torch.empty_like(grad)
-
-
 class _Pooling(torch.autograd.Function):
     """The memory of pooling without indices: the input is kept and searched again."""
 
@@ -294,7 +282,6 @@ class OnGPU(TorchFunctionMode):
     FULL = {"softmax", "log_softmax", "cross_entropy", "nll_loss", "cross_entropy_loss"}
     FULL |= {"binary_cross_entropy_with_logits"}
     AS_IT_COMES = {"layer_norm", "group_norm"}
-    UNSAVED = {"silu", "relu", "gelu"}
     POOLING = {"max_pool2d", "max_pool3d"}
 
     def __enter__(self):
@@ -313,8 +300,6 @@ class OnGPU(TorchFunctionMode):
         name = getattr(function, "__name__", "").strip("_").split(".")[0]
         if name == "scaled_dot_product_attention":
             return _FusedAttention.apply(*_cast(args[:3], torch.float16))
-        if name in self.UNSAVED:
-            return _Unsaved.apply(args[0])
         if name in self.POOLING:
             return _Pooling.apply(args[0], args[1])
         schema = getattr(function, "_schema", None)
