@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -15,6 +16,9 @@ from typing import Any, BinaryIO
 
 # No file of ours or of nnU-Net's comes near it, and walking through what does would exhaust Python's stack.
 DEEPEST_JSON = 64
+
+#: refusals that only writing meets; the system names no file with them
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 #: NIfTI's numbers for floating point, and their bytes
 NIFTI_FLOATS = {16: 4, 64: 8}
@@ -37,7 +41,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename == str(temporary):  # nobody knows that name
+        # nobody knows the temporary name
+        if error.filename == str(temporary) or error.filename is None and error.errno in NO_ROOM:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
