@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,19 +101,32 @@ def _floats_are_finite(file: BinaryIO) -> bool:
     return True
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, keys_once: bool = False) -> Any:
     """The content of a JSON file in UTF-8, with or without a byte order mark.
 
+    Args:
+        path: the file.
+        keys_once: refuse a table with the same key twice, of which the last would be taken without a word.
+
     Raises:
-        ValueError: the file is not JSON, or is nested more than ``DEEPEST_JSON`` deep; one sentence.
+        ValueError: the file is not JSON, or is nested more than ``DEEPEST_JSON`` deep, or has a key twice; one
+            sentence.
         OSError: it cannot be read.
     """
+    twice: list[str] = []
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return dict(pairs)
+
     try:
-        content = json.loads(path.read_text("utf-8-sig"))
+        content = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=table)
     except RecursionError:
         raise ValueError(_too_deep(path)) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): correct it, or write it anew.") from None
+    if keys_once and twice:
+        raise ValueError(f"{path} has the key {shown(twice[0])} more than once in one table: keep one of them.")
     level = [content]
     for _ in range(DEEPEST_JSON):
         level = [item for value in level for item in _items(value)]
