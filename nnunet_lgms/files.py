@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import math
 import os
+import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # No file of ours or of nnU-Net's comes near it, and walking through what does would exhaust Python's stack.
 DEEPEST_JSON = 64
+
+#: refusals that only writing meets; the system names no file with them
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+#: NIfTI's numbers for floating point, and their bytes
+NIFTI_FLOATS = {16: 4, 64: 8}
 
 
 @contextmanager
@@ -32,7 +42,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename == str(temporary):  # nobody knows that name
+        # nobody knows the temporary name
+        if error.filename == str(temporary) or error.filename is None and error.errno in NO_ROOM:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
@@ -56,19 +67,66 @@ def check_gzip(path: Path) -> None:
         raise ValueError(f"{path} is damaged or was cut short ({error})") from error
 
 
-def read_json(path: Path) -> Any:
+def nifti_is_finite(path: Path) -> bool:
+    """Whether a NIfTI-1 file holds neither NaN nor infinity; True for what is none.
+
+    To be asked of the file, as SimpleITK, nnU-Net's default reader, gives 0 for them without a word. (It does not read
+    NIfTI-2.) Needs numpy alone, for machines without nibabel, and a MiB of memory, whatever the size of the image.
+    """
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return True
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return _floats_are_finite(file)
+
+
+def _floats_are_finite(file: BinaryIO) -> bool:
+    import numpy as np
+
+    header = file.read(348)
+    order = next((order for order in "<>" if header[:4] == struct.pack(f"{order}i", 348)), None)
+    if order is None or len(header) < 348:
+        return True
+    (kind,) = struct.unpack_from(f"{order}h", header, 70)
+    if kind not in NIFTI_FLOATS:  # whole numbers are finite
+        return True
+    dtype = np.dtype(f"{order}f{NIFTI_FLOATS[kind]}")
+    n_axes, *sizes = struct.unpack_from(f"{order}8h", header, 40)
+    (start,) = struct.unpack_from(f"{order}f", header, 108)
+    left = math.prod(sizes[: max(n_axes, 0)]) * dtype.itemsize
+    file.seek(int(start))
+    while left > 0 and (part := file.read(min(left, 2**20))):
+        left -= len(part)
+        if not np.isfinite(np.frombuffer(part, dtype, len(part) // dtype.itemsize)).all():
+            return False
+    return True
+
+
+def read_json(path: Path, *, keys_once: bool = False) -> Any:
     """The content of a JSON file in UTF-8, with or without a byte order mark.
 
+    Args:
+        path: the file.
+        keys_once: refuse a table with the same key twice, of which the last would be taken without a word.
+
     Raises:
-        ValueError: the file is not JSON, or is nested more than ``DEEPEST_JSON`` deep; one sentence.
+        ValueError: the file is not JSON, or is nested more than ``DEEPEST_JSON`` deep, or has a key twice; one
+            sentence.
         OSError: it cannot be read.
     """
+    twice: list[str] = []
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return dict(pairs)
+
     try:
-        content = json.loads(path.read_text("utf-8-sig"))
+        content = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=table)
     except RecursionError:
         raise ValueError(_too_deep(path)) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): correct it, or write it anew.") from None
+    if keys_once and twice:
+        raise ValueError(f"{path} has the key {shown(twice[0])} more than once in one table: keep one of them.")
     level = [content]
     for _ in range(DEEPEST_JSON):
         level = [item for value in level for item in _items(value)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_lgms.dataset_json import n_channels, read_dataset_json
-from nnunet_lgms.files import check_gzip, read_json, shown
+from nnunet_lgms.files import check_gzip, nifti_is_finite, read_json, shown
 
 if TYPE_CHECKING:
     import torch
@@ -167,12 +167,19 @@ def _from_files(image: str | Path | Sequence[str | Path], predictor: nnUNetPredi
     try:
         for file in files:
             check_gzip(Path(file))
-        return predictor.plans_manager.image_reader_writer_class().read_images([str(file) for file in files])
+        samples, properties = predictor.plans_manager.image_reader_writer_class().read_images(list(map(str, files)))
     except Exception as error:  # readers raise whatever their libraries raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"The image {files[0]} cannot be read as the model's training images were ({reason})."
         ) from error
+    for file in files:  # nnU-Net's default reader hides it from who looks at the samples alone
+        if not nifti_is_finite(Path(file)):
+            raise ValueError(
+                f"The image {file} holds NaN or infinity, which nnU-Net would take for 0 or label as background, "
+                "depending on its reader: clean it first."
+            )
+    return samples, properties
 
 
 def _from_array(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple[np.ndarray, dict]:

@@ -11,7 +11,7 @@ from planned import manager
 import nnunet_lgms
 from nnunet_lgms import LGMSNet
 from nnunet_lgms.config import LGMSSettings, settings_of
-from nnunet_lgms.config.resolve import Topology, network_kwargs
+from nnunet_lgms.config.resolve import Topology, network_kwargs, without_effect
 from nnunet_lgms.config.settings import settings_table
 from nnunet_lgms.nnunet.builder import build_network
 
@@ -42,6 +42,11 @@ def test_no_settings_is_the_papers_network(dim, size):
         ({"lms_kernel": [3]}, ["lms_kernel'", "did you mean 'lms_kernels'"]),
         ({"ms_ratio": "1:1"}, ["did you mean 'gms_ratio'"]),
         ({"qqqq": 1}, ["'qqqq'", "known are requires, widths"]),
+        ({"dropout": 0.1}, ["'dropout'; known are requires, widths"]),
+        ({"features": [8]}, ["'features'; known are requires, widths"]),
+        ({"ratio": "1:1"}, ["did you mean 'gms_ratio' or 'mlp_ratio'?"]),
+        ({"LMS_KERNELS": [3]}, ["'LMS_KERNELS'; did you mean 'lms_kernels'?"]),
+        ({"gms": 1}, ["did you mean 'gms_ratio' or 'gms_patch'?"]),
         ({"block_by_level": {"encodr": "LMS"}}, ["block_by_level.encodr", "did you mean 'encoder'"]),
         ({"lms_kernels": [3, 4]}, ["[3, 4]", "odd whole numbers"]),
         ({"lms_kernels": []}, ["[]", "1 to 8"]),
@@ -99,6 +104,42 @@ def test_what_does_not_fit_the_plan(values, said):
     assert sentence.startswith("lgmsnet.") and "\n" not in sentence
     for part in said:
         assert part in sentence
+
+
+THREE_LEVELS = {"1+": [3, 5], "2": [3], "5+": [7]}  # "5+": levels that this plan has not
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({}, []),
+        (
+            {"lms_kernels": {"4": [3]}},
+            ['lms_kernels changes nothing at "4": the plan has LMS blocks at level(s) 1, 2'],
+        ),
+        ({"lms_kernels": {"3+": [3], "4+": [5]}}, ['lms_kernels changes nothing at "4+"']),
+        ({"lms_kernels": THREE_LEVELS}, []),
+        ({"lms_kernels": {"4": [3]}, "block_by_level": {"encoder": "LMS"}}, []),
+        ({"lms_group_channels": {"4": [8, 8, 8, 8]}}, ['lms_group_channels changes nothing at "4"']),
+        (
+            {"gms_ratio": {"1": "3:1"}},
+            ['gms_ratio changes nothing at "1": the plan has GMS blocks at level(s) 3, 4 only'],
+        ),
+        ({"gms_ratio": {"3": "1:1"}}, []),  # the decoder's
+        ({"gms_ratio": {"1": "1:1"}, "block_by_level": {"decoder": "GMS"}}, []),
+        ({"mlp_ratio": {"2": 1, "4": 1}}, ['mlp_ratio changes nothing at "2"']),
+        ({"heads": 2, "gms_ratio": "0:1"}, ["heads changes nothing, as the plan has no GMS blocks with attention"]),
+        (
+            {"lms_kernels": [3], "block_by_level": {"encoder": "GMS"}},
+            ["lms_kernels changes nothing, as the plan has no LMS"],
+        ),
+        ({"depths": {"4": 2}, "widths": {"4": 64}, "norm": "batch", "deep_supervision": True}, []),
+    ],
+)
+def test_settings_that_change_nothing_are_remarked_upon(values, said):
+    remarks = without_effect(LGMSSettings.from_plan(values), ANISOTROPIC, values)
+    assert len(remarks) == len(said) and all(s in r for s, r in zip(said, remarks, strict=True)), remarks
+    assert without_effect(LGMSSettings.from_plan(values), ANISOTROPIC, ["widths"]) == []
 
 
 def test_the_most_exact_level_wins():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import pickle
+import re
 import sys
+import tarfile
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -337,6 +341,51 @@ def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path
     (weights,) = (tmp_path / "back").glob("models/**/weights.pth")
     assert weights.stat().st_size == 40_000
     assert not packs.join(tmp_path, "results.tar.xz", tmp_path / "back")
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, 4 if kind == tarfile.REGTYPE else 0
+    return info
+
+
+@pytest.mark.parametrize("python", ["old", "new"])
+@pytest.mark.parametrize(
+    "members, said",
+    [
+        ([member("../out/x")], "'../out/x', which would be written outside"),
+        ([member("runs/../../out/x")], "which would be written outside"),
+        ([member("OUT/x")], "which would be written outside"),
+        ([member("runs/link", tarfile.SYMTYPE, "../../out"), member("runs/link/x")], "'runs/link', a link or device"),
+        ([member("runs/link", tarfile.SYMTYPE, "OUT"), member("runs/link/x")], "'runs/link', a link or device"),
+        ([member("runs/x", tarfile.LNKTYPE, "../out/there")], "'runs/x', a link or device"),
+        ([member("runs/x", tarfile.FIFOTYPE)], "'runs/x', a link or device"),
+        ([member("there_already/x")], "which would be written outside"),
+    ],
+    ids=["parent", "parent in a path", "absolute", "link", "absolute link", "hard link", "fifo", "link in the folder"],
+)
+def test_nothing_is_unpacked_outside_the_folder(tmp_path, monkeypatch, members, said, python):
+    out, target = tmp_path / "out", tmp_path / "target"
+    out.mkdir(), target.mkdir()
+    (out / "there").write_text("kept")
+    (target / "there_already").symlink_to(out)
+    if python == "old":  # before 3.10.12 and 3.11.4
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    with tarfile.open(tmp_path / "pack.tar.xz", "w:xz") as tar:
+        for info in (member("runs/first"), *members):
+            info = copy.copy(info)
+            info.name, info.linkname = (text.replace("OUT", str(out)) for text in (info.name, info.linkname))
+            tar.addfile(info, io.BytesIO(b"evil") if info.size else None)
+    packs.cut(tmp_path / "pack.tar.xz", tmp_path, 2**20)
+    for unpack in (
+        lambda: packs.unpack_dataset(tmp_path / "pack.tar.xz", target, workers=1),
+        lambda: packs.join(tmp_path, "pack.tar.xz", target),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)) as error:
+            unpack()
+        assert "\n" not in str(error.value) and "pack.tar.xz holds" in str(error.value)
+    assert [p.name for p in target.iterdir()] == ["there_already"]
+    assert [p.name for p in out.iterdir()] == ["there"] and (out / "there").read_text() == "kept"
 
 
 # ---- a rehearsal -----------------------------------------------------------------------------------------------------

@@ -199,6 +199,55 @@ def test_results_folder_that_is_a_file(workshop, organs, tmp_path, monkeypatch):
         workshop.train(organs)
 
 
+def evaluation_folders(folder: Path) -> list[str]:
+    """Predictions and references of two cases, as arguments of ``nnunet_lgms evaluate``."""
+    pytest.importorskip("monai")
+    folders = [folder / "predictions", folder / "references"]
+    for each in folders:
+        each.mkdir()
+        for seed in (0, 1):
+            write(each / f"case_{seed}", make_case(seed, (20, 24, 22), 1)[1], (1.0, 1.0, 1.0), ".nii.gz")
+    return [*map(str, folders), "--labels", "1", "2", "--workers", "1", "--bootstrap", "50"]
+
+
+def test_disk_full_while_an_evaluation_is_written(small_disk, tmp_path, capsys):
+    arguments = evaluation_folders(tmp_path)
+    output = small_disk / "evaluation"
+    assert cli.main(["evaluate", *arguments, "-o", str(output)]) == 0
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert sorted(before) == ["cases.csv", "report.html", "summary.json"]
+    capsys.readouterr()
+    # room for the first file beside the old one, or for the first two
+    for room, file in ((4096, "summary.json"), (4096 * (1 + -(-len(before["summary.json"]) // 4096)), "report.html")):
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+        assert cli.main(["evaluate", *arguments, "-o", str(output), "--bootstrap", "60"]) == 2
+        said = f"nnunet_lgms: {output / file}: No space left on device; free some space, or name another folder."
+        assert capsys.readouterr().err.splitlines()[-1] == said
+        assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+        filler.unlink()
+
+
+@pytest.mark.parametrize("file", ["summary.json", "report.html"])
+def test_error_while_an_evaluation_is_written(tmp_path, monkeypatch, capsys, file):
+    """The same without the right to mount, and with no evaluation there before."""
+    arguments = evaluation_folders(tmp_path)
+    write_text = Path.write_text
+
+    def full(self, *args, **options) -> int:
+        if not self.name.endswith(file):
+            return write_text(self, *args, **options)
+        write_text(self, "half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    output = tmp_path / "evaluation"
+    assert cli.main(["evaluate", *arguments, "-o", str(output)]) == 2
+    said = f"nnunet_lgms: {output / file}: No space left on device; free some space, or name another folder."
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not list(output.iterdir())
+
+
 # --- the data --------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What nnU-Net's users do, with LGMSNet: one test a feature (``docs/features.md`` lists them).
+"""What nnU-Net's users do, with LGMSNet: one test a feature (the matrix in ``README.md`` lists them).
 
 Commands are nnU-Net's own, called in this process (``workshop.py``); ``test_end_to_end.py`` runs others of them as
 processes. The networks have seen one batch: what is tested is that everything fits together, not what they have learnt.
@@ -45,14 +45,32 @@ def losses(checkpoint: dict) -> list[float]:
     return [*checkpoint["logging"]["train_losses"], *checkpoint["logging"]["val_losses"]]
 
 
-def test_every_row_of_the_documentation_links_to_its_test():
-    links = re.findall(r"\[([^\]]+)\]\((\.\./[^)]+)\)", (ROOT / "docs" / "features.md").read_text())
-    assert len(links) > 30
-    for text, target in links:
-        file = (ROOT / "docs" / target).resolve()
-        assert file.exists(), target
-        if re.fullmatch(r"test_\w+", text):
-            assert f"def {text}(" in file.read_text(), text
+def test_every_row_of_the_matrix_links_to_its_test():
+    section = (ROOT / "README.md").read_text("utf-8").split("\n## What of nnU-Net works\n")[1].split("\n## ")[0]
+    header, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert header == "| feature | test | run on |" and len(rows) > 30
+    for row in rows:
+        _, test, run_on = (cell.strip() for cell in row.strip("|").split(" | "))
+        shown_by, run_by = links(test), links(run_on)
+        assert shown_by and run_on, row
+        for _, target in [*shown_by, *run_by]:
+            assert (ROOT / target).is_file(), (row, target)
+        for text, target in shown_by:  # a test of that file, or the file itself
+            if text.startswith("test_") and not text.endswith(".py"):
+                assert re.search(rf"^def {re.escape(text)}\(", (ROOT / target).read_text("utf-8"), re.M), row
+            else:
+                assert target.startswith(("tests/", "benchmarks/")) and target.endswith(text), row
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    found = links((ROOT / "docs" / "features.md").read_text("utf-8"))
+    assert len(found) > 3
+    for _, target in found:
+        assert (ROOT / "docs" / target.split("#")[0]).exists(), target
+
+
+def links(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"\[([^\]]+)\]\(([^)]+)\)", text)
 
 
 # --- kinds of data ---------------------------------------------------------------------------------------------------

@@ -186,6 +186,49 @@ def test_refused_when_written(dataset, tmp_path, capsys, settings, said):
     assert not (dataset / "New.json").exists()
 
 
+def test_settings_without_effect_are_written_with_a_remark(dataset, tmp_path, capsys):
+    assert override(tmp_path, {"lms_kernels": {"1": [3], "4": [3]}, "gms_ratio": {"1": "3:1"}}, "-c", "2d") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        '2d: lgmsnet.lms_kernels changes nothing at "4": the plan has LMS blocks at level(s) 1, 2, 3 only.',
+        '2d: lgmsnet.gms_ratio changes nothing at "1": the plan has GMS blocks at level(s) 3, 4 only.',
+    ]
+    assert kernels(dataset, "2d") == [[(3, 3)], *[[(k, k) for k in (3, 5, 7, 9)]] * 2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plans").glob("*.json")), ids=lambda p: p.stem)
+def test_the_overrides_of_the_package_leave_nothing_to_remark(dataset, capsys, path):
+    assert main(["override", "999", "--apply", path.stem]) == 0
+    assert "changes nothing" not in capsys.readouterr().out
+
+
+def test_the_name_of_plans_may_have_its_ending(dataset, capsys):
+    assert main(["override", "999", "--apply", "kernels_3", "--plans", "nnUNetPlans.json"]) == 0
+    assert (dataset / "nnUNetPlans_kernels_3.json").is_file()
+    assert "nnUNetPlans_kernels_3.json written beside nnUNetPlans.json of" in capsys.readouterr().out
+    assert main(["override", "999", "--apply", "kernels_3", "--plans", "nnUNetPlans.json", "--as=nnUNetPlans"]) == 2
+    assert "would replace the plans that it starts from" in capsys.readouterr().err
+    assert main(["override", "999", "--apply", "kernels_3", "--plans", "Nope.json"]) == 2
+    assert f"{NAME} has no plans 'Nope': there are nnUNetPlans" in capsys.readouterr().err
+
+
+def test_what_is_applied_is_a_file(dataset, tmp_path, monkeypatch, capsys):
+    (tmp_path / "small").mkdir()
+    missing = tmp_path / "gone" / "kernels_3.json"  # the package has one of that name
+    for given, said in (
+        (tmp_path, f"The override '{tmp_path}' is a folder, not a file: give one of its files; by name there are"),
+        (missing, f"There is no file '{missing}': correct the path; by name there are gms_only, "),
+        ("KERNELS_3", "There is no override 'KERNELS_3'; did you mean 'kernels_3'"),
+    ):
+        assert main(["override", "999", "--apply", str(given), "--as", "New"]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert not (dataset / "New.json").exists()
+    monkeypatch.chdir(tmp_path)  # a folder does not hide the package's override of that name
+    assert main(["override", "999", "--apply", "small", "--as", "New"]) == 0
+    assert main(["override", "999", "--apply", "kernels_3.json", "--as", "New", "--force"]) == 0
+
+
 def test_the_largest_kernel_that_a_refusal_names_is_taken(dataset, tmp_path):
     assert override(tmp_path, {"lms_kernels": [3, 25]}, "-c", "2d") == 0
 
@@ -248,6 +291,9 @@ def test_what_is_no_override(dataset, tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, said",
     [
+        ('{"lgmsnet": {"heads": 2, "heads": 4}}', "has the key 'heads' more than once in one table: keep one of them."),
+        ('{"lgmsnet": {"widths": {"1": 8, "1": 16}}}', "has the key '1' more than once"),
+        ('{"lgmsnet": {}, "lgmsnet": {"heads": 2}}', "has the key 'lgmsnet' more than once"),
         ('{"lgmsnet": {"depths": 100000}}', "depths is 100000: allowed is whole numbers from 1 to 64"),
         ('{"lgmsnet": {"widths": 4000000000}}', "widths is 4000000000: allowed is whole numbers from 1 to 4096"),
         ('{"lgmsnet": {"\\ud800": 1}}', "no setting '\\ud800'; known are"),

@@ -1,20 +1,28 @@
 """Every override in plans/: built, stepped forward and backward, loaded again, in 2D and 3D."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny_plans
 import torch
-from planned import manager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from planned import configuration, manager
+from test_auto_kernels import write
 
 from nnunet_lgms.blocks import FusionBlock, GMSBlock, LMSBlock, PlainConvBlock
 from nnunet_lgms.config import LGMSSettings, settings_of
 from nnunet_lgms.nnunet.builder import build_network
+from nnunet_lgms.planning.auto_kernels import measure_components
+from nnunet_lgms.planning.override import override_plans
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANS = sorted((ROOT / "plans").glob("*.json"))
 TOPOLOGIES = {2: ((32, 32), 5), 3: ((24, 20, 20), 5)}
-RESOLVED_AUTO = [3, 5, 5, 7]  # what "auto" becomes is tests/test_auto_kernels.py's matter
+# In the tests of all overrides; test_auto_of_a_dataset_builds_steps_and_loads_again has what a dataset makes of "auto".
+RESOLVED_AUTO = [3, 5, 5, 7]
 
 
 def read(path: Path) -> dict:
@@ -37,20 +45,62 @@ def blocks(network, kind) -> list:
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_builds_steps_and_loads_again(path, dim):
+    assert_steps_and_loads_again(lambda deep_supervision: build(path, dim, deep_supervision), TOPOLOGIES[dim][0])
+
+
+def assert_steps_and_loads_again(build_one, size: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    network = build(path, dim)
-    x = torch.randn(2, 1, *TOPOLOGIES[dim][0])
+    network = build_one(False)
+    x = torch.randn(2, 1, *size)
     out = network(x)
     assert out.shape == (2, 2, *x.shape[2:])
     out.square().mean().backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
 
-    again = build(path, dim, deep_supervision=True)
+    again = build_one(True)
     again.load_state_dict(network.state_dict(), strict=True)
     again.decoder.deep_supervision = False
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(x), network.eval()(x))
+
+
+def test_auto_of_a_dataset_builds_steps_and_loads_again(tmp_path):
+    """The shipped override, as `nnunet_lgms override` resolves it on the objects of two label files."""
+    small, large = np.zeros((2, 12, 40, 40), np.uint8)
+    small[4:6, 10:15, 10:15] = 1
+    large[2:10, 5:35, 5:35] = 1
+    for name, segmentation in (("a", small), ("b", large)):
+        write(tmp_path / f"{name}.nii.gz", segmentation, (4.0, 1.0, 1.0))
+    description = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]]
+    plans = tiny_plans.plans(
+        **{
+            "2d": configuration((32, 32), 4),
+            "3d_fullres": configuration((12, 32, 32), 4, spacing=(4.0, 1.0, 1.0), strides=strides),
+        }
+    )
+    override = json.loads((ROOT / "plans" / "kernels_auto.json").read_text())["lgmsnet"]
+    assert override == {"lms_kernels": "auto"}
+    said = []
+    new = override_plans(
+        plans,
+        override,
+        "Auto",
+        None,
+        measure=lambda: measure_components(plans, description, sorted(tmp_path.glob("*.nii.gz"))),
+        say=said.append,
+    )
+    assert "2d: kernels from 2 objects in 2 cases" in said
+    for name in ("2d", "3d_fullres"):
+        resolved = PlansManager(new).get_configuration(name)
+        by_level = settings_of(resolved).lms_kernels
+        assert sorted(by_level) == ["1", "2", "3"]
+        network = build_network(resolved, 1, 2, enable_deep_supervision=False)
+        built = [[list(conv.kernel_size) for conv in lms.depthwise] for lms in blocks(network, LMSBlock)]
+        assert built == list(by_level.values())
+        assert built[0] != built[2]  # by the voxels of the level, and the small object at the finest
+        assert_steps_and_loads_again(partial(build_network, resolved, 1, 2), tuple(resolved.patch_size))
 
 
 def test_each_override_is_a_difference_and_documented():

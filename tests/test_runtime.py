@@ -175,13 +175,14 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path, hippocampus):
         Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx")).predict(tmp_path / "short.nii.gz")
 
 
+@pytest.mark.parametrize("ending", [".nrrd", ".nii", ".nii.gz"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_images_that_are_not_finite_are_refused(tmp_path, value):
+def test_images_that_are_not_finite_are_refused(tmp_path, value, ending):
     image = np.zeros((6, 7, 8), np.float32)
     image[2, 3, 4] = value
-    sitk.WriteImage(sitk.GetImageFromArray(image), tmp_path / "c.nrrd")  # of a NIfTI file SimpleITK reads 0 there
-    with pytest.raises(ValueError, match="c.nrrd holds NaN or infinity"):
-        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx", file_ending=".nrrd")).predict(tmp_path / "c.nrrd")
+    sitk.WriteImage(sitk.GetImageFromArray(image), tmp_path / f"c{ending}")  # of NIfTI files it reads 0 there
+    with pytest.raises(ValueError, match=f"c{ending} holds NaN or infinity"):
+        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx", file_ending=ending)).predict(tmp_path / f"c{ending}")
 
 
 def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):

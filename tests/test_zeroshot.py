@@ -17,6 +17,7 @@ from PIL import Image
 import nnunet_lgms
 from nnunet_lgms.cli import main
 from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
+from nnunet_lgms.files import nifti_is_finite
 from nnunet_lgms.inference import load_predictor
 
 needs_evaluation = pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")
@@ -102,6 +103,54 @@ def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
     monkeypatch.delenv("nnUNet_extTrainer")
     with pytest.raises(ValueError, match="nnUNet_extTrainer must name the folder"):
         nnunet_lgms.predict(model, samples, device="cpu")
+
+
+@pytest.fixture
+def volumes(model: Path, tmp_path: Path):
+    """Writes a volume with one bad voxel as each kind of NIfTI file; the model reads them with nnU-Net's default."""
+    nib = pytest.importorskip("nibabel")
+    plans = json.loads((model / "plans.json").read_text())
+    (model / "plans.json").write_text(json.dumps({**plans, "image_reader_writer": "SimpleITKIO"}))
+
+    def write(value: float) -> list[Path]:
+        samples = np.random.default_rng(0).normal(100, 20, (32, 30, 3))
+        samples[20, 9, 2] = value
+        files = []
+        for kind, image in {
+            "float32": nib.Nifti1Image(samples.astype("<f4"), np.eye(4)),
+            "float64": nib.Nifti1Image(samples.astype("<f8"), np.eye(4)),
+            "big_endian": nib.Nifti1Image(samples.astype(">f4"), np.eye(4), nib.Nifti1Header(endianness=">")),
+        }.items():
+            for ending in (".nii", ".nii.gz"):
+                files.append(tmp_path / f"{kind}{ending}")
+                nib.save(image, files[-1])
+        return files
+
+    return write
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_predict_refuses_a_nifti_file_that_is_not_finite(model: Path, volumes, value: float):
+    """SimpleITK, nnU-Net's default reader, gives 0 for the voxel, so that its samples do not tell."""
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    for file in volumes(value):
+        assert SimpleITKIO().read_images([str(file)])[0][0, 2, 9, 20] == 0
+        with pytest.raises(ValueError, match=rf"{file.name} holds NaN or infinity, .*: clean it first\.$"):
+            nnunet_lgms.predict(model, file, device="cpu")
+
+
+def test_finite_nifti_files_are_known_as_such(model: Path, volumes, tmp_path: Path):
+    import nibabel as nib
+
+    files = volumes(1e10)
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "whole_numbers.nii.gz")
+    (tmp_path / "text.nii").write_text("text" * 1000)
+    (tmp_path / "short.nii").write_bytes(files[0].read_bytes()[:600])
+    assert all(
+        map(nifti_is_finite, [*files, *(tmp_path / n for n in ("whole_numbers.nii.gz", "text.nii", "short.nii"))])
+    )
+    assert nnunet_lgms.predict(model, files[1], device="cpu").shape == (3, 30, 32)
 
 
 def test_no_code_in_a_model_is_run(model: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, shown, written_whole
 
 DESCRIPTIONS = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
 #: differences of neighbouring bytes: a tenth less for images
@@ -62,7 +62,7 @@ def unpack_dataset(pack: Path, preprocessed: Path, workers: int) -> None:
     """What `pack_dataset` packed, as nnU-Net itself would have written it."""
     with tarfile.open(pack) as tar:
         dataset = tar.next().name.split("/")[0]
-        _extract(tar, preprocessed)
+        _extract(tar, preprocessed, pack)
     (file,) = (preprocessed / dataset).glob("*.npz")
     file.with_suffix("").mkdir(exist_ok=True)
     with np.load(file) as arrays:
@@ -160,11 +160,27 @@ def join(folder: Path, name: str, target: Path) -> bool:
             whole.write(file.read_bytes())
         whole.seek(0, os.SEEK_SET)
         with tarfile.open(fileobj=whole) as tar:
-            _extract(tar, target)
+            _extract(tar, target, folder / name)
     return True
 
 
-def _extract(tar: tarfile.TarFile, folder: Path) -> None:
-    """Nothing leaves the folder, where Python (3.10.12, 3.11.4) can see to that; packs are one's own."""
+def _extract(tar: tarfile.TarFile, folder: Path, pack: Path) -> None:
+    """Everything into the folder, or nothing: what would leave it, or is neither file nor folder, is refused.
+
+    Looked at here, as Python's own filter came with 3.10.12 and 3.11.4, and older ones write wherever a name points.
+    """
+    inside = folder.resolve()
+    for member in tar.getmembers():
+        if not (member.isfile() or member.isdir()):
+            raise ValueError(
+                f"{pack} holds {shown(member.name)}, a link or device: packs are files and folders only, so nothing of "
+                "it was unpacked; pack it again."
+            )
+        # links that lie in the folder already count too
+        if not (folder / member.name).resolve().is_relative_to(inside):
+            raise ValueError(
+                f"{pack} holds {shown(member.name)}, which would be written outside {folder}: nothing of it was "
+                "unpacked; take the file that pack_dataset or bundle wrote."
+            )
     tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
     tar.extractall(folder)

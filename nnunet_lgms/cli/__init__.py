@@ -56,6 +56,7 @@ WAY_OUT = {
     errno.EPERM: "change its permissions, or name another folder",
     errno.EROFS: "name a folder that can be written to",
     errno.ENOSPC: "free some space, or name another folder",
+    errno.EDQUOT: "free some space, or name another folder",
     errno.ENOENT: "correct the path, or make its folder",
 }
 

@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
     override = read_override(args.apply)
     dataset = dataset_name(args.dataset)
-    plans = read_plans(dataset, args.plans)
-    name = (f"{args.plans}_{Path(args.apply).stem}" if args.name is None else args.name).removesuffix(".json")
+    start = args.plans.removesuffix(".json")
+    plans = read_plans(dataset, start)
+    name = (f"{start}_{Path(args.apply).stem}" if args.name is None else args.name).removesuffix(".json")
     target = plans_file(dataset, name)
-    if name == args.plans:
+    if name == start:
         raise ValueError(f"--as {name} would replace the plans that it starts from: choose another name.")
     check_writable(target, args.force)
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     remarks = memory_remarks(plans, new, args.c, description)
     commands = nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed)
     write_plans(target, new, args.force)
-    print(f"{target.name} written beside {args.plans}.json of {dataset}.")
+    print(f"{target.name} written beside {start}.json of {dataset}.")
     smaller = f"nnunet_lgms plan {args.dataset} --vram GB --apply {shlex.quote(args.apply)}"
     for remark in remarks:
         print(f"{remark}; for a smaller patch or batch: {smaller}")

@@ -28,6 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
+    from nnunet_lgms.config import KEY, LGMSSettings
+    from nnunet_lgms.config.resolve import Topology, without_effect
     from nnunet_lgms.dataset_json import n_channels, read_dataset_json
     from nnunet_lgms.parallel import default_workers
     from nnunet_lgms.planning.auto_kernels import components_of
@@ -83,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
     limits = {c: planner.limits_of(plans["configurations"][c]) for c in own}
     for limit in sorted({limit for limit in limits.values() if limit}):
         print(f"\n{', '.join(c for c in own if limits[c] == limit)}: {limit}.")
+    for configuration in own if settings else []:
+        content = plans["configurations"][configuration]
+        for remark in without_effect(LGMSSettings.from_plan(content[KEY]), Topology.of(content), settings):
+            print(f"\n{configuration}: {remark}")
     print("\nTrain and predict with (after preprocessing, where a line for it is given):\n")
     print(nnunet_commands(dataset, plans, list(plans["configurations"]), preprocessed))
     return 0

@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--steps {steps} is negative: give 0 or more.")
     folder = environment_folder("nnUNet_preprocessed") / dataset
     dataset_json = read_dataset_json(dataset)
+    # as file names too
+    own, against = (name.removesuffix(".json") for name in (args.plans, args.against or args.plans))
     subjects = []
-    for kind, plans_name in ((LGMSNET, args.plans), (NNUNET, args.against or args.plans)):
+    for kind, plans_name in ((LGMSNET, own), (NNUNET, against)):
         plans = read_plans(dataset, plans_name)
         if args.configuration not in plans["configurations"]:
             raise ValueError(
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             )
         resolved(PlansManager(plans), args.configuration)
         subjects.append(Subject(kind, plans, args.configuration, dataset_json))
-    target = args.json or folder / f"{args.plans}_{args.configuration}_profile.json"
+    target = args.json or folder / f"{own}_{args.configuration}_profile.json"
     _check_target(target, steps)
 
     profiles = []

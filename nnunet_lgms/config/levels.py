@@ -65,14 +65,17 @@ def _spread_table(table: Mapping[str, Any], levels: Sequence[int], default: Call
             )
     values = []
     for level in levels:
-        open_ends = [int(key[:-1]) for key in table if key.endswith("+") and int(key[:-1]) <= level]
-        if str(level) in table:
-            values.append(table[str(level)])
-        elif open_ends:
-            values.append(table[f"{max(open_ends)}+"])
-        else:
-            values.append(default(level))
+        key = key_for(table, level)
+        values.append(default(level) if key is None else table[key])
     return values
+
+
+def key_for(table: Mapping[str, Any], level: int) -> str | None:
+    """The most exact name that a table has for a level; None where it has none."""
+    if str(level) in table:
+        return str(level)
+    open_ends = [int(key[:-1]) for key in table if key.endswith("+") and int(key[:-1]) <= level]
+    return f"{max(open_ends)}+" if open_ends else None
 
 
 def _short(value: Any) -> str:

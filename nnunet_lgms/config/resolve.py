@@ -6,7 +6,7 @@ many levels there are, which widths meet which ratio, how large the maps are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, prod
 from numbers import Number, Real
@@ -22,7 +22,7 @@ from nnunet_lgms.architecture.topology import (
     paper_features,
 )
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM, GroupNorm, paper_norm
-from nnunet_lgms.config.levels import spread
+from nnunet_lgms.config.levels import key_for, spread
 from nnunet_lgms.config.settings import AUTO, LGMSSettings
 from nnunet_lgms.files import shown
 
@@ -202,6 +202,41 @@ def network_kwargs(settings: LGMSSettings, topology: Topology) -> dict[str, Any]
         "norm_op": norm_op,
         "norm_op_kwargs": norm_op_kwargs,
     }
+
+
+def without_effect(settings: LGMSSettings, topology: Topology, given: Collection[str]) -> list[str]:
+    """Remarks on settings that are valid and change nothing, as no block of the plan reads them.
+
+    Args:
+        settings: all settings of the configuration, which fit it.
+        topology: of its plan.
+        given: names of the settings to look at.
+    """
+    resolved = network_kwargs(settings, topology)
+    encoder, decoder, ratios = (resolved[key] for key in ("encoder_blocks", "decoder_blocks", "gms_ratio"))
+    levels = range(1, topology.n_levels + 1)
+    lms = {level for level in levels if encoder[level - 1] == "LMS"}
+    gms = {n for n in levels if encoder[n - 1] == "GMS" or (n < len(encoder) and "GMS" in decoder[n - 1])}
+    attention = {level for level in gms if ratios[level - 1][0]}
+    readers = {"lms_kernels": ("LMS blocks", lms), "lms_group_channels": ("LMS blocks", lms)}
+    readers |= {"gms_ratio": ("GMS blocks", gms)}
+    readers |= dict.fromkeys(("gms_patch", "heads", "head_dim", "mlp_ratio"), ("GMS blocks with attention", attention))
+    remarks = []
+    for name, (block, reading) in readers.items():
+        value = getattr(settings, name)
+        if name not in given or value is None:
+            continue
+        if not reading:
+            remarks.append(f"lgmsnet.{name} changes nothing, as the plan has no {block}.")
+        elif isinstance(value, Mapping):
+            for key in value:  # "5+" in a plan of four levels is meant for other plans
+                named = {level for level in levels if key_for(value, level) == key}
+                if named and not named & reading:
+                    there = ", ".join(map(str, sorted(reading)))
+                    remarks.append(
+                        f'lgmsnet.{name} changes nothing at "{key}": the plan has {block} at level(s) {there} only.'
+                    )
+    return remarks
 
 
 def lms_levels(settings: LGMSSettings, topology: Topology) -> list[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from packaging.version import InvalidVersion, Version
@@ -26,6 +25,7 @@ from pydantic import (
 from nnunet_lgms import __version__
 from nnunet_lgms.config.levels import ByLevel, PerLevel
 from nnunet_lgms.files import shown
+from nnunet_lgms.nearest import did_you_mean
 
 KEY = "lgmsnet"
 
@@ -218,8 +218,7 @@ def _unknown(name: Any, known: list[str]) -> str:
     parent, _, child = str(name)[:80].partition(".")
     if parent in known and child:
         return f'lgmsnet has no setting {shown(name)}; write it as {{"{parent}": {{"{child}": ...}}}}.'
-    near = get_close_matches(str(name)[:80].rsplit(".", 1)[-1], known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+    hint = did_you_mean(str(name)[:80].rsplit(".", 1)[-1], known) or f"known are {', '.join(known)}."
     return f"lgmsnet has no setting {shown(name)}; {hint}"
 
 

@@ -36,7 +36,7 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
         spacings = (", ".join(f"{z:.4g}" for z in volume.header.get_zooms()[:3]) for volume in (image, label))
         problems.append("the image has a spacing of ({}) mm, its label of ({}) mm".format(*spacings))
     if not np.isfinite(samples).all():
-        problems.append("the image has voxels that are NaN or infinite, and one of them would spoil a whole training")
+        problems.append("the image has voxels that are NaN or infinite, which nnU-Net's reader would take for 0")
     present = np.unique(values)
     unknown = sorted(float(v) for v in present if v not in description.label_values)
     if unknown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from nnunet_lgms.files import written_whole
 
 
 def write_all(evaluation: Evaluation, output: Path, *, images: Path | None = None, n_worst: int = 6) -> list[Path]:
-    """Write the three files of an evaluation.
+    """Write the three files of an evaluation: all of them, or on a full disk none, as one tells of the others.
 
     Args:
         evaluation: the numbers.
@@ -31,12 +32,11 @@ def write_all(evaluation: Evaluation, output: Path, *, images: Path | None = Non
     """
     output.mkdir(parents=True, exist_ok=True)
     files = [output / name for name in ("cases.csv", "summary.json", "report.html")]
-    with written_whole(files[0]) as temporary:
-        _write_csv(evaluation, temporary)
-    with written_whole(files[1]) as temporary:
-        temporary.write_text(json.dumps(summary_json(evaluation), indent=2))
-    with written_whole(files[2]) as temporary:
-        temporary.write_text(report_html(evaluation, images, n_worst), encoding="utf-8")
+    with ExitStack() as stack:
+        _write_csv(evaluation, stack.enter_context(written_whole(files[0])))
+        stack.enter_context(written_whole(files[1])).write_text(json.dumps(summary_json(evaluation), indent=2))
+        report = report_html(evaluation, images, n_worst)
+        stack.enter_context(written_whole(files[2])).write_text(report, encoding="utf-8")
     return files
 
 

@@ -188,7 +188,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())  # on the disk before it takes the old one's place
         except (OSError, RuntimeError) as error:  # PyTorch's writer says RuntimeError for a full disk
-            reason = " ".join(str(error).split())[:120]
+            reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:120]
             raise TrainingError(f"{filename} cannot be written ({reason}); {self._how_to_go_on()}") from error
 
     def _how_to_go_on(self) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.config import KEY, LGMSSettings
-from nnunet_lgms.config.resolve import Topology, lms_levels, network_kwargs
+from nnunet_lgms.config.resolve import Topology, lms_levels, network_kwargs, without_effect
 from nnunet_lgms.config.settings import AUTO, READABLE_SINCE
 from nnunet_lgms.files import shown
 from nnunet_lgms.planning.auto_kernels import Components, choose_kernels
@@ -102,6 +102,8 @@ def _changed(
         say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
         settings = with_auto_kernels(settings, topology, components, say)
     build_on_meta(settings, topology)
+    for remark in without_effect(settings, topology, override):
+        say(f"{name}: {remark}")
     return settings
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ from nnunet_lgms import dataset_json
 from nnunet_lgms.architecture.topology import is_int
 from nnunet_lgms.config import KEY
 from nnunet_lgms.files import read_json, shown, written_whole
+from nnunet_lgms.nearest import did_you_mean
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}")
 CONFIGURATION_NAME = re.compile(r"[^-./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
 MAX_BATCH = 4096
+#: of which a message shows all
+LONGEST_PATH = 300
 STOCK_PLANS = "nnUNetPlans"
 #: what nnU-Net's commands and this package's read of a configuration, beside its topology
 NEEDED = {
@@ -217,21 +219,31 @@ def read_override(name_or_path: str) -> dict[str, Any]:
     """The settings of an override: a path, or the name of one that comes with the package.
 
     Raises:
-        ValueError: there is no such file, or it does not hold exactly one key, ``"lgmsnet"``.
+        ValueError: there is no such file, it has a key twice, or not exactly one key, ``"lgmsnet"``.
     """
     path = Path(name_or_path)
     if not path.is_file():
-        path = overrides_folder() / f"{Path(name_or_path).stem}.json"
-    if not path.is_file():
-        known = sorted(p.stem for p in overrides_folder().glob("*.json"))
-        near = get_close_matches(Path(name_or_path).stem, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"by name there are {', '.join(known)}."
-        raise ValueError(f"There is no override {name_or_path!r}; {hint}")
-    content = read_json(path)
+        path = _override_of_the_package(name_or_path)
+    content = read_json(path, keys_once=True)
     if not isinstance(content, dict) or list(content) != [KEY]:
         found = ", ".join(map(shown, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} holds {found or "nothing"}: an override is {{"{KEY}": {{...}}}} and nothing else.')
     return content[KEY]
+
+
+def _override_of_the_package(name: str) -> Path:
+    known = {p.stem: p for p in sorted(overrides_folder().glob("*.json"))}
+    stem = name.removesuffix(".json")
+    if stem in known:
+        return known[stem]
+    by_name = f"by name there are {', '.join(known)}."
+    if Path(name).is_dir():
+        raise ValueError(
+            f"The override {shown(name, LONGEST_PATH)} is a folder, not a file: give one of its files; {by_name}"
+        )
+    if Path(name).name != name:  # a path that leads nowhere means that file, not one of the package's of that name
+        raise ValueError(f"There is no file {shown(name, LONGEST_PATH)}: correct the path; {by_name}")
+    raise ValueError(f"There is no override {shown(name)}; {did_you_mean(stem, known) or by_name}")
 
 
 def _check_labels(description: dict[str, Any], path: Path) -> None:

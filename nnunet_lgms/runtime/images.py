@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_lgms.files import check_gzip, written_whole
+from nnunet_lgms.files import check_gzip, nifti_is_finite, written_whole
 from nnunet_lgms.runtime.description import Description
 
 FLAT_SPACING = 999.0  # nnU-Net's spacing across a flat image, of no meaning
@@ -42,7 +42,7 @@ def read_case(files: Sequence[Path], description: Description) -> Case:
                 f"The channels of a case differ: {files[0]} has {geometries[0][0]} voxels of {geometries[0][1]} mm, "
                 f"{file} has {shape} of {spacing}."
             )
-        if not all(np.isfinite(plane).all() for plane in part):
+        if not (all(np.isfinite(plane).all() for plane in part) and nifti_is_finite(Path(file))):
             raise ValueError(f"The image {file} holds NaN or infinity: correct it before it is predicted.")
     samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
     _, spacing, geometry = geometries[0]
