@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planned import manager
 
@@ -175,62 +175,126 @@ def test_documentation_shows_this_schema():
     assert settings_table() in DOCS.read_text("utf-8")
 
 
+# --- any override on any plan ----------------------------------------------------------------------------------------
+
+LARGEST_DRAWN = 13
+RATIOS = ["1:0", "3:1", "1:1", "1:3", "0:1"]
+DECODER_BLOCKS = ["Fusion", "GMS", "Conv", "Fusion+GMS", "Conv+Conv"]
+
+
 @st.composite
-def plans_and_settings(draw):
+def topologies(draw) -> Topology:
+    """Of plans with small maps."""
+    dim, n = draw(st.sampled_from([2, 3])), draw(st.integers(2, 4))
+    axes = {values: st.lists(st.sampled_from(values), min_size=dim, max_size=dim) for values in ((1, 2), (1, 3, 3))}
+    strides = [[1] * dim, *(draw(axes[1, 2]) for _ in range(n - 1))]
+    kernels = [draw(axes[1, 3, 3]) for _ in range(n)]
+    patch = [draw(st.integers(4, 9)) * 2 for _ in range(dim)]
+    return Topology(tuple(patch), tuple(map(tuple, strides)), tuple(map(tuple, kernels)))
+
+
+def by_level(draw, values: list) -> tuple:
+    """A setting that gives values to the levels of a plan, in any of its forms, and the values that it then gives."""
+    form = draw(st.sampled_from(["single", "list", "table", "open table"]))
+    if form == "single":
+        return values[0], [values[0]] * len(values)
+    if form == "list":
+        return values, values
+    if form == "table":
+        return {str(level): value for level, value in enumerate(values, start=1)}, values
+    return {"1": values[0], "2+": values[-1]}, values[:1] + values[-1:] * (len(values) - 1)
+
+
+@st.composite
+def kernels_of_level(draw, largest: tuple[int, ...]):
+    """Kernels of up to five groups, none beyond what the level's map allows; one number or one per axis."""
+    odd = [st.integers(0, (min(LARGEST_DRAWN, most) - 1) // 2).map(lambda i: 2 * i + 1) for most in largest]
+    smallest = odd[largest.index(min(largest))]
+    return draw(st.lists(smallest | st.tuples(*odd).map(list), min_size=1, max_size=5))
+
+
+@st.composite
+def parts_of(draw, whole: int, n: int):
+    """Positive whole numbers that sum to ``whole``, mostly unequal."""
+    cuts = sorted(draw(st.lists(st.integers(1, whole - 1), min_size=n - 1, max_size=n - 1, unique=True)))
+    return [b - a for a, b in zip([0, *cuts], [*cuts, whole])]
+
+
+@st.composite
+def plans_and_settings(draw) -> tuple[Topology, dict]:
     """A valid plan with small maps, and valid settings for it."""
-    dim = draw(st.sampled_from([2, 3]))
-    n = draw(st.integers(2, 4))
-    strides = [[1] * dim] + [draw(st.lists(st.sampled_from([1, 2]), min_size=dim, max_size=dim)) for _ in range(n - 1)]
-    kernels = [draw(st.lists(st.sampled_from([1, 3]), min_size=dim, max_size=dim)) for _ in range(n)]
-    patch = tuple(draw(st.integers(4, 9)) * 2 for _ in range(dim))
-    odd = st.integers(0, 3).map(lambda i: 2 * i + 1)
-    per_level = lambda value: st.one_of(value, st.lists(value, min_size=n, max_size=n))  # noqa: E731
-    ratio = st.sampled_from(["1:0", "3:1", "1:1", "1:3", "0:1"])
-    kernel_lists = st.lists(odd, min_size=1, max_size=8)
-    values = draw(
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "widths": per_level(st.sampled_from([8, 16])),
-                "depths": per_level(st.integers(1, 2)),
-                "block_by_level": st.fixed_dictionaries(
-                    {},
-                    optional={
-                        "encoder": per_level(st.sampled_from(["LMS", "GMS", "Conv"])),
-                        "decoder": st.sampled_from(["Fusion", "GMS", "Conv", "Fusion+GMS", "Conv+Conv"]),
-                    },
-                ),
-                "lms_kernels": st.one_of(kernel_lists, st.just({"1+": [[1] * dim, 3], "2+": [5]})),
-                "gms_ratio": per_level(ratio),
-                "gms_patch": st.one_of(st.integers(1, 3), st.lists(st.integers(1, 3), min_size=dim, max_size=dim)),
-                "heads": st.integers(1, 3),
-                "head_dim": st.sampled_from([1, 8]),
-                "mlp_ratio": per_level(st.sampled_from([0.5, 1, 2])),
-                "norm": st.sampled_from(["paper", "batch", "instance", "group"]),
-            },
-        )
-    )
-    return dim, (patch, n, values, None, strides, kernels)
+    topology = draw(topologies())
+    n, dim = topology.n_levels, topology.dim
+    levels = range(1, n + 1)
+
+    def per_level(*choices, last: int = n):
+        return by_level(draw, [draw(st.sampled_from(choices)) for _ in range(last)])
+
+    widths, width_of = per_level(8, 12, 16)
+    largest = [topology.largest_kernel(level) for level in levels]
+    if draw(st.booleans()):  # a flat list holds at every level, and is of single numbers
+        smallest = tuple(min(sizes) for sizes in zip(*largest, strict=True))
+        flat = draw(kernels_of_level((min(smallest),)).filter(lambda ks: all(isinstance(k, int) for k in ks)))
+        kernels, kernels_at = flat, [flat] * n
+    else:
+        drawn = [draw(kernels_of_level(most)) for most in largest]
+        kernels = drawn if draw(st.booleans()) else {str(level): drawn[level - 1] for level in levels}
+        kernels_at = drawn
+    entering = [width_of[0], *width_of[:-1]]
+    groups = [draw(parts_of(channels, len(ks))) for channels, ks in zip(entering, kernels_at, strict=True)]
+    patch = [min(3, *(max(2, topology.map_size(level)[axis]) for level in levels)) for axis in range(dim)]
+    values = {
+        "widths": widths,
+        "depths": per_level(1, 2)[0],
+        "block_by_level": {
+            "encoder": per_level("LMS", "LMS", "GMS", "Conv")[0],
+            "decoder": per_level(*DECODER_BLOCKS, last=n - 1)[0] if n > 2 else draw(st.sampled_from(DECODER_BLOCKS)),
+        },
+        "lms_kernels": kernels,
+        "gms_ratio": per_level(*RATIOS)[0],
+        "gms_patch": draw(st.integers(1, min(patch)) | st.tuples(*(st.integers(1, most) for most in patch)).map(list)),
+        "heads": draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from([1, 8])),
+        "mlp_ratio": per_level(0.5, 1, 2)[0],
+        "norm": draw(st.sampled_from(["paper", "batch", "instance", "group"])),
+        "deep_supervision": draw(st.booleans()),
+    }
+    chosen = {name: value for name, value in values.items() if draw(st.integers(0, 3))}
+    if {"widths", "lms_kernels"} <= chosen.keys() and draw(st.booleans()):
+        chosen["lms_group_channels"] = groups if draw(st.booleans()) else dict(zip(map(str, levels), groups))
+    return topology, chosen
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(plans_and_settings())
 def test_any_valid_override_on_any_valid_plan(case):
-    dim, plan = case
-    configuration = manager(*plan)
-    try:
-        network = build_network(configuration, 1, 2, enable_deep_supervision=True)
-    except ValueError as refusal:  # a level may end up with a map smaller than what was asked for it, nothing else
-        assert "voxels: allowed are" in str(refusal)
-        return
-    x = torch.randn(1, 1, *plan[0])
-    outputs = network.eval()(x)
-    assert [o.shape[:2] for o in outputs] == [(1, 2)] * (plan[1] - 1)
-    assert outputs[0].shape[2:] == x.shape[2:]
+    """It builds, keeps the sizes of the plan, learns from a step, and its weights are those of the prediction."""
+    topology, values = case
+    configuration = manager(
+        topology.patch_size,
+        topology.n_levels,
+        values,
+        strides=[list(s) for s in topology.strides],
+        kernel_sizes=[list(k) for k in topology.kernel_sizes],
+    )
+    deep_supervision = settings_of(configuration).deep_supervision
+    torch.manual_seed(0)
+    network = build_network(configuration, 1, 2, enable_deep_supervision=deep_supervision)
+    x = torch.randn(2, 1, *topology.patch_size)
+    outputs = network(x)
+    outputs = outputs if deep_supervision else [outputs]
+    n_outputs = topology.n_levels - 1 if deep_supervision else 1
+    assert [o.shape for o in outputs] == [(2, 2, *topology.map_size(level)) for level in range(1, n_outputs + 1)]
+    sum(output.square().mean() for output in outputs).backward()
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
     again = build_network(configuration, 1, 2, enable_deep_supervision=False).eval()
     again.load_state_dict(network.state_dict(), strict=True)
-    torch.testing.assert_close(again(x), outputs[0], rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        expected = network.eval()(x)
+        torch.testing.assert_close(again(x), expected[0] if deep_supervision else expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("key", ["strides", "kernel_sizes"])
