@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_lgms.ops.upsample import crop
+
 
 def unfold_positions(x: Tensor, patch: Sequence[int]) -> Tensor:
     """(B, C, *spatial) -> (B, P, N, C): P = prod(patch) position groups, N tokens each, row-major over patches.
@@ -122,8 +124,4 @@ class SparseTransformer(nn.Module):
         tokens = unfold_positions(x, self.patch)
         tokens = tokens + self.attention(self.norm1(tokens), mask)
         tokens = tokens + self.feed_forward(self.norm2(tokens))
-        x = fold_positions(tokens, self.patch, padded)
-
-        for axis, size in enumerate(spatial, start=2):
-            x = x.narrow(axis, 0, size)
-        return x
+        return crop(fold_positions(tokens, self.patch, padded), spatial)

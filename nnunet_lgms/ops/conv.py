@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
+from nnunet_lgms.ops import conv_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
@@ -44,6 +45,8 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
         dtype = compute_dtype(xs[0])
         return _convolve([x.to(dtype) for x in xs], weight, bias, groups)
     x = join_channels(xs)
+    if x.device.type == "cpu":
+        return conv_cpu.same_conv(x, weight, bias, groups)
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 

@@ -1,0 +1,52 @@
+"""Dense convolutions on a CPU.
+
+oneDNN, behind `F.conv2d` and `F.conv3d`, works on channels-last maps as they are, and first copies any other map to a
+layout of 16 channels side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunet_lgms.ops.backend import channels_last, wants_channels_last
+from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
+
+CONV = {2: F.conv2d, 3: F.conv3d}
+
+
+def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Stride-1 convolution with zero padding that keeps the size.
+
+    Args:
+        x: (B, C_in, *spatial).
+        weight: (C_out, C_in / groups, *k), odd k.
+        bias: (C_out,) or None.
+        groups: groups of channels that are convolved apart.
+
+    Returns:
+        (B, C_out, *spatial), channels-last where x is.
+    """
+    padding = [k // 2 for k in weight.shape[2:]]
+    if not (wants_channels_last(x) and (channels_last(x) or x.shape[1] == 1)):
+        return CONV[x.ndim - 2](x, weight, bias, padding=padding, groups=groups)
+    if groups == 1 and not any(padding):
+        return _pointwise(x, weight, bias)
+    if weight.numel() > 2 * x.numel():
+        # At the lowest levels of a 3D network the kernels are the larger part: better to copy the maps.
+        out = CONV[x.ndim - 2](to_channels_first(x), weight, bias, padding=padding, groups=groups)
+        return to_channels_last(out)
+    if x.shape[1] == 1:
+        x = x.squeeze(1).unsqueeze(-1).movedim(-1, 1)  # the strides of a channels-last map
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return CONV[x.ndim - 2](x, weight, bias, padding=padding, groups=groups)
+    # PyTorch would take loops of its own for a single sample that it holds to be small: 12^3 of 128 channels.
+    one = [1] * len(padding)
+    return torch.mkldnn_convolution(x, weight, bias, padding, one, one, groups)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution as a matrix product; as a convolution, those of 3D maps take ten times as long."""
+    out = F.linear(x.movedim(1, -1).flatten(0, -2), weight.flatten(1), bias)
+    return out.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
