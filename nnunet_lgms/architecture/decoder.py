@@ -94,4 +94,4 @@ class LGMSDecoder(nn.Module):
 
 def _segment(x: Tensor, head: _ConvNd) -> Tensor:
     """(B, C, *spatial) -> logits (B, num_classes, *spatial)."""
-    return conv_cpu.same_conv(x, head.weight, head.bias, groups=1) if x.device.type == "cpu" else head(x)
+    return conv_cpu.same_conv([x], head.weight, head.bias, groups=1) if x.device.type == "cpu" else head(x)

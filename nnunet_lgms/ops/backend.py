@@ -51,7 +51,7 @@ def wants_channels_last(x: Tensor) -> bool:
 
     oneDNN has no double precision. A compiler, or the runtime that a network is exported to, chooses layouts itself.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _as_on_gpu:
         return False
     onednn = torch.backends.mkldnn
     return x.device.type == "cpu" and x.dtype != torch.float64 and onednn.is_available() and onednn.enabled

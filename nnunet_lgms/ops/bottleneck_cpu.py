@@ -48,9 +48,16 @@ def fits(x: Tensor, norm1: nn.Module, norm2: nn.Module) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x[0, 0].numel() > 1
-        and any(all(isinstance(norm, kind) for norm in (norm1, norm2)) for kind in (_BatchNorm, _InstanceNorm))
-        and not any(isinstance(norm, (nn.SyncBatchNorm)) for norm in (norm1, norm2))
+        and (all(map(_of_batch, (norm1, norm2))) or all(map(_of_sample, (norm1, norm2))))
     )
+
+
+def _of_batch(norm: nn.Module) -> bool:
+    return isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+
+
+def _of_sample(norm: nn.Module) -> bool:
+    return isinstance(norm, _InstanceNorm) and not norm.track_running_stats
 
 
 def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> Tensor:
@@ -68,9 +75,7 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
     return out.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
 
 
-def composed(
-    x: Tensor, *parameters: Tensor | None, eps: tuple[float, float], known: tuple[Known, Known]
-) -> Tensor:
+def composed(x: Tensor, *parameters: Tensor | None, eps: tuple[float, float], known: tuple[Known, Known]) -> Tensor:
     """The same of plain operators, (S, N, D) -> (S, N, C); for derivatives of the gradient."""
     for half, e, statistics in zip((parameters[:4], parameters[4:]), eps, known, strict=True):
         x = F.gelu(x)
@@ -92,7 +97,7 @@ def _fold(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """A norm as part of the product behind it: weight (S, out, C) and bias (S, out) that take the map as it is."""
-    factor = torch.rsqrt(variance + eps).view(-1, weight.shape[1])
+    factor = torch.rsqrt(variance + eps)
     factor = factor if scale is None else factor * scale
     offset = -mean * factor
     offset = offset if shift is None else offset + shift
@@ -101,14 +106,32 @@ def _fold(
 
 
 def _fold_gradients(
-    grad_weight: Tensor, grad_bias: Tensor, *inputs: Tensor | None, eps: float
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of mean, variance, scale, shift, weight and bias from those of :func:`_fold`'s results."""
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        folded = _fold(*leaves, eps)
-        grads = iter(torch.autograd.grad(folded, [t for t in leaves if t is not None], (grad_weight, grad_bias)))
-    return tuple(None if t is None else next(grads) for t in leaves)
+    root = torch.rsqrt(variance + eps)
+    factor = root if scale is None else root * scale
+    offset = -mean * factor
+    offset = offset if shift is None else offset + shift
+    grad_offset = grad_bias @ weight
+    grad_factor = (grad_weight * weight).sum(1) - mean * grad_offset
+    grad_root = grad_factor if scale is None else grad_factor * scale
+    return (
+        -factor * grad_offset,
+        -0.5 * grad_root * root**3,
+        None if scale is None else (grad_factor * root).sum(0),
+        None if shift is None else grad_offset.sum(0),
+        (grad_weight * factor[:, None]).sum(0) + grad_bias.T @ offset,
+        None if bias is None else grad_bias.sum(0),
+    )
 
 
 def _repeated(row: Tensor, n: int) -> Tensor:
@@ -249,7 +272,7 @@ class _Bottleneck(Function):
         grad_weight2 = torch.zeros_like(weight2)
         for piece in pieces:
             grad_weight2[piece.s].addmm_(piece.of(grad).T, pieces.wide[piece.number])
-        grads2 = _fold_gradients(grad_weight2, grad.sum(1), *statistics2, *norm2, eps=ctx.eps[1])
+        grads2 = _fold_gradients(grad_weight2, grad.sum(1), *statistics2, *norm2, ctx.eps[1])
         slope2, shift2 = _through_statistics(grads2[:2], statistics2, ctx.known[1], x)
         shift2 = _repeated(shift2, pieces.rows)
 
@@ -265,7 +288,7 @@ class _Bottleneck(Function):
             grad_bias1[s] += part.sum(0)
             torch.mm(part, weight1[s], out=piece.of(grad_x))
 
-        grads1 = _fold_gradients(grad_weight1, grad_bias1, *statistics1, *norm1, eps=ctx.eps[0])
+        grads1 = _fold_gradients(grad_weight1, grad_bias1, *statistics1, *norm1, ctx.eps[0])
         slope1, shift1 = _through_statistics(grads1[:2], statistics1, ctx.known[0], x)
         for piece in pieces:
             part = piece.of(grad_x)

@@ -44,9 +44,9 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     if kernels_fit_conv(xs, weight):
         dtype = compute_dtype(xs[0])
         return _convolve([x.to(dtype) for x in xs], weight, bias, groups)
+    if xs[0].device.type == "cpu":
+        return conv_cpu.same_conv(xs, weight, bias, groups)
     x = join_channels(xs)
-    if x.device.type == "cpu":
-        return conv_cpu.same_conv(x, weight, bias, groups)
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 

@@ -88,7 +88,7 @@ def _convolve_3d(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> T
         diagonals.copy_(weight.movedim(2 + axis, 2))
         shift = None if bias is None else bias[part].repeat_interleave(lines.tile)
         tiles = _same_conv(lines.tiles(part, weight.shape[2 + axis] - 1), dense, shift)
-        out[:, :, :, part] = lines.joined(tiles)
+        lines.join(tiles, out[:, :, :, part])
     return out[..., : x.shape[2 + axis]].movedim((-1, -2), (2 + axis, 1))
 
 
@@ -112,9 +112,9 @@ def _same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _long_axis(kernels: Sequence[Sequence[int]]) -> int:
-    """The axis along which the kernels are largest: the denser, the less of the products is zeros."""
+    """The axis along which the kernels are largest, where less of the products is zeros; of several the last."""
     lengths = [sum(sizes) for sizes in zip(*kernels, strict=True)]
-    return lengths.index(max(lengths))
+    return max(range(len(lengths)), key=lambda axis: (lengths[axis], axis))
 
 
 class _Lines:
@@ -143,10 +143,10 @@ class _Lines:
         x = x.unfold(-1, self.tile + overlap, self.tile)  # (B, H, W, C_i, count, tile + overlap)
         return x.movedim(-2, 1).flatten(4, 5).flatten(0, 1).movedim(-1, 1)
 
-    def joined(self, tiles: Tensor) -> Tensor:
-        """(B * count, C_i * tile, H, W) -> (B, H, W, C_i, count * tile)."""
-        x = tiles.movedim(1, -1).unflatten(-1, (-1, self.tile)).unflatten(0, (-1, self.count))
-        return x.movedim(1, -2).flatten(-2)
+    def join(self, tiles: Tensor, out: Tensor) -> None:
+        """(B * count, C_i * tile, H, W) into ``out`` (B, H, W, C_i, count * tile)."""
+        tiles = tiles.movedim(1, -1).unflatten(-1, (-1, self.tile)).unflatten(0, (-1, self.count))
+        out.unflatten(-1, (self.count, self.tile)).copy_(tiles.movedim(1, -2))
 
     def dense(self, channels: int, kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Zeros (channels * tile, window, kh, kw) for the weights between tiles, and their :meth:`diagonals`."""

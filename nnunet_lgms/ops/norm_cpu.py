@@ -1,8 +1,8 @@
-"""Norms of channels-last maps on a CPU, where PyTorch's own are slow.
+"""Norms on a CPU, where PyTorch's own are slow.
 
-Its instance norm copies the map to another layout, and its group norm of single channels is not vectorised. The batch
-norm of one sample is the same function, and its loops run over channels-last maps as they are. They run over the
-channels: where those do not fill a register, a copy of the map is faster.
+Its instance norm copies channels-last maps to another layout, and its group norm of single channels is vectorised in
+contiguous maps only. The batch norm of one sample is the same function, and its loops run over channels-last maps as
+they are. They run over the channels: where those do not fill a register, a copy of the map is faster.
 """
 
 from __future__ import annotations
@@ -39,20 +39,22 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
 
 
 def fits(x: Tensor, norm: nn.Module) -> bool:
-    """A channels-last map, and a norm of PyTorch's whose gradient does not need its result."""
+    """A norm of PyTorch's, the gradient of which does not need its result."""
     return (
         wants_channels_last(x)
-        and channels_last(x)
         and isinstance(norm, (_BatchNorm, _InstanceNorm, nn.GroupNorm))
         and not isinstance(norm, nn.SyncBatchNorm)
     )
 
 
 def _normalise(x: Tensor, norm: nn.Module) -> Tensor:
-    if x.shape[1] < NARROW:
-        return to_channels_last(norm(to_channels_first(x)))
+    if x.shape[1] < NARROW and channels_last(x):
+        return to_channels_last(_normalise(to_channels_first(x), norm))
     if isinstance(norm, _InstanceNorm) and not norm.track_running_stats and x[0, 0].numel() > 1:
-        return instance_norm(x, norm.weight, norm.bias, norm.eps)
+        if channels_last(x):
+            return instance_norm(x, norm.weight, norm.bias, norm.eps)
+        if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):  # which group norms ignore
+            return F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)
     return norm(x)
 
 
@@ -68,24 +70,25 @@ def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     Returns:
         (B, C, *spatial), channels-last.
     """
-    if len(x) == 1:
-        return _sample_norm(x, weight, bias, eps)
-    return _InstanceNormFunction.apply(x, weight, bias, eps)
+    if len(x) > 1 and x.dtype in (torch.float32, torch.float64):
+        return _InstanceNormFunction.apply(x, weight, bias, eps)
+    return _by_samples(x, weight, bias, eps)
 
 
-def _sample_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+def _by_samples(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    samples = [F.batch_norm(sample, None, None, weight, bias, True, 0.0, eps) for sample in x.split(1)]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 class _InstanceNormFunction(Function):
-    """The norms of all samples, each written to its place in one map."""
+    """:func:`_by_samples` where each sample is written to its place in one map."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         out = torch.empty_like(x)
         statistics = []
         for sample, result in zip(x.split(1), out.split(1), strict=True):
-            moments = x.new_empty(2, x.shape[1], dtype=torch.float32).unbind()
+            moments = x.new_empty(2, x.shape[1]).unbind()
             torch.native_batch_norm(sample, weight, bias, None, None, True, 0.0, eps, out=(result, *moments))
             statistics += moments
         ctx.save_for_backward(x, weight, bias, *statistics)
@@ -97,7 +100,7 @@ class _InstanceNormFunction(Function):
         x, weight, bias, *statistics = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a second derivative is wanted
-            out = torch.cat([_sample_norm(sample, weight, bias, ctx.eps) for sample in x.split(1)])
+            out = _by_samples(x, weight, bias, ctx.eps)
             inputs = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
             grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
             return *(next(grads) if needed else None for needed in needs), None
