@@ -91,7 +91,9 @@ def test_exports_to_a_file_that_runs(dim, tmp_path):
     network = tiny_network(dim, 4).eval()
     x = torch.randn(1, 1, *ODD[dim])
     torch.export.save(torch.export.export(network, (x,)), tmp_path / "network.pt2")
-    torch.testing.assert_close(torch.export.load(tmp_path / "network.pt2").module()(x), network(x))
+    out = torch.export.load(tmp_path / "network.pt2").module()(x)
+    # Eager, the same in other operators on the CPU; 3D norms of two voxels enlarge the difference.
+    torch.testing.assert_close(out, network(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.architecture.encoder import LGMSEncoder, make_gms_block
 from nnunet_lgms.architecture.topology import Level
 from nnunet_lgms.blocks import FusionBlock, PlainConvBlock, UpBlock
+from nnunet_lgms.ops import conv_cpu
 from nnunet_lgms.ops.channels import join_channels
 
 
@@ -86,5 +88,10 @@ class LGMSDecoder(nn.Module):
                 x = block(x)
             features.append(x)
         if not self._deep_supervision:
-            return self.seg_layers[-1](x)
-        return [head(feature) for head, feature in zip(self.seg_layers, features, strict=True)][::-1]
+            return _segment(x, self.seg_layers[-1])
+        return [_segment(feature, head) for head, feature in zip(self.seg_layers, features, strict=True)][::-1]
+
+
+def _segment(x: Tensor, head: _ConvNd) -> Tensor:
+    """(B, C, *spatial) -> logits (B, num_classes, *spatial)."""
+    return conv_cpu.same_conv([x], head.weight, head.bias, groups=1) if x.device.type == "cpu" else head(x)

@@ -31,7 +31,7 @@ from nnunet_lgms.architecture.topology import (
 )
 from nnunet_lgms.blocks.norm import paper_norm
 from nnunet_lgms.files import shown
-from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels
+from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels, wants_channels_last
 
 
 class LGMSNet(nn.Module):
@@ -193,8 +193,9 @@ class LGMSNet(nn.Module):
                 f"LGMSNet takes floating-point maps of at least one sample and one voxel per axis, not {x.dtype} of "
                 f"shape {tuple(x.shape)}: convert or crop the data before."
             )
-        if use_kernels(x):
-            # Tensor cores want channels innermost; any other layout costs two transposes around every convolution.
+        if use_kernels(x) or wants_channels_last(x):
+            # Tensor cores want channels innermost; any other layout costs two transposes around every convolution. On
+            # the CPU, the loops of pooling, upsampling and norms do too.
             x = x.contiguous(memory_format=CHANNELS_LAST[x.ndim])
         # Triton launches on the current device, which need not be that of x; compiled code sees to that itself.
         with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_lgms.ops.backend import HALF, use_kernels
+from nnunet_lgms.ops.upsample import crop
 
 
 def unfold_positions(x: Tensor, patch: Sequence[int]) -> Tensor:
@@ -138,8 +139,4 @@ class SparseTransformer(nn.Module):
         tokens = unfold_positions(x, self.patch)
         tokens = tokens + self.attention(self.norm1(tokens), mask)
         tokens = tokens + self.feed_forward(self.norm2(tokens))
-        x = fold_positions(tokens, self.patch, padded)
-
-        for axis, size in enumerate(spatial, start=2):
-            x = x.narrow(axis, 0, size)
-        return x
+        return crop(fold_positions(tokens, self.patch, padded), spatial)

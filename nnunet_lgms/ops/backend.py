@@ -46,6 +46,17 @@ def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and (x.shape[1] == 1 or not x.is_contiguous())
 
 
+def wants_channels_last(x: Tensor) -> bool:
+    """Whether a network runs faster on x (B, C, *spatial) with its channels innermost.
+
+    oneDNN has no double precision. A compiler, or the runtime that a network is exported to, chooses layouts itself.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _as_on_gpu:
+        return False
+    onednn = torch.backends.mkldnn
+    return x.device.type == "cpu" and x.dtype != torch.float64 and onednn.is_available() and onednn.enabled
+
+
 def map_memory(reference: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """Uninitialised (B, *size, channels), the memory of a channels-last map, which is its `.movedim(-1, 1)`.
 

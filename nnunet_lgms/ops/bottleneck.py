@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
+from nnunet_lgms.ops import bottleneck_cpu
 from nnunet_lgms.ops.backend import HALF, compute_dtype
 from nnunet_lgms.ops.conv import conv_norm_act, same_conv_moments
 from nnunet_lgms.ops.layout import to_channels_last
@@ -58,6 +59,8 @@ def inverted_bottleneck(
     Returns:
         (B, C, *spatial), and the moments that norm3 needs, or none where they come at a cost.
     """
+    if bottleneck_cpu.fits(x, norm1, norm2):
+        return bottleneck_cpu.inverted_bottleneck(x, norm1, expand, norm2, squeeze)
     if not _kernels_fit(x, norm1, expand, norm2, squeeze):
         x = conv_norm_act(norm_act(x, norm1, ACTIVATION, partial=partial), expand, norm2, ACTIVATION)
         return same_conv_moments(x, squeeze.weight, squeeze.bias, 1, moments_wanted(norm3, ACTIVATION))

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
+from nnunet_lgms.ops import conv_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
@@ -46,6 +47,8 @@ def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     if kernels_fit_conv(xs, weight):
         dtype = compute_dtype(xs[0])
         return _convolve([x.to(dtype) for x in xs], weight, bias, groups)
+    if xs[0].device.type == "cpu":
+        return conv_cpu.same_conv(xs, weight, bias, groups)
     x = join_channels(xs)
     if use_kernels(x) and channels_last(x) and x.dtype != torch.float64:
         return _library_conv(x.to(compute_dtype(x)), weight, bias, groups)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_lgms.ops import depthwise_cpu
 from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels
 from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
 
@@ -65,6 +66,8 @@ def multi_kernel_depthwise(
     parameters = torch.cat([p.reshape(-1) for p in [*weights, *(biases or [])]])
     # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
     # whatever wrote x and whatever reads the result.
+    if depthwise_cpu.fits(x):
+        return _convolve(x, parameters, channels, kernels, biases is not None, False, residual)
     memory_format = _memory_format(x)
     out = _convolve(to_channels_first(x), parameters, channels, kernels, biases is not None, False, residual)
     return to_channels_last(out) if memory_format != torch.contiguous_format else out
@@ -121,6 +124,8 @@ def _convolve(
     flip: bool,
     residual: bool,
 ) -> Tensor:
+    if depthwise_cpu.fits(x):
+        return depthwise_cpu.convolve(x, *_unpack(parameters.to(x.dtype), channels, kernels, has_bias), flip, residual)
     x = x.contiguous()
     triton_kernels = _triton_kernels(x, channels, kernels)
     if triton_kernels is not None:
@@ -138,7 +143,7 @@ def _convolve(
 
 @_convolve.register_fake
 def _(x, parameters, channels, kernels, has_bias, flip, residual):
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=_memory_format(x) if depthwise_cpu.fits(x) else torch.contiguous_format)
 
 
 def _convolve_setup(ctx, inputs, output):
@@ -148,7 +153,8 @@ def _convolve_setup(ctx, inputs, output):
 
 def _convolve_backward(ctx, grad):
     x, parameters = ctx.saved_tensors
-    grad = grad.contiguous()  # here and not in the operator, for Inductor, as above
+    if not depthwise_cpu.fits(grad):
+        grad = grad.contiguous()  # here and not in the operator, for Inductor, as above
     grad_x = grad_parameters = None
     if ctx.needs_input_grad[0]:
         grad_x = _convolve(grad, parameters, ctx.channels, ctx.kernels, False, not ctx.flip, ctx.residual)
@@ -170,12 +176,14 @@ _convolve.register_autograd(_convolve_backward, setup_context=_convolve_setup)
 @torch.library.custom_op("nnunet_lgms::multi_kernel_depthwise_weight_grad", mutates_args=())
 def _correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
     """Gradient of the flat weights, in float32 (float64 for float64 input)."""
+    axes = x.dim() - 2
+    sizes = [tuple(kernels[i : i + axes]) for i in range(0, len(kernels), axes)]
+    if depthwise_cpu.fits(x):
+        return torch.cat([taps.flatten() for taps in depthwise_cpu.correlate(x, grad, channels, sizes)])
     x, grad = x.contiguous(), grad.contiguous()
     triton_kernels = _triton_kernels(x, channels, kernels)
     if triton_kernels is not None:
         return triton_kernels.correlate(x, grad, channels, kernels)
-    axes = x.dim() - 2
-    sizes = [tuple(kernels[i : i + axes]) for i in range(0, len(kernels), axes)]
     parts = zip(x.split(list(channels), 1), grad.split(list(channels), 1), sizes)
     with torch.autocast(x.device.type, enabled=False):
         return torch.cat([_weight_grad(*part).flatten() for part in parts])

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, use_kernels
+from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, use_kernels, wants_channels_last
 
 
 def to_channels_first(x: Tensor) -> Tensor:
     """x (B, C, *spatial), contiguous."""
     if x.is_contiguous():
         return x
-    return _channels_first(x) if _fits_kernels(x) and channels_last(x) else x.contiguous()
+    if _fits_kernels(x) and channels_last(x):
+        return _channels_first(x)
+    return _Copy.apply(x, False) if wants_channels_last(x) and channels_last(x) else x.contiguous()
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -26,7 +29,25 @@ def to_channels_last(x: Tensor) -> Tensor:
     memory_format = CHANNELS_LAST[x.ndim]
     if x.is_contiguous(memory_format=memory_format):
         return x
-    return _channels_last(x) if _fits_kernels(x) and x.is_contiguous() else x.contiguous(memory_format=memory_format)
+    if x.is_contiguous():
+        if _fits_kernels(x):
+            return _channels_last(x)
+        if wants_channels_last(x):
+            return _Copy.apply(x, True)
+    return x.contiguous(memory_format=memory_format)
+
+
+class _Copy(Function):
+    """`Tensor.contiguous` for the CPU, with a gradient in the layout of x: PyTorch's has that of the result."""
+
+    @staticmethod
+    def forward(ctx, x, channels_last):
+        ctx.channels_last = channels_last
+        return x.contiguous(memory_format=CHANNELS_LAST[x.ndim] if channels_last else torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return to_channels_first(grad) if ctx.channels_last else to_channels_last(grad), None
 
 
 def _fits_kernels(x: Tensor) -> bool:

@@ -23,6 +23,7 @@ from torch.library import triton_op
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from nnunet_lgms.ops import norm_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
 from nnunet_lgms.ops.layout import to_channels_last
 
@@ -64,6 +65,9 @@ def norm_act(
         )
         update_running_statistics(norm, mean, variance, x)
         return out
+    if norm_cpu.fits(x, norm):
+        first = activation == "gelu_first"
+        return norm_cpu.norm_act(F.gelu(x) if first else x, norm, "none" if first else activation, residual)
     if activation == "gelu_first":
         out = norm(F.gelu(x))
     else:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels, wants_channels_last
 from nnunet_lgms.ops.layout import to_channels_last
 
 MODE = {2: "bilinear", 3: "trilinear"}
@@ -36,9 +36,20 @@ def linear_upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Ten
     """
     if kernels_fit_upsample(x, size):
         return _upsample(x, list(scale), list(size))
+    if wants_channels_last(x):
+        x = to_channels_last(x)
     x = F.interpolate(x, scale_factor=[float(s) for s in scale], mode=MODE[len(scale)], align_corners=False)
+    return crop(x, size)
+
+
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first ``size`` voxels of every axis; (B, C, *spatial) -> (B, C, *size).
+
+    The gradient of a slice is a padded copy, of another memory format, also where nothing was cut off.
+    """
     for axis, length in enumerate(size, start=2):
-        x = x.narrow(axis, 0, length)
+        if torch.compiler.is_compiling() or x.shape[axis] != length:  # a compiler drops it, but may not know the sizes
+            x = x.narrow(axis, 0, length)
     return x
 
 

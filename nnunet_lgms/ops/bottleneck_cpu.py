@@ -1,0 +1,308 @@
+"""Inverted bottleneck of the Fusion block on a CPU: squeeze(norm2(gelu(expand(norm1(gelu(x)))))).
+
+Operator by operator, the wide map travels to memory and back some twenty times in a training step, for little
+arithmetic, and the pages of a new map cost more than that. Here a norm is folded into the convolution behind it: a
+scale and a shift per channel, once its statistics are known, are but other weights. What is left runs over pieces of
+the map that stay in the cache from one operator to the next. Without a gradient the wide map is never stored, but made
+again in every pass.
+
+Maps are (S, N, C) here: S sets of N voxels, each with statistics of its own, which are the samples for an instance norm
+and one set for a batch norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from nnunet_lgms.ops.backend import channels_last, wants_channels_last
+from nnunet_lgms.ops.norm_act import statistics_known, update_running_statistics
+
+CHUNK = 1 << 19  # numbers of the wide map that are worked on at a time: 2 MiB of float32
+
+
+class Known(NamedTuple):
+    """Statistics that are known before the map is, (1, C) each; None for those of the map itself."""
+
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> Known:
+        return cls(norm.running_mean[None], norm.running_var[None]) if statistics_known(norm) else cls()
+
+
+def fits(x: Tensor, norm1: nn.Module, norm2: nn.Module) -> bool:
+    """Channels-last float32, and both norms either of the batch or of each sample."""
+    return (
+        wants_channels_last(x)
+        and channels_last(x)
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x[0, 0].numel() > 1
+        and (all(map(_of_batch, (norm1, norm2))) or all(map(_of_sample, (norm1, norm2))))
+    )
+
+
+def _of_batch(norm: nn.Module) -> bool:
+    return isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+
+
+def _of_sample(norm: nn.Module) -> bool:
+    return isinstance(norm, _InstanceNorm) and not norm.track_running_stats
+
+
+def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> Tensor:
+    """:func:`nnunet_lgms.ops.bottleneck.inverted_bottleneck` where :func:`fits` says so."""
+    rows = x.movedim(1, -1).flatten(1, -2)
+    if isinstance(norm1, _BatchNorm):
+        rows = rows.flatten(0, 1)[None]
+    parameters = [p for m in (norm1, expand, norm2, squeeze) for p in (m.weight, m.bias)]
+    parameters = [p.flatten(1) if p is not None and p.ndim > 1 else p for p in parameters]
+    known = Known.of(norm1), Known.of(norm2)
+    out, *statistics = _Bottleneck.apply(rows, *parameters, (norm1.eps, norm2.eps), known)
+    for norm, mean, variance, own in zip((norm1, norm2), statistics[::2], statistics[1::2], known, strict=True):
+        if own.mean is None:
+            update_running_statistics(norm, mean, variance, x)
+    return out.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
+
+
+def composed(x: Tensor, *parameters: Tensor | None, eps: tuple[float, float], known: tuple[Known, Known]) -> Tensor:
+    """The same of plain operators, (S, N, D) -> (S, N, C); for derivatives of the gradient."""
+    for half, e, statistics in zip((parameters[:4], parameters[4:]), eps, known, strict=True):
+        x = F.gelu(x)
+        mean, variance = statistics
+        if mean is None:
+            mean, variance = x.mean(1), x.var(1, correction=0)
+        weight, bias = _fold(mean, variance, *half, e)
+        x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+    return x
+
+
+def _fold(
+    mean: Tensor,
+    variance: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """A norm as part of the product behind it: weight (S, out, C) and bias (S, out) that take the map as it is."""
+    factor = torch.rsqrt(variance + eps)
+    factor = factor if scale is None else factor * scale
+    offset = -mean * factor
+    offset = offset if shift is None else offset + shift
+    offset = offset @ weight.T
+    return weight * factor[:, None], offset if bias is None else offset + bias
+
+
+def _fold_gradients(
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of mean, variance, scale, shift, weight and bias from those of :func:`_fold`'s results."""
+    root = torch.rsqrt(variance + eps)
+    factor = root if scale is None else root * scale
+    offset = -mean * factor
+    offset = offset if shift is None else offset + shift
+    grad_offset = grad_bias @ weight
+    grad_factor = (grad_weight * weight).sum(1) - mean * grad_offset
+    grad_root = grad_factor if scale is None else grad_factor * scale
+    return (
+        -factor * grad_offset,
+        -0.5 * grad_root * root**3,
+        None if scale is None else (grad_factor * root).sum(0),
+        None if shift is None else grad_offset.sum(0),
+        (grad_weight * factor[:, None]).sum(0) + grad_bias.T @ offset,
+        None if bias is None else grad_bias.sum(0),
+    )
+
+
+def _repeated(row: Tensor, n: int) -> Tensor:
+    """``row`` (S, C) as the start of a sum for n voxels, (S, n, C): a copy of it runs through memory."""
+    return row[:, None].expand(-1, n, -1).contiguous()
+
+
+class _Piece(NamedTuple):
+    """Some voxels of one set of a map."""
+
+    number: int
+    s: int
+    rows: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (S, N, C) -> (R, C)."""
+        return x[self.s, self.rows]
+
+
+class _Pieces:
+    """The maps of x (S, N, D) in between, piece by piece: gelu(x) and gelu(expand(norm1(gelu(x)))).
+
+    Made once and kept if a gradient will want them, else in memory that every piece uses, and as often as needed.
+    """
+
+    def __init__(self, x: Tensor, hidden: int, keep: bool):
+        self.x, self.hidden, self.keep = x, hidden, keep
+        self.rows = min(x.shape[1], max(1, CHUNK // hidden))
+        self.narrow: list[Tensor] = []
+        self.wide: list[Tensor] = []
+        self.scratch: dict[int, Tensor] = {}
+
+    def __iter__(self) -> Iterator[_Piece]:
+        number = 0
+        for s in range(self.x.shape[0]):
+            for begin in range(0, self.x.shape[1], self.rows):
+                yield _Piece(number, s, slice(begin, min(begin + self.rows, self.x.shape[1])))
+                number += 1
+
+    def memory(self, slot: int, n: int, channels: int) -> Tensor:
+        """(n, channels) that the next piece overwrites; one for each ``slot``."""
+        if slot not in self.scratch:
+            self.scratch[slot] = self.x.new_empty(self.rows, channels)
+        return self.scratch[slot][:n]
+
+    def inner(self, piece: _Piece) -> Tensor:
+        """gelu(x), (R, D)."""
+        if piece.number < len(self.narrow):
+            return self.narrow[piece.number]
+        source = piece.of(self.x)
+        out = torch.empty_like(source) if self.keep else self.memory(0, *source.shape)
+        return self._made(self.narrow, torch.ops.aten.gelu.out(source, out=out))
+
+    def product(self, piece: _Piece, weight: Tensor, start: Tensor) -> Tensor:
+        """inner @ weight.T + start, (R, H), of weight (S, H, D) and start (S, rows, H)."""
+        inner = self.inner(piece)
+        n, s = len(inner), piece.s
+        return torch.addmm(start[s, :n], inner, weight[s].T, out=self.memory(1, n, self.hidden))
+
+    def outer(self, piece: _Piece, weight: Tensor, start: Tensor) -> Tensor:
+        """gelu of the product, (R, H)."""
+        if piece.number < len(self.wide):
+            return self.wide[piece.number]
+        product = self.product(piece, weight, start)
+        out = torch.empty_like(product) if self.keep else self.memory(2, *product.shape)
+        return self._made(self.wide, torch.ops.aten.gelu.out(product, out=out))
+
+    def _made(self, kept: list[Tensor], piece: Tensor) -> Tensor:
+        if self.keep:
+            kept.append(piece)
+        return piece
+
+
+def _moments(n_sets: int, pieces: Iterable[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (S, C) of the rows of each set, from pieces of it, (R, C)."""
+    parts = [[] for _ in range(n_sets)]
+    for s, rows in pieces:
+        moments = torch.ops.aten.batch_norm_update_stats(rows.T[None, :, :, None], None, None, 0.0)
+        parts[s].append((len(rows), *moments))
+    results = []
+    for part in parts:
+        counts, means, variances = zip(*part, strict=True)
+        means, variances = torch.stack(means), torch.stack(variances)
+        share = means.new_tensor(counts)[:, None] / sum(counts)
+        mean = (means * share).sum(0)
+        results.append((mean, ((variances + (means - mean) ** 2) * share).sum(0)))
+    return tuple(torch.stack(t) for t in zip(*results, strict=True))
+
+
+class _Bottleneck(Function):
+    @staticmethod
+    def forward(ctx, x, scale1, shift1, expand, bias1, scale2, shift2, squeeze, bias2, eps, known):
+        pieces = _Pieces(x, expand.shape[0], keep=any(ctx.needs_input_grad))
+        statistics1, statistics2 = known
+        if statistics1.mean is None:
+            statistics1 = _moments(x.shape[0], ((piece.s, pieces.inner(piece)) for piece in pieces))
+        weight1, start1 = _fold(*statistics1, scale1, shift1, expand, bias1, eps[0])
+        start1 = _repeated(start1, pieces.rows)
+        if statistics2.mean is None:
+            wide = ((piece.s, pieces.outer(piece, weight1, start1)) for piece in pieces)
+            statistics2 = _moments(x.shape[0], wide)
+        weight2, start2 = _fold(*statistics2, scale2, shift2, squeeze, bias2, eps[1])
+        start2 = _repeated(start2, pieces.rows)
+
+        out = x.new_empty(*x.shape[:2], squeeze.shape[0])
+        for piece in pieces:
+            wide = pieces.outer(piece, weight1, start1)
+            torch.addmm(start2[piece.s, : len(wide)], wide, weight2[piece.s].T, out=piece.of(out))
+
+        statistics = *statistics1, *statistics2
+        ctx.eps, ctx.known, ctx.n_pieces = eps, known, len(pieces.narrow)
+        ctx.save_for_backward(
+            x, scale1, shift1, expand, bias1, scale2, shift2, squeeze, bias2,
+            *statistics, *pieces.narrow, *pieces.wide,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*statistics)
+        return out, *statistics
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            inputs = [x, *saved[:8]]
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            out = composed(*inputs, eps=ctx.eps, known=ctx.known)
+            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:9]), None, None
+
+        norm1, norm2, statistics1, statistics2 = saved[:4], saved[4:8], saved[8:10], saved[10:12]
+        weight1, bias1 = _fold(*statistics1, *norm1, ctx.eps[0])
+        weight2, _ = _fold(*statistics2, *norm2, ctx.eps[1])
+        hidden = len(weight1[0])
+        pieces = _Pieces(x, hidden, keep=True)
+        pieces.narrow, pieces.wide = saved[12 : 12 + ctx.n_pieces], saved[12 + ctx.n_pieces :]
+        start1 = _repeated(bias1, pieces.rows)
+        grad = grad.contiguous()
+
+        grad_weight2 = torch.zeros_like(weight2)
+        for piece in pieces:
+            grad_weight2[piece.s].addmm_(piece.of(grad).T, pieces.wide[piece.number])
+        grads2 = _fold_gradients(grad_weight2, grad.sum(1), *statistics2, *norm2, ctx.eps[1])
+        slope2, shift2 = _through_statistics(grads2[:2], statistics2, ctx.known[1], x)
+        shift2 = _repeated(shift2, pieces.rows)
+
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_weight1, grad_bias1 = torch.zeros_like(weight1), torch.zeros_like(bias1)
+        for piece in pieces:
+            s, wide = piece.s, pieces.wide[piece.number]
+            part = pieces.memory(2, len(wide), hidden)
+            torch.addmm(shift2[s, : len(wide)], piece.of(grad), weight2[s], out=part).addcmul_(wide, slope2[s])
+            # To have kept the product would cost more: the pages of new memory are dearer than it is.
+            torch.ops.aten.gelu_backward.grad_input(part, pieces.product(piece, weight1, start1), grad_input=part)
+            grad_weight1[s].addmm_(part.T, pieces.narrow[piece.number])
+            grad_bias1[s] += part.sum(0)
+            torch.mm(part, weight1[s], out=piece.of(grad_x))
+
+        grads1 = _fold_gradients(grad_weight1, grad_bias1, *statistics1, *norm1, ctx.eps[0])
+        slope1, shift1 = _through_statistics(grads1[:2], statistics1, ctx.known[0], x)
+        for piece in pieces:
+            part = piece.of(grad_x)
+            part.addcmul_(pieces.narrow[piece.number], slope1[piece.s]).add_(shift1[piece.s])
+            torch.ops.aten.gelu_backward.grad_input(part, piece.of(x), grad_input=part)
+        return grad_x, *grads1[2:], *grads2[2:], None, None
+
+
+def _through_statistics(
+    grads: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor], known: Known, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What mean and variance pass on to each value of the map: a multiple of it, (S, C), plus a shift, (S, C)."""
+    if known.mean is not None:
+        zero = torch.zeros_like(grads[0]).expand(x.shape[0], -1)
+        return zero, zero
+    slope = grads[1] * (2 / x.shape[1])
+    return slope, grads[0] / x.shape[1] - slope * statistics[0]
