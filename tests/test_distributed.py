@@ -36,7 +36,7 @@ CASES = {
     "3D deep supervision": {"dim": 3, "lgmsnet": {"deep_supervision": True}},
     "3D compiled": {"dim": 3, "compiled": True, "lgmsnet": {"deep_supervision": True}},
     "2D labels, Dice of the batch": {"dim": 2, "batch_dice": True},
-    # Without deep supervision: the stand-in below breaks the graph, and the head whose loss nnU-Net weighs with 0 then has
+    # Without deep supervision: the stand-in breaks the graph, and the head whose loss nnU-Net weighs with 0 then has
     # no gradient at all, for which DDP stops. In one graph, as in 3D, it has one of zeros.
     "2D compiled": {"dim": 2, "compiled": True},
 }

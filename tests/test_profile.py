@@ -282,6 +282,13 @@ def test_plan_says_what_is_wrong(dataset, capsys, arguments, said):
     assert not list(dataset.glob("nnUNetLGMSNet*"))
 
 
+def test_plan_remarks_upon_settings_that_change_nothing(dataset, tmp_path, capsys):
+    (tmp_path / "x.json").write_text('{"lgmsnet": {"lms_kernels": {"4+": [3]}}}')
+    assert main(["plan", "998", "--vram", "4", "--apply", str(tmp_path / "x.json"), "--as", "Mine"]) == 0
+    said = capsys.readouterr().out
+    assert '3d_fullres: lgmsnet.lms_kernels changes nothing at "4+": the plan has LMS blocks at level(s) 1, 2' in said
+
+
 def test_plan_says_when_the_dataset_is_the_limit(dataset, capsys):
     assert main(["plan", "998", "--vram", "8", "--as", "Card"]) == 0
     assert "the dataset sets the limit" not in capsys.readouterr().out
