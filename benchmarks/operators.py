@@ -80,7 +80,7 @@ def operators(dim: int, device: torch.device) -> list[Operator]:
         Operator("GELU + norm", lambda x: norm_act(x, norms[64], "gelu_first"), ((64, 1),), 3 * 64, 5 * 64),
         Operator(
             "inverted bottleneck 32, 64, 16",
-            lambda x: inverted_bottleneck(x, norms[32], expand, norms[64], squeeze),
+            lambda x: inverted_bottleneck(x, norms[32], expand, norms[64], squeeze, norms[16])[0],
             ((32, 1),),
             3 * 32 + 16,  # three passes over x, and the result
             2 * (32 + 16) + 32 + 3 * 32,  # two over x and its gradient, then norm1's

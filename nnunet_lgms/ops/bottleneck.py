@@ -60,7 +60,7 @@ def inverted_bottleneck(
         (B, C, *spatial), and the moments that norm3 needs, or none where they come at a cost.
     """
     if bottleneck_cpu.fits(x, norm1, norm2):
-        return bottleneck_cpu.inverted_bottleneck(x, norm1, expand, norm2, squeeze)
+        return bottleneck_cpu.inverted_bottleneck(x, norm1, expand, norm2, squeeze), []
     if not _kernels_fit(x, norm1, expand, norm2, squeeze):
         x = conv_norm_act(norm_act(x, norm1, ACTIVATION, partial=partial), expand, norm2, ACTIVATION)
         return same_conv_moments(x, squeeze.weight, squeeze.bias, 1, moments_wanted(norm3, ACTIVATION))
