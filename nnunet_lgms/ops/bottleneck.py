@@ -2,8 +2,9 @@
 
 Its wide map has four times the channels of the block's result, at full resolution: read and written ten times in a
 training step, it was the largest part of the step's memory. Where the kernels run (`bottleneck_triton.py`) it is never
-stored: every pass computes it again from the narrow input, in registers. Everywhere else, and everywhere when the
-environment variable NNUNET_LGMS_KERNELS is `off`, the operator is its convolutions and norms one by one.
+stored: every pass computes it again from the narrow input, in registers. On the CPU it goes piece by piece through
+the cache (`bottleneck_cpu.py`). Everywhere else, and on CUDA when the environment variable NNUNET_LGMS_KERNELS is
+`off`, the operator is its convolutions and norms one by one.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ grouped convolutions twice as long as dense ones. Channels-last maps of that kin
 Triton (`conv_triton.py`), forward and input gradient; weight gradients are cuDNN's. Other channels-last maps go to the
 libraries, 1x1 convolutions as the matrix products that they are there, with the gradient of a bias as the sum of a few
 parallel slices. Everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is
-`F.conv2d` / `F.conv3d`.
+`F.conv2d` / `F.conv3d`, on the CPU in the layouts of `conv_cpu.py`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ operator, and its depthwise gradients are slow. Here there are two operators, bo
 The two are closed under differentiation, so second derivatives work too. All kernels and biases travel in one flat
 tensor: one argument, one gradient, and one small copy in place of a launch per group.
 
-CUDA tensors go to the kernels of `depthwise_triton.py` where those apply; all else, and everything when the environment
-variable NNUNET_LGMS_KERNELS is `off`, takes the PyTorch path below. Both give the same results up to rounding.
+CUDA tensors go to the kernels of `depthwise_triton.py` where those apply, unless the environment variable
+NNUNET_LGMS_KERNELS is `off`; float32 on the CPU takes the forms of `depthwise_cpu.py`, and all else the PyTorch path
+below. All give the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ def multi_kernel_depthwise(
     channels = [w.shape[0] for w in weights]
     kernels = [k for w in weights for k in w.shape[2:]]
     parameters = torch.cat([p.reshape(-1) for p in [*weights, *(biases or [])]])
-    # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
-    # whatever wrote x and whatever reads the result.
     if depthwise_cpu.fits(x):
         return _convolve(x, parameters, channels, kernels, biases is not None, False, residual)
+    # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
+    # whatever wrote x and whatever reads the result.
     memory_format = _memory_format(x)
     out = _convolve(to_channels_first(x), parameters, channels, kernels, biases is not None, False, residual)
     return to_channels_last(out) if memory_format != torch.contiguous_format else out
@@ -261,7 +262,7 @@ def _weight_grad_aten(x: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> Tenso
 
 
 def _weight_grad_products(x: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """Weight gradient (C, *kernel) of a depthwise convolution by matrix products, for the CPU.
+    """Weight gradient (C, *kernel) of a depthwise convolution by matrix products, for half precision on the CPU.
 
     A row is cut into tiles of `t` outputs; what they read is a window of `t + kx - 1` inputs. For one shift along y,
     the products of all windows with all tiles, summed over rows, planes and batch, are one matrix product per channel:

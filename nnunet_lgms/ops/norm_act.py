@@ -8,7 +8,7 @@ scale and one shift per sample and channel.
 
 LGMSNet puts GELU before the norm in its Fusion block and other activations behind it elsewhere; both orders are one
 operator. Everywhere but on channels-last CUDA maps, and everywhere when the environment variable NNUNET_LGMS_KERNELS
-is `off`, the plain PyTorch modules do the same.
+is `off`, PyTorch's modules do the same, on the CPU in the forms of `norm_cpu.py`.
 """
 
 from __future__ import annotations
