@@ -56,7 +56,7 @@ class GraphedLGMSNet(LGMSNet):
         if torch.compiler.is_compiling() or not self._has_graphs(x):
             return super().forward(x)
         with torch.cuda.device_of(x):
-            if not torch.is_grad_enabled():
+            if not self.training and not torch.is_grad_enabled():
                 return self._predict(x)
             return self._training_step(x) if self._kind(x) == self._training_kind else super().forward(x)
 
@@ -79,10 +79,12 @@ class GraphedLGMSNet(LGMSNet):
         self.forget_graphs()
         statistics = [b.clone() for b in self.buffers()]
         parameters = [p for p in self.parameters() if p.requires_grad]
-        self._training_step = _TrainingStep(self._with_converted_weights, x, parameters)
-        self._training_kind = self._kind(x)
-        for buffer, before in zip(self.buffers(), statistics, strict=True):
-            buffer.copy_(before)
+        try:
+            self._training_step = _TrainingStep(self._with_converted_weights, x, parameters)
+            self._training_kind = self._kind(x)
+        finally:
+            for buffer, before in zip(self.buffers(), statistics, strict=True):
+                buffer.copy_(before)
 
     def _predict(self, x: Tensor) -> Tensor | list[Tensor]:
         kind = self._kind(x)
@@ -110,7 +112,8 @@ class GraphedLGMSNet(LGMSNet):
     def _kind(self, x: Tensor) -> Hashable:
         """What a graph is good for."""
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        return x.shape, x.dtype, x.device, autocast, self.training, self.decoder.deep_supervision
+        grad = torch.is_grad_enabled()
+        return x.shape, x.dtype, x.device, autocast, grad, self.training, self.decoder.deep_supervision
 
     def _apply(self, fn: Callable, recurse: bool = True) -> GraphedLGMSNet:
         before = self._places()
