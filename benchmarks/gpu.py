@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.architecture.graphed import GraphedLGMSNet
 from nnunet_lgms.files import written_whole
-from nnunet_lgms.planning.training_step import peak_memory
+from nnunet_lgms.planning.training_step import fast_steps, peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {  # stages: what nnU-Net plans for the patch
@@ -49,7 +49,6 @@ CASES = {  # stages: what nnU-Net plans for the patch
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
 REFERENCE = ("plain", "compiled")
 MODES = ("graphs", "compiled", "eager")
-WITH_GRAPHS = ("lgmsnet",)
 
 
 def median_ms(step, device: torch.device, seconds: float = 1.5, warmup: int = 3) -> tuple[float, float, float]:
@@ -102,14 +101,6 @@ def as_trained(name: str) -> str:
     return "graphs" if name == "lgmsnet" else "compiled"
 
 
-def made_fast(mode: str, network: torch.nn.Module, data: torch.Tensor) -> torch.nn.Module:
-    """The network for training steps on batches like ``data``."""
-    if mode == "graphs" and data.is_cuda:
-        with torch.autocast("cuda"):
-            network.record_training(data)
-    return torch.compile(network) if mode == "compiled" else network
-
-
 def measure(case: str, name: str, mode: str, size: int | None = None, profile: bool = False, turn=lambda: None) -> dict:
     """All figures of one network on one input; ``size`` in place of the case's voxels per axis."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +132,7 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
             model(data)
 
     begin = time.perf_counter()
-    model = made_fast(mode, network, data)
+    model = network if mode == "eager" else fast_steps(network, data)
     train()
     synchronize(device)
     row = {
@@ -168,7 +159,8 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
     if profile:
         show_profile(infer)
     network.train()
-    model = made_fast(mode, network, data) if mode == "graphs" else model
+    if mode == "graphs":
+        fast_steps(network, data)
     row["train_ms"] = median_ms(train, device)
     if profile:
         show_profile(train)
@@ -354,7 +346,7 @@ def main() -> int:
             for n in args.networks
             for c in args.cases
         ]
-        jobs = [job for job in dict.fromkeys(jobs) if job[2] != "graphs" or job[1] in WITH_GRAPHS]
+        jobs = [job for job in dict.fromkeys(jobs) if job[2] != "graphs" or as_trained(job[1]) == "graphs"]
     name = "gpu_sweep" if args.sweep else "gpu"
     run = datetime.datetime.now().isoformat(timespec="minutes")
     rows = earlier_rows(args.out / f"{name}.json", jobs)

@@ -7,9 +7,9 @@
 
 A step is what nnU-Net does: batch to the GPU, autocast to float16, loss, scaled backward pass, clipping at 12, SGD with
 momentum; cuDNN searches for its fastest algorithms. "trained" is a CUDA graph and a compiled Dice, as in the trainer on
-one GPU, "eager" neither. Every step runs in a process of its own, several
-at a time: the memory that PyTorch allocates is counted per process. memory.json is written after each of them, and
-what is not done in time, or fails, is said there.
+one GPU, "eager" neither. Every step runs in a process of its own, several at a time: the memory that PyTorch allocates
+is counted per process. memory.json is written after each of them, and what is not done in time, or fails, is said
+there.
 """
 
 from __future__ import annotations
@@ -143,12 +143,13 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
 
 def _peak_of_recording(network, x: torch.Tensor) -> int:
     """Bytes that tensors had at once while the step was recorded again: without what its graph cannot share."""
+    from nnunet_lgms.planning.training_step import fast_steps
+
     network.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
     network.forget_graphs()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with torch.autocast("cuda"):
-        network.record_training(x)
+    fast_steps(network, x)
     return torch.cuda.max_memory_allocated()
 
 

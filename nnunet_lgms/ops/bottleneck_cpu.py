@@ -87,6 +87,16 @@ def composed(x: Tensor, *parameters: Tensor | None, eps: tuple[float, float], kn
     return x
 
 
+def _affine(
+    mean: Tensor, variance: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reciprocal deviation, and the factor and the offset (S, C) that a norm is."""
+    root = torch.rsqrt(variance + eps)
+    factor = root if scale is None else root * scale
+    offset = -mean * factor
+    return root, factor, offset if shift is None else offset + shift
+
+
 def _fold(
     mean: Tensor,
     variance: Tensor,
@@ -97,10 +107,7 @@ def _fold(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """A norm as part of the product behind it: weight (S, out, C) and bias (S, out) that take the map as it is."""
-    factor = torch.rsqrt(variance + eps)
-    factor = factor if scale is None else factor * scale
-    offset = -mean * factor
-    offset = offset if shift is None else offset + shift
+    _, factor, offset = _affine(mean, variance, scale, shift, eps)
     offset = offset @ weight.T
     return weight * factor[:, None], offset if bias is None else offset + bias
 
@@ -117,10 +124,7 @@ def _fold_gradients(
     eps: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of mean, variance, scale, shift, weight and bias from those of :func:`_fold`'s results."""
-    root = torch.rsqrt(variance + eps)
-    factor = root if scale is None else root * scale
-    offset = -mean * factor
-    offset = offset if shift is None else offset + shift
+    root, factor, offset = _affine(mean, variance, scale, shift, eps)
     grad_offset = grad_bias @ weight
     grad_factor = (grad_weight * weight).sum(1) - mean * grad_offset
     grad_root = grad_factor if scale is None else grad_factor * scale

@@ -4,8 +4,8 @@ but no numbers, and every byte that is alive is counted.
 What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum, on the path that a GPU
 takes: :func:`nnunet_lgms.ops.backend.as_on_gpu` switches the Triton kernels on, :class:`Lifetimes` leaves out their
 launches, and :class:`OnGPU` repeats autocast, which does not work on meta tensors. A tensor counts from its birth to
-its last use, as in a compiled step; PyTorch's own tracker (``torch.distributed._tools.mem_tracker``) counts it until
-Python lets go of it, as in an eager step, and does not see what an operator allocates on the way.
+its last use; PyTorch's own tracker (``torch.distributed._tools.mem_tracker``) counts it until Python lets go of it, a
+little longer, and does not see what an operator allocates on the way.
 
 :data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces, blocks that the allocator cannot
 fill). ``benchmarks/memory.py`` measures steps, writes them beside the estimates and fits the constants.
@@ -109,7 +109,7 @@ def trace_training_step(network: nn.Module, input_shape: Sequence[int], n_classe
 def estimate_training_memory(
     settings: LGMSSettings, topology: Topology, batch_size: int, input_channels: int, n_classes: int
 ) -> int:
-    """Peak of allocated GPU memory, in bytes, of a compiled training step of LGMSNet."""
+    """Peak of allocated GPU memory, in bytes, of a training step of LGMSNet."""
     network = build_on_meta(settings, topology, input_channels, n_classes)
     counted = trace_training_step(network, (batch_size, input_channels, *topology.patch_size), n_classes)
     return needed_bytes(counted, topology.dim)
@@ -143,7 +143,7 @@ def memory_remarks(
 
 
 def needed_bytes(memory: StepMemory, dim: int) -> int:
-    """Peak of allocated GPU memory, in bytes, of a compiled training step."""
+    """Peak of allocated GPU memory, in bytes, of a training step."""
     calibration = CALIBRATION[dim]
     return round(memory.static + calibration.fixed + calibration.activations * memory.activations)
 
@@ -273,8 +273,7 @@ class OnGPU(TorchFunctionMode):
 
     Convolutions and products work in float16 and losses in float32, as under ``torch.autocast("cuda")``. Where
     PyTorch's operators run instead of this package's kernels, norms stay in the dtype that comes and keep their input
-    only, activations keep nothing, and pooling keeps no indices: compilation fuses norm and activation, and computes
-    them again.
+    only, and pooling keeps no indices.
     """
 
     HALF = {"conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm"}

@@ -37,8 +37,7 @@ class TrainingStep:
         self.network = network.to(device).train()
         self.loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
         if fast:
-            with autocast(device):
-                self.network = fast_steps(self.network, torch.zeros(tuple(input_shape), device=device))
+            self.network = fast_steps(self.network, torch.zeros(tuple(input_shape), device=device))
             self.loss.dc = torch.compile(self.loss.dc)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
@@ -73,7 +72,8 @@ def fast_steps(network: nn.Module, x: Tensor) -> nn.Module:
     if not isinstance(network, GraphedLGMSNet):
         return torch.compile(network)
     if x.is_cuda:
-        network.record_training(x)
+        with autocast(x.device):
+            network.record_training(x)
     return network
 
 
