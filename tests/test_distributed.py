@@ -2,7 +2,8 @@
 
 What the numbers of a process depend on, beside its own samples: the gradients, which DDP averages; the Dice over a
 whole batch, if that is planned, which nnU-Net gathers; and the statistics of batch norm, in 2D, for which nnU-Net puts
-SyncBatchNorm. PyTorch has that for GPUs only, so a few lines stand in for it here. In 3D there is no batch norm.
+SyncBatchNorm. PyTorch has that for GPUs only, so a few lines stand in for it here. In 3D only levels with attention have
+batch norms.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ import gloo  # noqa: E402
 N_PROCESSES = 2
 BATCH_SIZE = 4
 PATCH = {2: [12, 10], 3: [8, 6, 8]}
+DEEP = [[1] * 3, [2] * 3, [2] * 3, [1] * 3]  # the fourth level has attention, and batch norms
 CASES = {
     "3D labels": {"dim": 3},
+    "3D with attention": {"dim": 3, "strides": DEEP, "batch_dice": True},
     "3D regions, Dice of the batch": {"dim": 3, "labels": REGIONS, "batch_dice": True},
     "3D deep supervision": {"dim": 3, "lgmsnet": {"deep_supervision": True}},
     "3D compiled": {"dim": 3, "compiled": True, "lgmsnet": {"deep_supervision": True}},
     "2D labels, Dice of the batch": {"dim": 2, "batch_dice": True},
-    # Without deep supervision: the stand-in breaks the graph, and the head whose loss nnU-Net weighs with 0 then has
-    # no gradient at all, for which DDP stops. In one graph, as in 3D, it has one of zeros.
-    "2D compiled": {"dim": 2, "compiled": True},
+    "2D compiled": {"dim": 2, "compiled": True, "lgmsnet": {"deep_supervision": True}},
 }
 GLOBAL_BATCHES = [2, 3, 4, 7, 12]
 
@@ -130,12 +131,15 @@ def process(rank: int, port: int, folder: str, device: str) -> None:
     dist.destroy_process_group()
 
 
-def run_two_processes(folder: Path, device: str) -> list[dict]:
-    """What each process has at its end."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(folder), device), nprocs=N_PROCESSES)
+        return s.getsockname()[1]
+
+
+def run_two_processes(folder: Path, device: str) -> list[dict]:
+    """What each process has at its end."""
+    torch.multiprocessing.spawn(process, (free_port(), str(folder), device), nprocs=N_PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
 
 
@@ -174,6 +178,66 @@ def test_two_processes_share_a_gpu(folders, tmp_path):
             assert_close(result["parameters"][name], expected, name)
 
 
+ON_GRAPHS = {
+    "3D with attention, and so batch norms": {
+        "patch_size": [32, 24, 32],
+        "strides": [[1] * 3, [2] * 3, [2] * 3, [2] * 3],
+        "lgmsnet": {"deep_supervision": True},
+    },
+    "2D, Dice of the batch": {"patch_size": [64, 48], "batch_dice": True},
+}
+
+
+def trained_on_gpus(case: dict, rank: int = 0) -> torch.Tensor:
+    """How far two steps of the trainer, on CUDA graphs and in float16, move the parameters."""
+    torch.manual_seed(0)
+    trainer, whole = (make_trainer(batch_size=BATCH_SIZE, **case) for _ in range(2))
+    trainer.device, trainer.num_input_channels = torch.device("cuda", rank), 1
+    torch.cuda.set_device(rank)
+    network = trainer.network.cuda()
+    if trainer.is_ddp:
+        network = TO_SYNC_BATCH_NORM(network)
+        trainer.network = DistributedDataParallel(network, device_ids=[rank])
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    trainer._record_step()
+    assert network._training_step is not None
+    before = torch.cat([p.detach().flatten() for p in network.parameters()])
+    whole.batch_size = BATCH_SIZE
+    np.random.seed(0)
+    torch.manual_seed(1)
+    batch = make_batch(whole)
+    first = rank * trainer.batch_size
+    mine = slice(first, first + trainer.batch_size)
+    trainer.on_train_epoch_start()
+    for _ in range(2):
+        target = batch["target"]
+        target = [t[mine] for t in target] if isinstance(target, list) else target[mine]
+        assert np.isfinite(trainer.train_step({"data": batch["data"][mine], "target": target})["loss"])
+    return (torch.cat([p.detach().flatten() for p in network.parameters()]) - before).cpu()
+
+
+def process_on_a_gpu(rank: int, port: int, folder: str) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        os.environ[f"nnUNet_{name}"] = f"{folder}/{name}"
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("nccl", rank=rank, world_size=N_PROCESSES)
+    torch.save({name: trained_on_gpus(case, rank) for name, case in ON_GRAPHS.items()}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < N_PROCESSES, reason="needs two GPUs")
+def test_two_gpus_learn_on_graphs_what_one_learns(folders, tmp_path):
+    """The exchange of batch norms is part of the graphs; NCCL."""
+    torch.multiprocessing.spawn(process_on_a_gpu, (free_port(), str(tmp_path)), nprocs=N_PROCESSES)
+    for name, case in ON_GRAPHS.items():
+        expected = trained_on_gpus(case)
+        results = [torch.load(tmp_path / f"{rank}.pt")[name] for rank in range(N_PROCESSES)]
+        assert torch.equal(*results)
+        assert (results[0] - expected).norm() < 5e-2 * expected.norm()  # float16; without exchange about 1
+
+
 @pytest.mark.parametrize("global_batch", GLOBAL_BATCHES)
 def test_batch_and_oversampling_are_shared_as_nnunet_does(two_processes, global_batch):
     """nnU-Net: a third of the samples of the whole batch show foreground, the last ones."""
@@ -185,10 +249,12 @@ def test_batch_and_oversampling_are_shared_as_nnunet_does(two_processes, global_
     assert high > low
 
 
-@pytest.mark.parametrize(("dim", "there_are_some"), [(2, True), (3, False)])
-def test_every_batch_norm_is_synchronised(folders, dim, there_are_some):
+@pytest.mark.parametrize(
+    ("dim", "strides", "there_are_some"), [(2, None, True), (3, None, False), (3, DEEP, True)], ids=str
+)
+def test_every_batch_norm_is_synchronised(folders, dim, strides, there_are_some):
     """nnU-Net's conversion before DDP reaches each of them; none hides in a function or a list."""
-    network = make_trainer(patch_size=PATCH[dim]).network
+    network = make_trainer(patch_size=PATCH[dim], strides=strides).network
     n = sum(isinstance(module, _BatchNorm) for module in network.modules())
     assert (n > 0) == there_are_some
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)

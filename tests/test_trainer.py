@@ -6,6 +6,7 @@ import copy
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -454,5 +455,21 @@ def test_graphs_are_where_nnunet_would_compile(switch, graphs, monkeypatch):
     if switch:
         monkeypatch.setenv("nnUNet_compile", switch)
     assert trainer._trains_on_graphs() == graphs
-    trainer.is_ddp = True
-    assert not trainer._trains_on_graphs()
+
+
+@pytest.mark.parametrize("ddp", [False, True])
+def test_what_trains_on_graphs_is_not_compiled(ddp, monkeypatch):
+    trainer = make_trainer()
+    network, trainer.is_ddp = trainer.network, ddp
+
+    def initialize(self):
+        compiled = torch.compile(self.network)
+        self.network = SimpleNamespace(module=compiled, parameters=compiled.parameters) if ddp else compiled
+
+    monkeypatch.setattr(nnUNetTrainer, "initialize", initialize)
+    monkeypatch.setattr(trainers, "check_preprocessed", lambda *args: None)
+    monkeypatch.setattr(trainers, "use_kernels", lambda parameter: True)
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    trainer.device = torch.device("cuda")
+    trainer.initialize()
+    assert (trainer.network.module if ddp else trainer.network) is network

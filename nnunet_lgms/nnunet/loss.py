@@ -59,8 +59,8 @@ def deep_supervision_weights(n_outputs: int, every_head_needs_gradient: bool = F
 
     Args:
         n_outputs: outputs of the network, full resolution first.
-        every_head_needs_gradient: give the lowest output a negligible weight instead of none. DDP without compilation
-            needs that: it waits for the gradient of every parameter.
+        every_head_needs_gradient: give the lowest output a negligible weight instead of none. DDP needs that: it
+            waits for the gradient of every parameter.
     """
     weights = 0.5 ** np.arange(n_outputs)
     if n_outputs > 1:

@@ -82,15 +82,18 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         with said_in_one_sentence():
             check_preprocessed(Path(self.preprocessed_dataset_folder), self._preprocessing())
         super().initialize()
-        if self._trains_on_graphs():
-            self.network = self.network._orig_mod  # nothing is compiled before its first step
+        if self._trains_on_graphs():  # nothing is compiled before its first step
+            if self.is_ddp:
+                self.network.module = self.network.module._orig_mod
+            else:
+                self.network = self.network._orig_mod
 
     def _trains_on_graphs(self) -> bool:
-        """Whether steps are replayed as CUDA graphs: where nnU-Net would compile, on one GPU.
+        """Whether steps are replayed as CUDA graphs: where nnU-Net would compile.
 
-        With several, nnU-Net compiles as ever: batch norms wait for the other GPUs inside the step.
+        On several GPUs, the exchange of batch norms is part of the graphs, that of gradients follows them.
         """
-        return self._do_i_compile() and not self.is_ddp and use_kernels(next(self.network.parameters()))
+        return self._do_i_compile() and use_kernels(next(self.network.parameters()))
 
     def _record_step(self):
         """Records the training step before the loaders' threads, which use the GPU as well, begin."""
@@ -98,11 +101,12 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         self.network.train()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        network = self.network.module if self.is_ddp else self.network
         try:
             with torch.autocast(self.device.type):
-                self.network.record_training(torch.zeros(shape, device=self.device))
+                network.record_training(torch.zeros(shape, device=self.device))
         except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
-            self.network.forget_graphs()
+            network.forget_graphs()
             torch.cuda.empty_cache()
             reason = " ".join(str(error).split())[:120]
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
@@ -274,12 +278,11 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
 
     def _build_loss(self):
         loss = cross_entropy_and_dice(self.label_manager, self.configuration_manager.batch_dice, self.is_ddp)
-        compiled = self._do_i_compile()
-        if compiled:
+        if self._do_i_compile():
             loss.dc = torch.compile(loss.dc)
         if self.enable_deep_supervision:
             n_outputs = len(self._get_deep_supervision_scales())
-            loss = DeepSupervisionWrapper(loss, deep_supervision_weights(n_outputs, self.is_ddp and not compiled))
+            loss = DeepSupervisionWrapper(loss, deep_supervision_weights(n_outputs, self.is_ddp))
         return loss
 
     def set_deep_supervision_enabled(self, enabled: bool):
