@@ -1,19 +1,19 @@
 """LGMSNet on two GPUs of one host against one, through ``nnUNetv2_train -num_gpus 2``.
 
-    python benchmarks/ddp.py 4                        # a dataset that is planned and preprocessed
-    python benchmarks/ddp.py --synthetic 128 4        # and one of noise with patches of 128^3, made first
+    python benchmarks/ddp.py
     python benchmarks/ddp.py --gloo --synthetic 24    # a rehearsal: two processes on the CPU, no times
 
-For each dataset:
+On the hippocampus cases of the demo, and on noise with patches of ``--synthetic`` (128) voxels per axis:
 
-- throughput with the planned batch on one GPU, and with twice that batch on two (the same for each GPU);
+- throughput with the planned batch on one GPU, and with twice that batch on two (the same for each GPU), one training
+  after the other;
 - the loss curve with the planned batch on one GPU and on two, beside that of another seed on one;
 - a training that was stopped on one GPU goes on with ``--c`` on two, and the other way round;
 - one of two processes is killed: the command ends, with an exit code that is not 0 and no process left, and ``--c``
   goes on from its checkpoint.
 
-NVLink multicast stays off. Everything is written below ``--work``, the figures to OUTPUT/ddp.json (ddp_gloo.json).
-nnU-Net's variables nnUNet_raw and nnUNet_preprocessed must be set.
+What is not timed comes last, side by side. NVLink multicast stays off. Everything is written below ``--work``, the
+figures to OUTPUT/ddp.json (ddp_gloo.json).
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
+from training_sets import CONFIGURATION, prepare
 
 from nnunet_lgms.files import written_whole
 
 HERE = Path(__file__).resolve().parent
 TRAINER = "nnUNetTrainerLGMSNet_measured"
-CONFIGURATION = "3d_fullres"
-SYNTHETIC_ID = 990
-PLAN = [sys.executable, "-m", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"]
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 PATIENCE = 900  # seconds until a command counts as hanging
 PATIENCE_AFTER_KILL = 120
@@ -73,7 +74,7 @@ class Bench:
         folder = self.work / self.name / run
         folder.mkdir(parents=True, exist_ok=True)
         select = [self.dataset, CONFIGURATION, "0", "-tr", TRAINER, "-p", self.plans(batch), *args]
-        train = [str(Path(sys.executable).with_name("nnUNetv2_train"))]
+        train = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_train calls
         if self.gloo and n > 1:
             train, select = [sys.executable, str(HERE / "gloo.py")], [*select, "-num_gpus", str(n)]
         elif self.gloo:
@@ -101,14 +102,16 @@ class Bench:
             RuntimeError: it fails, or does not end.
         """
         process = self.start(run, n, batch, *args, **env)
+        begin = time.time()
         try:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise RuntimeError(f"{run} hangs: see {self.work / self.name / run / 'log.txt'}") from None
         if (code != 0) != stops:
-            raise RuntimeError(f"{run} ended with {code}: see {self.work / self.name / run / 'log.txt'}")
-        return self.measured(run)
+            log = self.work / self.name / run / "log.txt"
+            raise RuntimeError(f"{run} ended with {code}: {log.read_text()[-1500:]}")
+        return {**self.measured(run), "started": begin}
 
     def fold(self, run: str) -> Path:
         return next((self.work / self.name / run).glob("*/*/fold_0"))
@@ -116,25 +119,35 @@ class Bench:
     def measured(self, run: str) -> dict:
         return json.loads((self.fold(run) / "measured.json").read_text())
 
+    def other_seed(self) -> dict:
+        return self.train("one_other_seed", 1, self.batch, MEASURED_SEED=1)
+
+    def first_epoch(self, measured: dict) -> float:
+        """Seconds from the start of the command to the end of the first epoch."""
+        return measured["times"][0] + measured["seconds"][0] - measured["started"]
+
+    def waiting(self, measured: dict) -> float:
+        """Share of the time, after the first epoch, that the first process waited for batches."""
+        return sum(measured["waiting"][1:]) / sum(measured["seconds"][1:])
+
     def samples_per_second(self, measured: dict) -> float:
-        """Median over epochs; the first one compiles."""
+        """Median over epochs after the first."""
         seconds = statistics.median(measured["seconds"][1:])
         return measured["batch_size"] * self.iterations / seconds
 
 
 def compare_speed_and_loss(bench: Bench) -> dict:
     one = bench.train("one", 1, bench.batch)
-    again = bench.train("one_other_seed", 1, bench.batch, MEASURED_SEED=1)
     two = bench.train("two", 2, bench.batch)
     double = bench.train("two_twice_the_batch", 2, 2 * bench.batch)
-    curves = {name: np.array(run["losses"]) for name, run in (("one", one), ("again", again), ("two", two))}
+    curves = {"one": np.array(one["losses"]), "two": np.array(two["losses"])}
     speed = {name: bench.samples_per_second(run) for name, run in (("one", one), ("two", two), ("double", double))}
     found = {
         "patch_size": bench.patch,
         "planned_batch": bench.batch,
         "losses": {name: curve.tolist() for name, curve in curves.items()},
         "mean_difference_one_two": float(np.abs(curves["one"] - curves["two"]).mean()),
-        "mean_difference_one_other_seed": float(np.abs(curves["one"] - curves["again"]).mean()),
+        "first_epoch_and_start_s": {"one": bench.first_epoch(one), "two": bench.first_epoch(two)},
     }
     if bench.gloo:  # two processes on the same cores: times mean nothing
         return found
@@ -146,20 +159,27 @@ def compare_speed_and_loss(bench: Bench) -> dict:
         },
         "ratio_at_equal_batch_per_device": speed["double"] / speed["one"],
         "ratio_at_equal_global_batch": speed["two"] / speed["one"],
+        "waiting_for_batches": {name: bench.waiting(run) for name, run in (("one", one), ("double", double))},
     }
+
+
+def compare_seeds(bench: Bench) -> dict:
+    """How far two loss curves of one GPU are from each other."""
+    first, second = (np.array(run["losses"]) for run in (bench.measured("one"), bench.other_seed()))
+    return {"losses": second.tolist(), "mean_difference": float(np.abs(first - second).mean())}
 
 
 def continue_on_another_number(bench: Bench) -> dict:
     """Stopped on one, continued on two, and the other way round, with the validation at the end of the former."""
-    results = {}
     stop = bench.epochs // 2
-    for first, second in ((1, 2), (2, 1)):
+
+    def continued(first: int, second: int) -> dict:
         run = f"from_{first}_to_{second}"
         stopped = bench.train(run, first, bench.batch, stops=True, MEASURED_STOP=stop)
         latest = torch.load(bench.fold(run) / "checkpoint_latest.pth", map_location="cpu", weights_only=False)
         done = bench.train(run, second, bench.batch, "--c", MEASURED_VALIDATION=int(second == 2))
         final = torch.load(bench.fold(run) / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-        results[run] = {
+        result = {
             "stopped_after_epochs": stopped["epochs_done"],
             "epochs_of_the_second_run": len(done["seconds"]),
             "losses_go_on": done["losses"][:stop] == stopped["losses"],
@@ -167,8 +187,12 @@ def continue_on_another_number(bench: Bench) -> dict:
             "losses_are_finite": all(math.isfinite(loss) for loss in done["losses"]),
         }
         if second == 2:
-            results[run]["validated_cases"] = len(list((bench.fold(run) / "validation").glob("*.nii.gz")))
-    return results
+            result["validated_cases"] = len(list((bench.fold(run) / "validation").glob("*.nii.gz")))
+        return result
+
+    with ThreadPoolExecutor() as side_by_side:
+        there, back = side_by_side.map(continued, (1, 2), (2, 1))
+    return {"from_1_to_2": there, "from_2_to_1": back}
 
 
 def kill_one_process(bench: Bench) -> dict:
@@ -213,39 +237,9 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def make_synthetic(size: int) -> str:
-    """Noise with two nested boxes, images of ``size`` voxels and more per axis; planned and preprocessed."""
-    import SimpleITK as sitk
-
-    raw = Path(os.environ["nnUNet_raw"]) / f"Dataset{SYNTHETIC_ID}_Synthetic"
-    shutil.rmtree(raw, ignore_errors=True)
-    for sub in ("imagesTr", "labelsTr"):
-        (raw / sub).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for case in range(6):
-        shape = tuple(size + int(n) for n in rng.integers(0, 1 + size // 8, 3))
-        label = np.zeros(shape, np.uint8)
-        for value, part in ((1, 0.3), (2, 0.15)):
-            label[tuple(slice(int(n * (0.5 - part)), int(n * (0.5 + part))) for n in shape)] = value
-        image = (rng.normal(100, 10, shape) + 40 * label).astype(np.float32)
-        sitk.WriteImage(sitk.GetImageFromArray(image), str(raw / "imagesTr" / f"case_{case}_0000.nii.gz"))
-        sitk.WriteImage(sitk.GetImageFromArray(label), str(raw / "labelsTr" / f"case_{case}.nii.gz"))
-    description = {
-        "channel_names": {"0": "MRI"},
-        "labels": {"background": 0, "organ": 1, "lesion": 2},
-        "numTraining": 6,
-        "file_ending": ".nii.gz",
-    }
-    (raw / "dataset.json").write_text(json.dumps(description))
-    select = ["-d", str(SYNTHETIC_ID), "-c", CONFIGURATION, "-npfp", "2", "-np", "2"]
-    subprocess.run([*PLAN, *select], check=True, stdout=subprocess.DEVNULL)
-    return str(SYNTHETIC_ID)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("datasets", nargs="*", metavar="DATASET", help="numbers of prepared datasets")
-    parser.add_argument("--synthetic", type=int, metavar="SIZE", help="make a dataset with images of SIZE^3 and more")
+    parser.add_argument("--synthetic", type=int, default=128, metavar="SIZE", help="voxels per axis of the noise")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
     parser.add_argument("--work", type=Path, default=Path("ddp_work"))
@@ -256,8 +250,11 @@ def main() -> int:
         parser.error(f"two GPUs are needed, {torch.cuda.device_count()} found; --gloo rehearses on the CPU")
     if args.epochs < 3:
         parser.error("--epochs must be 3 or more: the first one compiles, and half of them come before a stop")
-    datasets = [*args.datasets, *([make_synthetic(args.synthetic)] if args.synthetic else [])]
-    shutil.rmtree(args.work, ignore_errors=True)
+    work = args.work.resolve()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    datasets = prepare(work, args.synthetic, *([2] if args.gloo else []))
     results = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": platform.processor() or platform.machine() if args.gloo else torch.cuda.get_device_name(),
@@ -268,15 +265,27 @@ def main() -> int:
         "datasets": {},
     }
     file = args.output / ("ddp_gloo.json" if args.gloo else "ddp.json")
-    for dataset in datasets:
-        bench = Bench(dataset, args.work.resolve(), args.epochs, args.iterations, args.gloo)
-        found = results["datasets"][bench.name] = {}
-        for part in (compare_speed_and_loss, continue_on_another_number, kill_one_process):
-            found[part.__name__] = part(bench)
+    benches = [Bench(dataset, work, args.epochs, args.iterations, args.gloo) for dataset in datasets]
+    found = results["datasets"] = {bench.name: {} for bench in benches}
+    one_writes = Lock()
+
+    def note(bench: Bench, part: Callable[[Bench], dict]) -> bool:
+        try:
+            result = part(bench)
+        except (RuntimeError, OSError) as error:
+            result = {"failed": str(error)}
+        with one_writes:
+            found[bench.name][part.__name__] = result
             with written_whole(file) as temporary:
                 temporary.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
-    return 0
+        print(f"{bench.name}: {part.__name__}: {json.dumps(result)}", flush=True)
+        return "failed" not in result
+
+    good = [note(bench, compare_speed_and_loss) for bench in benches]
+    with ThreadPoolExecutor(1 if args.gloo else 16) as side_by_side:
+        parts = (compare_seeds, continue_on_another_number, kill_one_process)
+        good += side_by_side.map(note, *zip(*((bench, part) for bench in benches for part in parts)))
+    return int(not all(good))
 
 
 def has(name: str) -> bool:

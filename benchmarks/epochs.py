@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,26 +24,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from ddp import CONFIGURATION, PLAN, make_synthetic
+from training_sets import CONFIGURATION, prepare
 
 from nnunet_lgms.files import written_whole
 
 HERE = Path(__file__).resolve().parent
-HIPPOCAMPUS = "Dataset004_Hippocampus"
 TRAINERS = {"LGMSNet": "nnUNetTrainerLGMSNet_measured", "nnU-Net's U-Net": "nnUNetTrainer_measured"}
 TRAIN = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_train calls
 UTILISATION = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-
-
-def prepare(folder: Path, synthetic: int) -> list[str]:
-    """nnU-Net's folders and two planned and preprocessed datasets; their numbers."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        os.environ[name] = str(folder / name)
-        (folder / name).mkdir()
-    os.environ["nnUNet_extTrainer"] = str(HERE / "trainers")
-    shutil.copytree(HERE.parent / "demo" / "data" / "hippocampus", folder / "nnUNet_raw" / HIPPOCAMPUS)
-    subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
-    return ["4", make_synthetic(synthetic)]
 
 
 class Utilisation:
@@ -149,6 +136,7 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
+        os.environ["nnUNet_extTrainer"] = str(HERE / "trainers")
         for dataset in prepare(folder, args.synthetic):
             (plans,) = (folder / "nnUNet_preprocessed").glob(f"Dataset{int(dataset):03d}_*/nnUNetPlans.json")
             patch_size = json.loads(plans.read_text())["configurations"][CONFIGURATION]["patch_size"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("these tests need a CUDA device, and PyTorch finds none")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "--numprocesses", "4", *args.tests]
+    workers = max(1, min(8, (os.cpu_count() or 1) // 4))  # each compiles with threads of its own
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "--numprocesses", str(workers), *args.tests]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout[-6000:])
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "nnunetv2"))
