@@ -22,6 +22,21 @@ def test_without_a_gpu_it_is_lgmsnet():
     assert torch.export.export(network.eval(), (x,)).module()(x).shape == (2, 2, 33, 40)
 
 
+def test_parameters_by_name_take_the_place_of_the_networks_own():
+    torch.manual_seed(0)
+    network, other = (GraphedLGMSNet.paper(1, 2, dim=2) for _ in range(2))
+    x = torch.randn(2, 1, 16, 24)
+    names = dict(graphed._WithoutGraphs(other).named_parameters())
+    weights = {name: p.detach().requires_grad_() for name, p in names.items()}
+    out = network._with_converted_weights(x, weights)
+    torch.testing.assert_close(out, other(x), rtol=0, atol=0)
+    gradients = torch.autograd.grad(out.square().mean(), list(weights.values()))
+    other(x).square().mean().backward()
+    for gradient, parameter in zip(gradients, other.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+    assert all(p.grad is None for p in network.parameters())
+
+
 class Recorder:
     """Stands in for a recorded prediction."""
 

@@ -6,11 +6,26 @@ import pytest
 import torch
 
 from nnunet_lgms import LGMSNet
+from nnunet_lgms.blocks import ConvNormAct
 from nnunet_lgms.ops import backend, conv
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_maps_are_channels_last_from_the_first_convolution_on(dim, channels):
+    """A map of one channel is contiguous in both formats, and cuDNN goes by its strides."""
+    network = LGMSNet.paper(channels, 2, dim=dim).cuda()
+    found = {}
+    for name, module in network.named_modules():
+        if isinstance(module, ConvNormAct):
+            module.register_forward_hook(lambda m, x, out, name=name: found.update({name: backend.channels_last(out)}))
+    with torch.autocast("cuda"):
+        network(torch.randn(2, channels, *(32,) * dim, device="cuda"))
+    assert found and all(found.values()), found
 
 
 @pytest.fixture(params=[2, 3])

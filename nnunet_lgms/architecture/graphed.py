@@ -12,7 +12,7 @@ Nothing here is computed in another way, and `torch.compile`, export, the CPU an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -78,7 +78,7 @@ class GraphedLGMSNet(LGMSNet):
         """
         self.forget_graphs()
         statistics = [b.clone() for b in self.buffers()]
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters = {name: p for name, p in _WithoutGraphs(self).named_parameters() if p.requires_grad}
         try:
             self._training_step = _TrainingStep(self._with_converted_weights, x, parameters)
             self._training_kind = self._kind(x)
@@ -100,14 +100,20 @@ class GraphedLGMSNet(LGMSNet):
         self._computed += 1
         return self._with_converted_weights(x) if self._prediction is None else self._prediction(x)
 
-    def _with_converted_weights(self, x: Tensor) -> Tensor | list[Tensor]:
-        """The forward pass without graphs; one kernel converts what autocast would convert one by one."""
-        if not torch.is_autocast_enabled("cuda"):
-            return super().forward(x)
+    def _with_converted_weights(
+        self, x: Tensor, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor | list[Tensor]:
+        """The forward pass without graphs; one kernel converts what autocast would convert one by one.
+
+        With other tensors than the network's own as ``parameters``, if they are given by their names.
+        """
         plain = _WithoutGraphs(self)
-        weights = {f"{name}.weight": m.weight for name, m in plain.named_modules() if _is_converted(m)}
-        converted = _Convert.apply(torch.get_autocast_dtype("cuda"), *weights.values())
-        return functional_call(plain, dict(zip(weights, converted, strict=True)), (x,))
+        parameters = dict(plain.named_parameters() if parameters is None else parameters)
+        if torch.is_autocast_enabled("cuda"):
+            names = [f"{name}.weight" for name, module in plain.named_modules() if _is_converted(module)]
+            converted = _Convert.apply(torch.get_autocast_dtype("cuda"), *(parameters[name] for name in names))
+            parameters.update(zip(names, converted, strict=True))
+        return functional_call(plain, parameters, (x,))
 
     def _kind(self, x: Tensor) -> Hashable:
         """What a graph is good for."""
@@ -184,8 +190,11 @@ class _Prediction:
 class _TrainingStep:
     """A recorded forward and backward pass, for batches like x."""
 
-    def __init__(self, forward: Callable, x: Tensor, parameters: list[nn.Parameter]):
-        self._input, self._parameters = _memory_for(x), parameters
+    def __init__(self, forward: Callable, x: Tensor, parameters: Mapping[str, nn.Parameter]):
+        self._input, self._parameters = _memory_for(x), list(parameters.values())
+        # The same memory under other names: DDP holds on to where gradients of parameters are gathered, which is on a
+        # stream that a recording cannot wait for.
+        self._weights = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -193,19 +202,19 @@ class _TrainingStep:
         with _autocast_without_cache(), torch.autograd.set_multithreading_enabled(False):
             with torch.cuda.stream(stream):
                 with only_compiling():
-                    outputs = forward(self._input)
+                    outputs = forward(self._input, self._weights)
                     self._output_gradients = [torch.zeros_like(out) for out in tree_leaves(outputs)]
                     self._differentiate(outputs)
                 # once for all, so that the libraries have chosen their algorithms
-                self._differentiate(forward(self._input))
+                self._differentiate(forward(self._input, self._weights))
             with _recording(self._forward, stream):
-                outputs = forward(self._input)
+                outputs = forward(self._input, self._weights)
             with _recording(self._backward, stream, self._forward.pool()):
                 self._gradients = self._differentiate(outputs)
         self._outputs = tree_map(torch.detach, outputs)
 
     def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(tree_leaves(outputs), self._parameters, self._output_gradients)
+        return torch.autograd.grad(tree_leaves(outputs), list(self._weights.values()), self._output_gradients)
 
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
         self._input.copy_(x)

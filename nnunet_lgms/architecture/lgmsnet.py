@@ -31,7 +31,8 @@ from nnunet_lgms.architecture.topology import (
 )
 from nnunet_lgms.blocks.norm import paper_norm
 from nnunet_lgms.files import shown
-from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels, wants_channels_last
+from nnunet_lgms.ops.backend import use_kernels, wants_channels_last
+from nnunet_lgms.ops.layout import to_channels_last
 
 
 class LGMSNet(nn.Module):
@@ -196,7 +197,7 @@ class LGMSNet(nn.Module):
         if use_kernels(x) or wants_channels_last(x):
             # Tensor cores want channels innermost; any other layout costs two transposes around every convolution. On
             # the CPU, the loops of pooling, upsampling and norms do too.
-            x = x.contiguous(memory_format=CHANNELS_LAST[x.ndim])
+            x = to_channels_last(x)
         # Triton launches on the current device, which need not be that of x; compiled code sees to that itself.
         with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x):
             return self.decoder(self.encoder(x))

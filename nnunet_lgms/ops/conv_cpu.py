@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunet_lgms.ops.backend import channels_last, wants_channels_last
 from nnunet_lgms.ops.channels import join_channels
-from nnunet_lgms.ops.layout import to_channels_first
+from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 BLOCK = 16  # channels that fill a register; groups of more are as fast side by side
@@ -45,8 +45,8 @@ def same_conv(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups:
         return _pointwise(x, weight, bias)
     if weight.numel() > 2 * x.numel():
         x = to_channels_first(x)
-    elif x.shape[1] == 1:
-        x = x.squeeze(1).unsqueeze(-1).movedim(-1, 1)  # the strides of a channels-last map
+    else:
+        x = to_channels_last(x)
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return CONV[x.ndim - 2](x, weight, bias, padding=padding, groups=groups)
     # PyTorch would take loops of its own for a single sample that it holds to be small: 12^3 of 128 channels.

@@ -25,8 +25,10 @@ def to_channels_first(x: Tensor) -> Tensor:
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """x (B, C, *spatial), contiguous with channels innermost."""
+    """x (B, C, *spatial), contiguous with channels innermost, and with the strides of that."""
     memory_format = CHANNELS_LAST[x.ndim]
+    if x.shape[1] == 1 and x.is_contiguous():  # in either format; but convolutions go by the strides
+        return x.squeeze(1).unsqueeze(-1).movedim(-1, 1)
     if x.is_contiguous(memory_format=memory_format):
         return x
     if x.is_contiguous():
