@@ -252,6 +252,37 @@ def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
     assert scheduler.train_all(runs[:1], tmp_path, "cpu", 1, 4) == {"busi-nnunet-5-s0": "finished before"}
 
 
+def test_trainings_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    """Two at a time on each of two; a place that falls free is taken on its own GPU."""
+    script = tmp_path / "fake.py"
+    script.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "seed = json.loads(sys.argv[2])['seed']; work = pathlib.Path(sys.argv[sys.argv.index('--work') + 1])\n"
+        "(work / f'gpu-{seed}').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while seed < 4 and not (seed == 1 or (work / 'gpu-4').exists()): time.sleep(0.05)\n"
+        "while seed == 1 and not all((work / f'gpu-{s}').exists() for s in (0, 2, 3)): time.sleep(0.05)\n"
+    )
+    monkeypatch.setattr(scheduler, "SCRIPT", script)
+    monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    scheduler.train_all([Run("busi", "nnunet", 5, seed) for seed in range(5)], tmp_path, "cuda", 2, 60)
+    gpus = [(tmp_path / f"gpu-{seed}").read_text() for seed in range(5)]
+    assert gpus == ["GPU-a", "GPU-b", "GPU-a", "GPU-b", "GPU-b"]  # the last in the place of the second
+
+
+def test_other_gpus_are_not_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    with Turnstile.of_this_gpu(tmp_path).alone():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
+        with Turnstile.of_this_gpu(tmp_path).alone():
+            pass
+
+
+def test_steps_are_taken_alone_once_for_all_seeds():
+    assert [run.is_timed for run in runs_of("ablations_busi:default")] == [True, False, False]
+    assert not any(mirrored for _, mirrored in Run("ablations_busi", "default", 60).predictions)
+
+
 # ---- what travels ----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ BUSI, STU, HIPPOCAMPUS = "Dataset101_BUSI", "Dataset102_STU", "Dataset004_Hippoc
 
 #: plans of the evidence, as `plans.py` writes them
 PLANNED, PUBLISHED = "nnUNetPlans_evidence", "nnUNetPlans_evidence_published"
-ALONE_AT = (0.25, 0.5, 0.75)  # of the schedule: epochs whose steps have the GPU to themselves
+ALONE_AT = (0.25, 0.5, 0.75)  # of the schedule: epochs whose steps have the GPU to themselves, see `Run.is_timed`
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Stage:
         seeds: of the initial weights.
         zero_shot: datasets that every model is tested on as well.
         equal_time_of: a stage whose measured steps set the epochs, so that every model gets the GPU time of "nnunet".
+        mirrored: whether cases are predicted with mirroring as well.
     """
 
     dataset: str
@@ -83,6 +84,7 @@ class Stage:
     seeds: tuple[int, ...] = (0,)
     zero_shot: tuple[str, ...] = ()
     equal_time_of: str | None = None
+    mirrored: bool = True
 
 
 #: a batch of volumes with nnU-Net's augmentation is dearer to prepare and quicker to train on than one of images
@@ -106,9 +108,10 @@ STAGES = {
         60,
         seeds=(0, 1, 2),
         zero_shot=(STU,),
+        mirrored=False,
     ),
     "ablations_hippocampus": Stage(
-        HIPPOCAMPUS, "3d_fullres", {name: ablation(name, PLANNED) for name in ABLATIONS}, 60
+        HIPPOCAMPUS, "3d_fullres", {name: ablation(name, PLANNED) for name in ABLATIONS}, 60, mirrored=False
     ),
 }
 
@@ -150,7 +153,13 @@ class Run:
     @property
     def predictions(self) -> list[tuple[str, bool]]:
         """What is predicted, and whether mirrored, in the order of worth."""
-        return [(name, mirrored) for mirrored in (False, True) for name in ("validation", *self.of.zero_shot)]
+        ways = (False, True) if self.of.mirrored else (False,)
+        return [(name, mirrored) for mirrored in ways for name in ("validation", *self.of.zero_shot)]
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its steps are taken alone: once for all seeds, as others wait for it."""
+        return self.seed == self.of.seeds[0]
 
     def is_finished(self, folder: Path) -> bool:
         """Whether its folder holds everything."""
