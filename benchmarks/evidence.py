@@ -106,7 +106,9 @@ def scores(args: argparse.Namespace) -> int:
         for weights in target.glob("models/**/weights.pth"):
             weights.rename(weights.with_name("checkpoint_final.pth"))
         print(*score_all(target / "runs", preprocessed, args.results / "evidence"), sep="\n")
-        _add_to(args.results / "evidence" / "state.json", read_json(target / "runs" / "state.json"))
+        state = target / "runs" / "state.json"
+        if state.is_file():  # not yet if the bundle was made while trainings ran
+            _add_to(args.results / "evidence" / "state.json", read_json(state))
     return 0
 
 

@@ -353,7 +353,7 @@ def test_a_packed_dataset_arrives_as_nnunet_wrote_it(tmp_path):
 
 def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path):
     random = np.random.default_rng(0)
-    for name, size in (("small", 40_000), ("large", 4_000_000)):
+    for name, size in (("small", 40_000), ("large", 4_000_000), ("ablations_busi-small", 39_000)):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "record.json").write_text("{}")
         (tmp_path / "runs" / name / "validation.npz").write_bytes(random.bytes(300_000))
@@ -361,6 +361,7 @@ def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path
         fold.mkdir(parents=True)
         (fold / "weights.pth").write_bytes(random.bytes(size))
         (fold.parent / "plans.json").write_text("{}")
+    (tmp_path / "runs" / "small" / ".1.validation-mirrored.npz").write_bytes(b"half of it")
     out = tmp_path / "out"
     left_out = packs.bundle(tmp_path / "runs", tmp_path / "results", out, piece=2**20, pieces=4)
     assert left_out == ["large"] and 1 < len(list(out.iterdir())) <= 4
@@ -369,9 +370,11 @@ def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path
     for name in ("small", "large"):
         file = f"runs/{name}/validation.npz"
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / file).read_bytes()
-    (weights,) = (tmp_path / "back").glob("models/**/weights.pth")
-    assert weights.stat().st_size == 40_000
-    assert not packs.join(tmp_path, "results.tar.xz", tmp_path / "back")
+    assert not list((tmp_path / "back").rglob(".*"))  # what is still being written
+    weights = sorted((tmp_path / "back").glob("models/**/weights.pth"))
+    assert [file.stat().st_size for file in weights] == [39_000, 40_000]
+    left_out = packs.bundle(tmp_path / "runs", tmp_path / "results", tmp_path / "tight", piece=2**20 + 50_000, pieces=2)
+    assert left_out == ["large", "ablations_busi-small"]  # the latter would be the smallest
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
