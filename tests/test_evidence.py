@@ -138,6 +138,17 @@ def test_seeds_count_as_noise(tmp_path):
     assert "within noise" in line and "| 0, 1, 2 |" in line
     (line,) = [line for line in table if line.startswith("| kernels from the dataset")]
     assert "the same network as the default" in line
+    words = report.ablations_words(report.Results(tmp_path), "ablations_busi", 60)
+    assert words == "Dice against the default: better: none; worse: none; within noise: kernel 3 alone."
+
+
+def test_one_seed_is_said_to_be_one(tmp_path):
+    values = np.linspace(0.3, 0.9, 30)
+    runs = [result("default", list(values), seed, "ablations_busi", 60) for seed in (0, 1)]
+    other = result("gms_only", list(values - 0.1), 0, "ablations_busi", 60)
+    words = report.ablations_words(write_results(tmp_path, *runs, other), "ablations_busi", 60)
+    assert "worse: GMS alone;" in words and "A variant with one seed" in words
+    assert words in report.evidence_md(report.Results(tmp_path))
 
 
 def test_equal_time_stands_beside_the_unet_whose_time_it_is(tmp_path):
@@ -246,7 +257,7 @@ def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
     runs = [Run("busi", "nnunet", 5, seed) for seed in range(4)]
     (tmp_path / "files.json").write_text(json.dumps(["record.json", *(file_of(*p) for p in runs[0].predictions)]))
-    state = scheduler.train_all(runs, tmp_path, "cpu", 1, 4)
+    state = scheduler.train_all(runs, tmp_path, "cpu", 1, 8)
     assert state["busi-nnunet-5-s0"] == "finished" and "no such data" in state["busi-nnunet-5-s1"]
     assert "goes on when called again" in state["busi-nnunet-5-s2"] and state["busi-nnunet-5-s3"] == "not started"
     assert scheduler.train_all(runs[:1], tmp_path, "cpu", 1, 4) == {"busi-nnunet-5-s0": "finished before"}
@@ -265,7 +276,8 @@ def test_trainings_are_spread_over_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "SCRIPT", script)
     monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    scheduler.train_all([Run("busi", "nnunet", 5, seed) for seed in range(5)], tmp_path, "cuda", 2, 60)
+    runs = [Run("busi", "nnunet", 5, seed) for seed in (0, 1, 0, 2, 3, 4)]  # one is named twice
+    scheduler.train_all(runs, tmp_path, "cuda", 2, 60)
     gpus = [(tmp_path / f"gpu-{seed}").read_text() for seed in range(5)]
     assert gpus == ["GPU-a", "GPU-b", "GPU-a", "GPU-b", "GPU-b"]  # the last in the place of the second
 
@@ -279,7 +291,7 @@ def test_other_gpus_are_not_in_the_way(tmp_path, monkeypatch):
 
 
 def test_steps_are_taken_alone_once_for_all_seeds():
-    assert [run.is_timed for run in runs_of("ablations_busi:default")] == [True, False, False]
+    assert [run.timed for run in runs_of("ablations_busi:default")] == [True, False, False]
     assert not any(mirrored for _, mirrored in Run("ablations_busi", "default", 60).predictions)
 
 

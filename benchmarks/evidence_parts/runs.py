@@ -11,7 +11,7 @@ BUSI, STU, HIPPOCAMPUS = "Dataset101_BUSI", "Dataset102_STU", "Dataset004_Hippoc
 
 #: plans of the evidence, as `plans.py` writes them
 PLANNED, PUBLISHED = "nnUNetPlans_evidence", "nnUNetPlans_evidence_published"
-ALONE_AT = (0.25, 0.5, 0.75)  # of the schedule: epochs whose steps have the GPU to themselves, see `Run.is_timed`
+ALONE_AT = (0.25, 0.5, 0.75)  # of the schedule: epochs whose steps have the GPU to themselves, if it is `timed`
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class Run:
         seed: of the initial weights and of this process's random numbers.
         iterations: steps an epoch; None for one pass over the training cases.
         time_of: with equal time, the epochs of nnU-Net's U-Net whose GPU time it has.
+        timed: whether some of its steps have the GPU to themselves; once for all seeds, as others wait for it.
     """
 
     stage: str
@@ -135,6 +136,7 @@ class Run:
     seed: int = 0
     iterations: int | None = None
     time_of: int | None = None
+    timed: bool = True
 
     @property
     def name(self) -> str:
@@ -155,11 +157,6 @@ class Run:
         """What is predicted, and whether mirrored, in the order of worth."""
         ways = (False, True) if self.of.mirrored else (False,)
         return [(name, mirrored) for mirrored in ways for name in ("validation", *self.of.zero_shot)]
-
-    @property
-    def is_timed(self) -> bool:
-        """Whether its steps are taken alone: once for all seeds, as others wait for it."""
-        return self.seed == self.of.seeds[0]
 
     def is_finished(self, folder: Path) -> bool:
         """Whether its folder holds everything."""
@@ -193,9 +190,10 @@ def runs_of(words: str, iterations: int | None = None) -> list[Run]:
     numbers = [*seeds.split(","), epochs] if seeds else [epochs]
     if any(number and not number.isdecimal() for number in numbers) or epochs == "0":
         raise ValueError(f"{words!r} is not understood: write STAGE:MODELS:EPOCHS:SEEDS, such as busi:nnunet:300:0,1.")
+    wanted = [int(seed) for seed in seeds.split(",")] if seeds else STAGES[stage].seeds
     return [
-        Run(stage, model, int(epochs or STAGES[stage].epochs), seed, iterations)
-        for seed in (map(int, seeds.split(",")) if seeds else STAGES[stage].seeds)
+        Run(stage, model, int(epochs or STAGES[stage].epochs), seed, iterations, timed=seed == wanted[0])
+        for seed in wanted
         for model in chosen
     ]
 

@@ -30,7 +30,7 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
     """Trains what is not finished yet, in this order.
 
     Args:
-        runs: wanted.
+        runs: wanted; one that is named twice is trained once.
         work: with ``preprocessed/``; results go to ``runs/`` and ``results/`` in it.
         device: cuda or cpu.
         jobs: trainings at a time, on each GPU.
@@ -40,7 +40,8 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
         name of each run → what became of it.
     """
     end = time.time() + seconds
-    waiting, active, state, said = list(runs), {}, {}, 0.0
+    waiting = [run for i, run in enumerate(runs) if run.name not in {other.name for other in runs[:i]}]
+    active, state, said = {}, {}, 0.0
     gpus = visible_gpus() if device == "cuda" else []
     places = (gpus or [None]) * jobs
     while waiting or active:

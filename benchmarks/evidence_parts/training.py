@@ -147,7 +147,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
     found = [p for name in (FINAL, LATEST) for p in (work / "results" / run.name).glob(f"*/*/fold_{FOLD}/{name}")]
     trainer = make_trainer(run, preprocessed, device, continued=bool(found))
     trainer.initialize()
-    watch = Watch(trainer, Turnstile.of_this_gpu(work / "locks"), until, folder / "progress.json", run.is_timed)
+    watch = Watch(trainer, Turnstile.of_this_gpu(work / "locks"), until, folder / "progress.json", run.timed)
     if found:
         trainer.load_checkpoint(str(found[0]))
     if not (found and found[0].name == FINAL):
