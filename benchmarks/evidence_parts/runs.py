@@ -41,7 +41,7 @@ MODELS = {
     "published": Model("LGMSNet, the five published levels", plans=PUBLISHED),
     "lgmsnet": Model("LGMSNet, nnU-Net's planned levels"),
     "lgmsnet_nnunetda": Model(
-        "LGMSNet, planned levels, nnU-Net's augmentation", "nnUNetTrainerLGMSNet_nnUNetDA", workers=4
+        "LGMSNet, planned levels, nnU-Net's augmentation", "nnUNetTrainerLGMSNet_nnUNetDA", workers=6
     ),
     "nnunet": Model("nnU-Net's U-Net, nnU-Net's recipe", "nnUNetTrainer", workers=4),
     "plain": Model("plain U-Net of LGMSNet's widths", override="plain_unet"),
@@ -88,7 +88,7 @@ class Stage:
 
 
 #: a batch of volumes with nnU-Net's augmentation is dearer to prepare and quicker to train on than one of images
-_WORKERS_3D = {"lgmsnet": 2, "nnunet": 8, "lgmsnet_nnunetda": 6}
+_WORKERS_3D = {"lgmsnet": 2, "nnunet": 8, "lgmsnet_nnunetda": 8}
 _3D = {name: replace(MODELS[name], workers=workers) for name, workers in _WORKERS_3D.items()}
 STAGES = {
     "busi": Stage(BUSI, "2d", MODELS, 500, zero_shot=(STU,)),
