@@ -106,7 +106,9 @@ def scores(args: argparse.Namespace) -> int:
         for weights in target.glob("models/**/weights.pth"):
             weights.rename(weights.with_name("checkpoint_final.pth"))
         print(*score_all(target / "runs", preprocessed, args.results / "evidence"), sep="\n")
-        _add_to(args.results / "evidence" / "state.json", read_json(target / "runs" / "state.json"))
+        state = target / "runs" / "state.json"
+        if state.is_file():  # not yet if the bundle was made while trainings ran
+            _add_to(args.results / "evidence" / "state.json", read_json(state))
     return 0
 
 
@@ -178,7 +180,7 @@ def main() -> int:
     words = f"STAGE[:MODELS[:EPOCHS[:SEEDS]]], such as busi:published,nnunet:300; stages: {', '.join(STAGES)}"
     sub.add_argument("stages", nargs="+", metavar="STAGE", help=words)
     sub.add_argument("--iterations", type=int, help="steps an epoch in place of a pass: a rehearsal")
-    sub.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    sub.add_argument("--jobs", type=int, default=1, help="trainings at a time, on each GPU")
     sub.add_argument("--seconds", type=float, default=1e9, help="after which trainings are put aside")
     sub.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     sub = command(one, work="as for `train`, which calls this")

@@ -138,6 +138,17 @@ def test_seeds_count_as_noise(tmp_path):
     assert "within noise" in line and "| 0, 1, 2 |" in line
     (line,) = [line for line in table if line.startswith("| kernels from the dataset")]
     assert "the same network as the default" in line
+    words = report.ablations_words(report.Results(tmp_path), "ablations_busi", 60)
+    assert words == "Dice against the default: better: none; worse: none; within noise: kernel 3 alone."
+
+
+def test_one_seed_is_said_to_be_one(tmp_path):
+    values = np.linspace(0.3, 0.9, 30)
+    runs = [result("default", list(values), seed, "ablations_busi", 60) for seed in (0, 1)]
+    other = result("gms_only", list(values - 0.1), 0, "ablations_busi", 60)
+    words = report.ablations_words(write_results(tmp_path, *runs, other), "ablations_busi", 60)
+    assert "worse: GMS alone;" in words and "A variant with one seed" in words
+    assert words in report.evidence_md(report.Results(tmp_path))
 
 
 def test_equal_time_stands_beside_the_unet_whose_time_it_is(tmp_path):
@@ -246,10 +257,42 @@ def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
     runs = [Run("busi", "nnunet", 5, seed) for seed in range(4)]
     (tmp_path / "files.json").write_text(json.dumps(["record.json", *(file_of(*p) for p in runs[0].predictions)]))
-    state = scheduler.train_all(runs, tmp_path, "cpu", 1, 4)
+    state = scheduler.train_all(runs, tmp_path, "cpu", 1, 8)
     assert state["busi-nnunet-5-s0"] == "finished" and "no such data" in state["busi-nnunet-5-s1"]
     assert "goes on when called again" in state["busi-nnunet-5-s2"] and state["busi-nnunet-5-s3"] == "not started"
     assert scheduler.train_all(runs[:1], tmp_path, "cpu", 1, 4) == {"busi-nnunet-5-s0": "finished before"}
+
+
+def test_trainings_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    """Two at a time on each of two; a place that falls free is taken on its own GPU."""
+    script = tmp_path / "fake.py"
+    script.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "seed = json.loads(sys.argv[2])['seed']; work = pathlib.Path(sys.argv[sys.argv.index('--work') + 1])\n"
+        "(work / f'gpu-{seed}').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while seed < 4 and not (seed == 1 or (work / 'gpu-4').exists()): time.sleep(0.05)\n"
+        "while seed == 1 and not all((work / f'gpu-{s}').exists() for s in (0, 2, 3)): time.sleep(0.05)\n"
+    )
+    monkeypatch.setattr(scheduler, "SCRIPT", script)
+    monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    runs = [Run("busi", "nnunet", 5, seed) for seed in (0, 1, 0, 2, 3, 4)]  # one is named twice
+    scheduler.train_all(runs, tmp_path, "cuda", 2, 60)
+    gpus = [(tmp_path / f"gpu-{seed}").read_text() for seed in range(5)]
+    assert gpus == ["GPU-a", "GPU-b", "GPU-a", "GPU-b", "GPU-b"]  # the last in the place of the second
+
+
+def test_other_gpus_are_not_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    with Turnstile.of_this_gpu(tmp_path).alone():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
+        with Turnstile.of_this_gpu(tmp_path).alone():
+            pass
+
+
+def test_steps_are_taken_alone_once_for_all_seeds():
+    assert [run.timed for run in runs_of("ablations_busi:default")] == [True, False, False]
+    assert not any(mirrored for _, mirrored in Run("ablations_busi", "default", 60).predictions)
 
 
 # ---- what travels ----------------------------------------------------------------------------------------------------
@@ -322,7 +365,7 @@ def test_a_packed_dataset_arrives_as_nnunet_wrote_it(tmp_path):
 
 def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path):
     random = np.random.default_rng(0)
-    for name, size in (("small", 40_000), ("large", 4_000_000)):
+    for name, size in (("small", 40_000), ("large", 4_000_000), ("ablations_busi-small", 39_000)):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "record.json").write_text("{}")
         (tmp_path / "runs" / name / "validation.npz").write_bytes(random.bytes(300_000))
@@ -330,6 +373,7 @@ def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path
         fold.mkdir(parents=True)
         (fold / "weights.pth").write_bytes(random.bytes(size))
         (fold.parent / "plans.json").write_text("{}")
+    (tmp_path / "runs" / "small" / ".1.validation-mirrored.npz").write_bytes(b"half of it")
     out = tmp_path / "out"
     left_out = packs.bundle(tmp_path / "runs", tmp_path / "results", out, piece=2**20, pieces=4)
     assert left_out == ["large"] and 1 < len(list(out.iterdir())) <= 4
@@ -338,9 +382,11 @@ def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path
     for name in ("small", "large"):
         file = f"runs/{name}/validation.npz"
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / file).read_bytes()
-    (weights,) = (tmp_path / "back").glob("models/**/weights.pth")
-    assert weights.stat().st_size == 40_000
-    assert not packs.join(tmp_path, "results.tar.xz", tmp_path / "back")
+    assert not list((tmp_path / "back").rglob(".*"))  # what is still being written
+    weights = sorted((tmp_path / "back").glob("models/**/weights.pth"))
+    assert [file.stat().st_size for file in weights] == [39_000, 40_000]
+    left_out = packs.bundle(tmp_path / "runs", tmp_path / "results", tmp_path / "tight", piece=2**20 + 50_000, pieces=2)
+    assert left_out == ["large", "ablations_busi-small"]  # the latter would be the smallest
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:

@@ -112,13 +112,16 @@ def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int) -> lis
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder, "results.tar.xz")
         with tarfile.open(small, "w:xz") as tar:
-            tar.add(runs, "runs")
+            for file in sorted(path for path in runs.rglob("*") if path.is_file()):
+                if file.name[0] != "." and file.exists():  # what trainings are still writing comes the next time
+                    tar.add(file, f"runs/{file.relative_to(runs).as_posix()}")
         left = pieces - cut(small, out, piece)
         room, chosen, left_out = left * piece - 2**20, [], []
         finished = [run.name for run in sorted(runs.iterdir()) if (run / "record.json").is_file()]
         models = {name: _model_files(results / name) for name in finished}
         sizes = {name: sum(f.stat().st_size + 4096 for f in files) for name, files in models.items() if files}
-        for name in sorted(sizes, key=sizes.get):  # the more of them the better
+        # the more of them the better, those of the ablations last
+        for name in sorted(sizes, key=lambda name: (name.startswith("ablations"), sizes[name])):
             if sizes[name] <= room:
                 room -= sizes[name]
                 chosen += models[name]

@@ -225,6 +225,25 @@ def ablations_table(results: Results, stage: str, epochs: int) -> list[str]:
     return table(heads, rows)
 
 
+def ablations_words(results: Results, stage: str, epochs: int) -> str:
+    """What the table comes to, in a sentence or two."""
+    default, found = results.of(stage, "default", epochs), {}
+    others = [(name, results.of(stage, name, epochs)) for name in ABLATIONS if name != "default"]
+    for name, runs in others if default else []:
+        if runs:
+            spreads = (spread(r, "validation", "Dice") for r in (runs, default))
+            verdict = noise(difference(runs, default, "validation", "Dice"), *spreads)
+            found.setdefault(verdict, []).append(ABLATIONS[name])
+    said = "; ".join(f"{v}: {' / '.join(found.get(v, ['none']))}" for v in ("better", "worse", "within noise"))
+    words = f"Dice against the default: {said}."
+    if any(len(runs) == 1 for runs in (default, *(runs for _, runs in others))):
+        words += (
+            " A variant with one seed is compared by its cases alone: what another training of it would give is not "
+            "in its interval, so a small difference is no finding there."
+        )
+    return words
+
+
 NETWORK_NAMES = {
     "lgmsnet": "LGMSNet",
     "plain": "nnU-Net's PlainConvUNet",
@@ -328,7 +347,7 @@ def evidence_md(results: Results) -> str:
             lines += [f"{NOT_RUN.capitalize()}.", ""]
         for epochs in results.schedules(stage):
             lines += [f"{epochs} epochs.", ""]
-            lines += [*ablations_table(results, stage, epochs), ""]
+            lines += [*ablations_table(results, stage, epochs), "", ablations_words(results, stage, epochs), ""]
     lines += ["## Cost", "", *costs_table(results), "", "On a GPU:", "", *gpu_table(results), ""]
     lines += ["## Data loading, one process on one core", "", *loading_table(results), ""]
     lines += ["## What was run, and what was left", ""]

@@ -11,7 +11,7 @@ BUSI, STU, HIPPOCAMPUS = "Dataset101_BUSI", "Dataset102_STU", "Dataset004_Hippoc
 
 #: plans of the evidence, as `plans.py` writes them
 PLANNED, PUBLISHED = "nnUNetPlans_evidence", "nnUNetPlans_evidence_published"
-ALONE_AT = (0.25, 0.5, 0.75)  # of the schedule: epochs whose steps have the GPU to themselves
+ALONE_AT = (0.25, 0.5, 0.75)  # of the schedule: epochs whose steps have the GPU to themselves, if it is `timed`
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ MODELS = {
     "published": Model("LGMSNet, the five published levels", plans=PUBLISHED),
     "lgmsnet": Model("LGMSNet, nnU-Net's planned levels"),
     "lgmsnet_nnunetda": Model(
-        "LGMSNet, planned levels, nnU-Net's augmentation", "nnUNetTrainerLGMSNet_nnUNetDA", workers=4
+        "LGMSNet, planned levels, nnU-Net's augmentation", "nnUNetTrainerLGMSNet_nnUNetDA", workers=6
     ),
     "nnunet": Model("nnU-Net's U-Net, nnU-Net's recipe", "nnUNetTrainer", workers=4),
     "plain": Model("plain U-Net of LGMSNet's widths", override="plain_unet"),
@@ -74,6 +74,7 @@ class Stage:
         seeds: of the initial weights.
         zero_shot: datasets that every model is tested on as well.
         equal_time_of: a stage whose measured steps set the epochs, so that every model gets the GPU time of "nnunet".
+        mirrored: whether cases are predicted with mirroring as well.
     """
 
     dataset: str
@@ -83,10 +84,11 @@ class Stage:
     seeds: tuple[int, ...] = (0,)
     zero_shot: tuple[str, ...] = ()
     equal_time_of: str | None = None
+    mirrored: bool = True
 
 
 #: a batch of volumes with nnU-Net's augmentation is dearer to prepare and quicker to train on than one of images
-_WORKERS_3D = {"lgmsnet": 2, "nnunet": 8, "lgmsnet_nnunetda": 6}
+_WORKERS_3D = {"lgmsnet": 2, "nnunet": 8, "lgmsnet_nnunetda": 8}
 _3D = {name: replace(MODELS[name], workers=workers) for name, workers in _WORKERS_3D.items()}
 STAGES = {
     "busi": Stage(BUSI, "2d", MODELS, 500, zero_shot=(STU,)),
@@ -106,9 +108,10 @@ STAGES = {
         60,
         seeds=(0, 1, 2),
         zero_shot=(STU,),
+        mirrored=False,
     ),
     "ablations_hippocampus": Stage(
-        HIPPOCAMPUS, "3d_fullres", {name: ablation(name, PLANNED) for name in ABLATIONS}, 60
+        HIPPOCAMPUS, "3d_fullres", {name: ablation(name, PLANNED) for name in ABLATIONS}, 60, mirrored=False
     ),
 }
 
@@ -124,6 +127,7 @@ class Run:
         seed: of the initial weights and of this process's random numbers.
         iterations: steps an epoch; None for one pass over the training cases.
         time_of: with equal time, the epochs of nnU-Net's U-Net whose GPU time it has.
+        timed: whether some of its steps have the GPU to themselves; once for all seeds, as others wait for it.
     """
 
     stage: str
@@ -132,6 +136,7 @@ class Run:
     seed: int = 0
     iterations: int | None = None
     time_of: int | None = None
+    timed: bool = True
 
     @property
     def name(self) -> str:
@@ -150,7 +155,8 @@ class Run:
     @property
     def predictions(self) -> list[tuple[str, bool]]:
         """What is predicted, and whether mirrored, in the order of worth."""
-        return [(name, mirrored) for mirrored in (False, True) for name in ("validation", *self.of.zero_shot)]
+        ways = (False, True) if self.of.mirrored else (False,)
+        return [(name, mirrored) for mirrored in ways for name in ("validation", *self.of.zero_shot)]
 
     def is_finished(self, folder: Path) -> bool:
         """Whether its folder holds everything."""
@@ -184,9 +190,10 @@ def runs_of(words: str, iterations: int | None = None) -> list[Run]:
     numbers = [*seeds.split(","), epochs] if seeds else [epochs]
     if any(number and not number.isdecimal() for number in numbers) or epochs == "0":
         raise ValueError(f"{words!r} is not understood: write STAGE:MODELS:EPOCHS:SEEDS, such as busi:nnunet:300:0,1.")
+    wanted = [int(seed) for seed in seeds.split(",")] if seeds else STAGES[stage].seeds
     return [
-        Run(stage, model, int(epochs or STAGES[stage].epochs), seed, iterations)
-        for seed in (map(int, seeds.split(",")) if seeds else STAGES[stage].seeds)
+        Run(stage, model, int(epochs or STAGES[stage].epochs), seed, iterations, timed=seed == wanted[0])
+        for seed in wanted
         for model in chosen
     ]
 

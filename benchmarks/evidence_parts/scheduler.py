@@ -1,4 +1,4 @@
-"""Several trainings at a time on one device, until the time is over."""
+"""Several trainings at a time on every GPU, until the time is over."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_lgms.files import read_json
+from nnunet_lgms.study.locks import visible_gpus
 
 from .runs import Run, with_equal_time
 
@@ -29,27 +30,30 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
     """Trains what is not finished yet, in this order.
 
     Args:
-        runs: wanted.
+        runs: wanted; one that is named twice is trained once.
         work: with ``preprocessed/``; results go to ``runs/`` and ``results/`` in it.
         device: cuda or cpu.
-        jobs: trainings at a time.
+        jobs: trainings at a time, on each GPU.
         seconds: after which those that run are put aside.
 
     Returns:
         name of each run → what became of it.
     """
     end = time.time() + seconds
-    waiting, active, state, said = list(runs), {}, {}, 0.0
+    waiting = [run for i, run in enumerate(runs) if run.name not in {other.name for other in runs[:i]}]
+    active, state, said = {}, {}, 0.0
+    gpus = visible_gpus() if device == "cuda" else []
+    places = (gpus or [None]) * jobs
     while waiting or active:
-        for name, (process, run) in list(active.items()):
+        for name, (process, run, _) in list(active.items()):
             if process.poll() is not None:
                 state[name] = _outcome(run, work / "runs" / name, process.returncode)
                 print(f"{_clock(end - seconds)} {name}: {state[name]}", flush=True)
                 del active[name]
-        while waiting and len(active) < jobs and time.time() < end - 2 * TO_STOP:
+        while waiting and len(active) < len(places) and time.time() < end - 2 * TO_STOP:
             wanted, source = waiting[0], waiting[0].of.equal_time_of
             run = with_equal_time(wanted, records(work)) if source else wanted
-            if run is None and any(other.stage == source for _, other in active.values()):
+            if run is None and any(other.stage == source for _, other, _ in active.values()):
                 break  # its steps are being measured
             waiting.pop(0)
             if run is None:
@@ -58,11 +62,12 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
             if run.is_finished(work / "runs" / run.name):
                 state[run.name] = "finished before"
                 continue
-            active[run.name] = _start(run, work, device, jobs, end - TO_STOP), run
+            gpu = emptiest(gpus, [taken for _, _, taken in active.values()])
+            active[run.name] = _start(run, work, device, gpu, len(places), end - TO_STOP), run, gpu
         if time.time() > end - 2 * TO_STOP and not active:
             break
         if time.time() > end:
-            for process, _ in active.values():
+            for process, _, _ in active.values():
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that prepare its batches
                 process.wait()
             state |= {name: "stopped while it compiled or predicted; goes on when called again" for name in active}
@@ -75,7 +80,12 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
     return state | {run.name: "not started" for run in waiting}
 
 
-def _start(run: Run, work: Path, device: str, jobs: int, until: float) -> subprocess.Popen:
+def emptiest(gpus: Sequence[str], taken: Sequence[str]) -> str | None:
+    """The GPU with the fewest trainings, the first of equals; None where there is none to choose."""
+    return min(gpus, key=taken.count, default=None)
+
+
+def _start(run: Run, work: Path, device: str, gpu: str | None, places: int, until: float) -> subprocess.Popen:
     folder = work / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
@@ -85,8 +95,10 @@ def _start(run: Run, work: Path, device: str, jobs: int, until: float) -> subpro
         "nnUNet_n_proc_DA": str(run.settings.workers),
         "nnUNet_def_n_proc": "2",
         "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": str(max(4, (os.cpu_count() or 4) // jobs)),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(4, (os.cpu_count() or 4) // places)),
     }
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     command = [sys.executable, str(SCRIPT), "one", json.dumps(run.as_dict()), "--until", str(until)]
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -49,14 +49,15 @@ class Watch:
         turnstile: of all trainings on this GPU.
         until: ``time.time()`` at which to stop.
         file: where progress is kept between calls.
+        timed: whether there are such epochs.
     """
 
-    def __init__(self, trainer, turnstile: Turnstile, until: float, file: Path):
+    def __init__(self, trainer, turnstile: Turnstile, until: float, file: Path, timed: bool):
         self.trainer, self.turnstile, self.until, self.file = trainer, turnstile, until, file
         self.progress = {"epoch": 0, "alone_s": [], "steps_s": 0.0, "waiting_s": 0.0, "first_steps_s": []}
         if file.is_file():
             self.progress = read_json(file)
-        self.alone_at = {int(share * trainer.num_epochs) for share in ALONE_AT}
+        self.alone_at = {int(share * trainer.num_epochs) for share in ALONE_AT if timed}
         self.room, self.alone, self.compiled, self.last = ExitStack(), False, False, 0.0
         self.original = {}
         for hook in ("on_train_epoch_start", "train_step", "validation_step", "on_epoch_end"):
@@ -146,7 +147,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
     found = [p for name in (FINAL, LATEST) for p in (work / "results" / run.name).glob(f"*/*/fold_{FOLD}/{name}")]
     trainer = make_trainer(run, preprocessed, device, continued=bool(found))
     trainer.initialize()
-    watch = Watch(trainer, Turnstile(work / "locks"), until, folder / "progress.json")
+    watch = Watch(trainer, Turnstile.of_this_gpu(work / "locks"), until, folder / "progress.json", run.timed)
     if found:
         trainer.load_checkpoint(str(found[0]))
     if not (found and found[0].name == FINAL):
@@ -244,8 +245,10 @@ def _predict(trainer, turnstile: Turnstile, source: Path, cases: list[str], mirr
     predictor.manual_initialization(trainer.network, *managers, None, *about)
     dataset = trainer.dataset_class(str(source), list(cases))
     to_labels = partial(convert_predicted_logits_to_segmentation_with_correct_shape, num_threads_torch=1)
+    room = nullcontext()  # the first case compiles, which others do not have to wait for
     for case in tqdm(cases, desc=f"{source.parent.name}, {'mirrored' if mirrored else 'plain'}"):
         image, _, _, properties = dataset.load_case(case)
-        with turnstile.shared():
+        with room:
             logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image[:])).cpu()
+        room = turnstile.shared()
         yield case, to_labels(logits, *managers, trainer.label_manager, properties).astype(np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,12 @@ class Turnstile:
     Args:
         folder: where the lock's files are; the same for all processes.
     """
+
+    @classmethod
+    def of_this_gpu(cls, folder: Path) -> Turnstile:
+        """That of the processes which see the same GPU as this one; others are not in the way."""
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES") or "all"
+        return cls(folder / gpu.replace("/", "_"))
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
