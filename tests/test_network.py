@@ -14,14 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_lgms import LGMSNet
-from nnunet_lgms.blocks import attention
-from nnunet_lgms.blocks.attention import (
-    PositionGroupAttention,
-    SparseTransformer,
-    fold_positions,
-    real_token_mask,
-    unfold_positions,
-)
+from nnunet_lgms.blocks.attention import PositionGroupAttention, SparseTransformer, real_token_mask
+from nnunet_lgms.ops import tokens
+from nnunet_lgms.ops.tokens import fold_positions, unfold_positions
 
 SIZES = {
     2: [(32, 32), (33, 47), (1, 1), (5, 40), (2, 3), (17, 16)],
@@ -111,19 +106,16 @@ def test_deep_supervision_switches_outputs_only(dim):
 
 
 def garbage_instead_of_zeros(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Every padding of a map inside the attention module is filled with large noise; returns what was padded."""
+    """Every padding of a map on its way to the attention is filled with large noise; returns what was padded."""
     padded = []
 
     def pad(x, widths):
-        if x.dtype is torch.bool:
-            return F.pad(x, widths)
         padded.append(tuple(x.shape[2:]))
         inside = F.pad(torch.ones_like(x, dtype=torch.bool), widths)
         noise = 1e3 * torch.randn(inside.shape, dtype=x.dtype)
         return torch.where(inside, F.pad(x, widths), noise)
 
-    fake = SimpleNamespace(pad=pad, scaled_dot_product_attention=F.scaled_dot_product_attention)
-    monkeypatch.setattr(attention, "F", fake)
+    monkeypatch.setattr(tokens, "F", SimpleNamespace(pad=pad))
     return padded
 
 

@@ -322,7 +322,7 @@ def errors(group, case, device):
 def network_errors():
     """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off."""
     from nnunet_lgms import LGMSNet
-    from nnunet_lgms.ops import bottleneck, channels, conv, conv_triton, layout, max_pool, norm_act, upsample
+    from nnunet_lgms.ops import bottleneck, channels, conv, conv_triton, layout, max_pool, norm_act, tokens, upsample
 
     found = []
     conv_triton.LEAST_FULL = 0
@@ -335,8 +335,9 @@ def network_errors():
         for on, min_voxels in ((True, 0), (True, 1 << 40), (False, 0)):  # every kernel, libraries' convolutions, none
             network.load_state_dict(state)
             network.zero_grad()
-            for module in (channels, conv, layout, max_pool, norm_act, upsample):
+            for module in (channels, conv, layout, max_pool, norm_act, tokens, upsample):
                 module.use_kernels = lambda x, on=on: on
+            bottleneck.bottleneck_cpu.fits = lambda *_, on=on: not on
             for module in (bottleneck, conv):
                 module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype
             conv.MIN_VOXELS = min_voxels

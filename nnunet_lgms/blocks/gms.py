@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.blocks.norm import BATCH_NORM
-from nnunet_lgms.ops.channels import join_channels, split_channels
+from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
 from nnunet_lgms.ops.norm_act import norm_act
 
@@ -108,6 +108,8 @@ class GMSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, *spatial) -> (B, C, *spatial)."""
         mixed = self.mix_in(self.conv_in(x))
-        to_transformer, to_conv = split_channels(mixed, self.split)
-        mixed = join_channels([self.transformer(to_transformer), self.conv_branch(to_conv)])
+        if self.split[0] == 0:
+            mixed = self.conv_branch(mixed)
+        else:
+            mixed = self.transformer(mixed, self.conv_branch if self.split[1] else None)
         return self.fuse(join_channels([self.mix_out(mixed), x]))

@@ -1,0 +1,262 @@
+"""Triton kernels between channels-last maps and tokens; see `tokens.py`.
+
+A map is (B, D, H, W, C + R), 2D has D = 1; its tokens are rows of C numbers, (B, P, N, C). A program works on some rows
+with all their channels, each a run of memory in either place. Everything is computed in float32; norms are those of the
+tokens as they are stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.launch import launch
+
+TILE = 2048  # numbers that a program holds of a tensor
+PROGRAMS = 512  # of the backward pass, at most: each writes a sum
+
+
+def unfold_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, patch: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Map (B, C + R, *spatial) -> tokens, normed tokens, (B, R, *spatial)."""
+    (channels,) = weight.shape
+    tokens = _memory_of_tokens(x, channels, patch)
+    normed = torch.empty_like(tokens)
+    beside = map_memory(x, x.shape[1] - channels, x.shape[2:])
+    _forward(x, None, tokens, normed, beside, weight, bias, eps, _geometry(x.shape[2:], patch, x.shape[1] - channels))
+    return tokens, normed, beside.movedim(-1, 1)
+
+
+def add_norm(tokens: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Tokens twice -> their sum, and the sum normed."""
+    out, normed = torch.empty_like(tokens), torch.empty_like(tokens)
+    _forward(tokens, update, out, normed, None, weight, bias, eps, _NO_MAP)
+    return out, normed
+
+
+def unfold_norm_backward(
+    grad_tokens: Tensor,
+    grad_normed: Tensor,
+    grad_beside: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    eps: float,
+    patch: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the map, (B, C + R, *spatial), and those of weight and bias, (2, C)."""
+    beside, spatial = grad_beside.shape[1], grad_beside.shape[2:]
+    out = map_memory(tokens, tokens.shape[-1] + beside, spatial)
+    sums = _backward(
+        grad_tokens, grad_normed, grad_beside, tokens, out, weight, eps, _geometry(spatial, patch, beside)
+    )  # fmt: skip
+    return out.movedim(-1, 1), sums
+
+
+def add_norm_backward(
+    grad_tokens: Tensor, grad_normed: Tensor, tokens: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient of either summand, and those of weight and bias, (2, C)."""
+    out = torch.empty_like(tokens)
+    return out, _backward(grad_tokens, grad_normed, None, tokens, out, weight, eps, _NO_MAP)
+
+
+def fold_add(
+    tokens: Tensor, update: Tensor, beside: Tensor | None, patch: Sequence[int], spatial: Sequence[int]
+) -> Tensor:
+    """tokens + update, beside them (B, R, *spatial) -> map (B, C + R, *spatial)."""
+    channels, others = tokens.shape[-1], 0 if beside is None else beside.shape[1]
+    out = map_memory(tokens, channels + others, spatial)
+    rows, grid, tile = _tiles(tokens)
+    launch(wrap_triton(_fold))[grid](tokens, update, beside, out, rows, **tile, **_geometry(spatial, patch, others))
+    return out.movedim(-1, 1)
+
+
+def unfold(x: Tensor, channels: int, patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Map (B, C + R, *spatial) -> tokens of its first C channels, (B, R, *spatial)."""
+    others = x.shape[1] - channels
+    tokens, beside = _memory_of_tokens(x, channels, patch), map_memory(x, others, x.shape[2:])
+    rows, grid, tile = _tiles(tokens)
+    launch(wrap_triton(_unfold))[grid](x, tokens, beside, rows, **tile, **_geometry(x.shape[2:], patch, others))
+    return tokens, beside.movedim(-1, 1)
+
+
+def _memory_of_tokens(x: Tensor, channels: int, patch: Sequence[int]) -> Tensor:
+    n_tokens = math.prod(triton.cdiv(size, p) for size, p in zip(x.shape[2:], patch))
+    return torch.empty((x.shape[0], math.prod(patch), n_tokens, channels), dtype=x.dtype, device=x.device)
+
+
+def _tiles(tokens: Tensor) -> tuple[int, tuple[int], dict[str, int]]:
+    """Rows of the tokens, grid and constants of a kernel that goes through them."""
+    channels = tokens.shape[-1]
+    rows, lanes = tokens.numel() // channels, triton.next_power_of_2(channels)
+    tile = max(1, TILE // lanes)
+    return rows, (triton.cdiv(rows, tile),), {"C": channels, "LANES": lanes, "ROWS": tile}
+
+
+def _geometry(spatial: Sequence[int], patch: Sequence[int], beside: int) -> dict[str, int]:
+    """Arguments of the kernels for a map of this size, of patches, and of R channels beside the tokens."""
+    planar = (1,) * (3 - len(spatial))
+    arguments = dict(zip(("D", "H", "W", "PZ", "PY", "PX"), (*planar, *spatial, *planar, *patch)))
+    return {**arguments, "R": beside, "R_LANES": triton.next_power_of_2(max(1, beside))}
+
+
+_NO_MAP = _geometry((1, 1, 1), (1, 1, 1), 0)
+
+
+def _forward(
+    source: Tensor, update: Tensor | None, tokens: Tensor, normed: Tensor, beside: Tensor | None, weight: Tensor,
+    bias: Tensor, eps: float, geometry: dict[str, int],
+) -> None:  # fmt: skip
+    rows, grid, tile = _tiles(tokens)
+    launch(wrap_triton(_normalise))[grid](
+        source, update, tokens, normed, beside, weight, bias, rows, EPS=eps, FROM_MAP=update is None, **tile, **geometry
+    )
+
+
+def _backward(
+    grad_tokens: Tensor, grad_normed: Tensor, grad_beside: Tensor | None, tokens: Tensor, out: Tensor, weight: Tensor,
+    eps: float, geometry: dict[str, int],
+) -> Tensor:  # fmt: skip
+    """Writes the gradient in front of the norm; those of weight and bias, (2, C)."""
+    rows, (tiles,), tile = _tiles(tokens)
+    steps = triton.cdiv(tiles, PROGRAMS)
+    programs = triton.cdiv(tiles, steps)
+    sums = torch.empty((programs, 2, tile["C"]), dtype=torch.float32, device=tokens.device)
+    launch(wrap_triton(_normalise_gradient))[(programs,)](
+        grad_tokens, grad_normed, grad_beside, tokens, out, weight, sums, rows, steps, EPS=eps,
+        TO_MAP=grad_beside is not None, **tile, **geometry,
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+@triton.jit
+def _voxel(row, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr):
+    """The voxel of a token, and whether it lies in the map and not in what fills its last patches."""
+    nz, ny, nx = (D + PZ - 1) // PZ, (H + PY - 1) // PY, (W + PX - 1) // PX
+    patch, group, sample = row % (nz * ny * nx), row // (nz * ny * nx), row // (nz * ny * nx * PZ * PY * PX)
+    x = patch % nx * PX + group % PX
+    y = patch // nx % ny * PY + group // PX % PY
+    z = patch // (nx * ny) * PZ + group // (PX * PY) % PZ
+    return ((sample * D + z) * H + y) * W + x, (x < W) & (y < H) & (z < D)
+
+
+@triton.jit
+def _standardised(value, C: tl.constexpr, EPS: tl.constexpr, inside):
+    """Rows with mean 0 and variance 1, and their reciprocal deviation; zero where not inside."""
+    centred = tl.where(inside, value - (tl.sum(value, 1) / C)[:, None], 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + EPS)
+    return centred * r[:, None], r[:, None]
+
+
+@triton.jit
+def _copy_beside(
+    source, out, voxel, exists, SOURCE_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, R: tl.constexpr,
+    R_LANES: tl.constexpr,
+):  # fmt: skip
+    """R channels of every voxel."""
+    channel = tl.arange(0, R_LANES)[None, :]
+    inside = exists[:, None] & (channel < R)
+    value = tl.load(source + voxel[:, None] * SOURCE_STRIDE + channel, mask=inside)
+    tl.store(out + voxel[:, None] * OUT_STRIDE + channel, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "D", "H", "W"])
+def _normalise(
+    source, update, tokens, normed, beside, weight, bias, rows, D, H, W, EPS: tl.constexpr, FROM_MAP: tl.constexpr,
+    PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr, C: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tokens of a map, or the sum of two, and the same normed."""
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)[None, :]
+    inside = (row < rows)[:, None] & (channel < C)
+    offset = row[:, None] * C + channel
+    if FROM_MAP:
+        voxel, exists = _voxel(row, D, H, W, PZ, PY, PX)
+        exists = exists & (row < rows)
+        value = tl.load(source + voxel[:, None] * (C + R) + channel, mask=exists[:, None] & (channel < C), other=0.0)
+        if R > 0:
+            _copy_beside(source + C, beside, voxel, exists, C + R, R, R, R_LANES)
+    else:
+        value = tl.load(source + offset, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(update + offset, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(tokens.dtype.element_ty)
+    tl.store(tokens + offset, value, mask=inside)
+    xhat, _ = _standardised(value.to(tl.float32), C, EPS, inside)
+    w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
+    tl.store(normed + offset, (xhat * w + b).to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "D", "H", "W"])
+def _normalise_gradient(
+    grad_tokens, grad_normed, grad_beside, tokens, out, weight, sums, rows, steps, D, H, W, EPS: tl.constexpr,
+    TO_MAP: tl.constexpr, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
+    R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the tokens, as they are or as a map, and sums of grad_normed * xhat and of grad_normed."""
+    channel = tl.arange(0, LANES)
+    w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    of_weight = tl.zeros((ROWS, LANES), tl.float32)
+    of_bias = tl.zeros((ROWS, LANES), tl.float32)
+    for step in range(steps):
+        row = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (channel < C)[None, :]
+        offset = row[:, None] * C + channel[None, :]
+        xhat, r = _standardised(tl.load(tokens + offset, mask=inside, other=0.0).to(tl.float32), C, EPS, inside)
+        g = tl.load(grad_normed + offset, mask=inside, other=0.0).to(tl.float32)
+        of_weight += g * xhat
+        of_bias += g
+        g *= w
+        g = r * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
+        g += tl.load(grad_tokens + offset, mask=inside, other=0.0).to(tl.float32)
+        if TO_MAP:
+            voxel, exists = _voxel(row, D, H, W, PZ, PY, PX)
+            exists = exists & (row < rows)
+            offset, inside = voxel[:, None] * (C + R) + channel[None, :], inside & exists[:, None]
+            if R > 0:
+                _copy_beside(grad_beside, out + C, voxel, exists, R, C + R, R, R_LANES)
+        tl.store(out + offset, g.to(out.dtype.element_ty), mask=inside)
+    sums += tl.program_id(0) * 2 * C + channel
+    tl.store(sums, tl.sum(of_weight, 0), mask=channel < C)
+    tl.store(sums + C, tl.sum(of_bias, 0), mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["rows", "D", "H", "W"])
+def _fold(
+    tokens, update, beside, out, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
+    R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The sum of tokens as a map."""
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)[None, :]
+    voxel, exists = _voxel(row, D, H, W, PZ, PY, PX)
+    exists = exists & (row < rows)
+    inside = exists[:, None] & (channel < C)
+    offset = row[:, None] * C + channel
+    value = tl.load(tokens + offset, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(update + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + voxel[:, None] * (C + R) + channel, value.to(out.dtype.element_ty), mask=inside)
+    if R > 0:
+        _copy_beside(beside, out + C, voxel, exists, R, C + R, R, R_LANES)
+
+
+@triton.jit(do_not_specialize=["rows", "D", "H", "W"])
+def _unfold(
+    x, tokens, beside, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
+    R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tokens of a map, zero in what fills the last patches."""
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)[None, :]
+    voxel, exists = _voxel(row, D, H, W, PZ, PY, PX)
+    exists = exists & (row < rows)
+    value = tl.load(x + voxel[:, None] * (C + R) + channel, mask=exists[:, None] & (channel < C), other=0.0)
+    tl.store(tokens + row[:, None] * C + channel, value, mask=(row < rows)[:, None] & (channel < C))
+    if R > 0:
+        _copy_beside(x + C, beside, voxel, exists, C + R, R, R, R_LANES)

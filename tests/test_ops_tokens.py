@@ -1,0 +1,143 @@
+"""The operators between maps and tokens: their kernels in Triton's interpreter on the CPU, and compiled where there is
+a GPU.
+
+The interpreter must be chosen before Triton is imported, so one subprocess (this file run as a script) computes all
+cases and prints their relative errors against PyTorch in float64.
+"""
+
+import json
+
+import pytest
+import torch
+from interpreter import run_interpreted
+from torch import nn
+
+from nnunet_lgms.blocks.attention import SparseTransformer
+from nnunet_lgms.ops import backend, tokens
+
+LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
+CASES = {  # batch, channels of the tokens, channels beside them, size of the map, patch
+    "2d": (2, 6, 4, (8, 12), (2, 2)),
+    "2d_nothing_beside": (1, 96, 0, (6, 4), (2, 2)),
+    "2d_padded": (3, 48, 16, (9, 7), (2, 2)),
+    "3d": (2, 12, 20, (4, 6, 8), (2, 2, 2)),
+    "3d_padded": (1, 5, 3, (5, 1, 7), (1, 2, 3)),
+    "many_programs": (2, 20, 1, (120, 90), (2, 3)),
+}
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def layer(transformer, x, beside_factor):
+    """A layer whose products are factors; what is beside the tokens gets a factor, too."""
+    first, second = transformer
+    channels, patch = first.normalized_shape[0], transformer.patch
+    t, normed, beside = tokens.unfold_norm(x, first, patch)
+    assert (beside is None) == (x.shape[1] == channels)
+    t, normed = tokens.add_norm(t, 2 * normed, second)
+    beside = None if beside is None else beside_factor * beside
+    return tokens.fold_add(t, 3 * normed, beside, patch, x.shape[2:])
+
+
+def all_results(norms, x, grad, factor):
+    """Result, and gradients of the map and of all parameters."""
+    x = x.detach().requires_grad_()
+    out = layer(norms, x, factor)
+    return [out.detach(), *torch.autograd.grad(out, [x, *norms.parameters()], grad)]
+
+
+def make(case, device, dtype=torch.float32):
+    torch.manual_seed(0)
+    batch, channels, beside, size, patch = CASES[case]
+    norms = nn.ModuleList([nn.LayerNorm(channels), nn.LayerNorm(channels)]).to(device)
+    for p in norms.parameters():
+        nn.init.normal_(p)
+    norms.patch = patch
+    x, grad = (
+        (torch.randn(batch, channels + beside, *size) + 1).to(device, dtype).to(memory_format=LAYOUT[len(size) + 2])
+        for _ in range(2)
+    )
+    return norms, x, grad
+
+
+def errors(case, device, dtype=torch.float32):
+    norms, x, grad = make(case, device, dtype)
+    actual = all_results(norms, x, grad, -1)
+    before, tokens.use_kernels = tokens.use_kernels, lambda x: False
+    try:
+        expected = all_results(norms.double(), x.double(), grad.double(), -1)
+    finally:
+        tokens.use_kernels = before
+    assert actual[0].dtype == dtype and actual[0].is_contiguous(memory_format=LAYOUT[x.ndim])
+    return [relative(a, b) for a, b in zip(actual, expected, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_match_float64(interpreted, case):
+    assert max(interpreted[case]) < 1e-5
+
+
+def test_kernels_are_told_what_memory_they_get():
+    """Shapes and strides on tensors without numbers: a channels-last map, as convolutions and norms want it."""
+    transformer = SparseTransformer(12, 24, (2, 2)).to("meta")
+    x = torch.empty(2, 16, 7, 10, device="meta").to(memory_format=torch.channels_last)
+    with backend.as_on_gpu():
+        out = transformer(x, nn.ReLU())
+    assert out.shape == x.shape and backend.channels_last(out)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 5e-3), ("bfloat16", 4e-2)])
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_kernels_match_float64(case, dtype, limit):
+    assert max(errors(case, "cuda", getattr(torch, dtype))) < limit
+
+
+@pytest.mark.gpu
+def test_gradients_repeat_bit_for_bit():
+    results = [all_results(*make("many_programs", "cuda", torch.float16), 2) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["2d_padded", "2d_nothing_beside", "3d"])
+def test_opcheck(case):
+    norms, x, _ = make(case, "cuda")
+    weight, bias, patch = norms[0].weight, norms[0].bias, list(norms.patch)
+    torch.library.opcheck(tokens._unfold_norm, (x.requires_grad_(), weight, bias, 1e-5, patch))
+    t, normed, beside = (t.detach().requires_grad_() for t in tokens._unfold_norm(x, weight, bias, 1e-5, patch))
+    torch.library.opcheck(tokens._add_norm, (t, normed, weight, bias, 1e-5))
+    torch.library.opcheck(tokens._fold_add, (t, normed, beside if beside.numel() else None, patch, list(x.shape[2:])))
+
+
+@pytest.mark.gpu
+def test_compiles_under_autocast():
+    torch.manual_seed(0)
+    transformer = SparseTransformer(48, 128, (2, 2)).cuda()
+    x = torch.randn(2, 64, 31, 42, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+
+    def results(function):
+        leaf = x.detach().requires_grad_()
+        with torch.autocast("cuda", torch.float16):
+            out = function(leaf, nn.ReLU())
+        gradients = torch.autograd.grad(out, [leaf, *transformer.parameters()], torch.ones_like(out))
+        return [out.detach(), *gradients]
+
+    for a, b in zip(results(torch.compile(transformer, fullgraph=True)), results(transformer), strict=True):
+        assert relative(a, b.double()) < 1e-2
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tokens.use_kernels = lambda x: True
+    print(json.dumps({case: errors(case, "cpu") for case in CASES}))
