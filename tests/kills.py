@@ -2,13 +2,15 @@
 
     python tests/kills.py [--kills 20] [--seed 0] [TASK ...]
 
-Tasks: training, preprocessing (of a plan variant), conversion, evaluation. Each is run once undisturbed. Then it is
-started and killed until it was killed ``--kills`` times; whenever a run gets through, its result is compared and the
-task begins anew. Every second kill of a training is aimed at the writing of a checkpoint. What lies on the disk after
-each kill is looked at as well. Prints a line of JSON a task; exit code 1 if anything differed.
+Tasks: training, training_with_workers (two of nnU-Net's processes prepare batches), preprocessing (of a plan variant),
+conversion, evaluation. Each is run once undisturbed. Then it is started and killed until it was killed ``--kills``
+times; whenever a run gets through, its result is compared and the task begins anew. Every second kill of a training is
+aimed at the writing of a checkpoint, or hits one of the processes that prepare batches: then the training has to end by
+itself, with one sentence about it. What lies on the disk after each kill is looked at as well, and that no process is
+left. Prints a line of JSON a task; exit code 1 if anything differed.
 
-Runs are forked from this process, which has imported everything, and use no worker processes, which would survive.
-Linux only. ``test_faults.py`` calls this with few kills.
+Runs are forked from this process, which has imported everything. Linux only. ``test_faults.py`` calls this with few
+kills.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -38,9 +42,12 @@ from workshop import Workshop, make_case, write
 from nnunet_lgms import cli
 from nnunet_lgms.evaluation.requirement import monai_metrics
 from nnunet_lgms.nnunet.checks import check_cases
+from nnunet_lgms.nnunet.workers import PROCESS_ENDED
 
 TRAINER = "nnUNetTrainerLGMSNet_steady"
 PATIENCE = 300  # seconds; a run that takes longer hangs
+AFTERMATH = 10  # seconds until no process of a run is left
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass
@@ -53,6 +60,7 @@ class Task:
         reset: removes all of that.
         look: raises AssertionError if a file is there under its name but not whole; gets the undisturbed result.
         written: a pattern of files that are being written, to aim at.
+        has_workers: whether it has processes of its own, which die as well or alone.
     """
 
     run: Callable[[], None]
@@ -60,6 +68,7 @@ class Task:
     reset: Callable[[], None]
     look: Callable[[object], None]
     written: tuple[Path, str] | None = None
+    has_workers: bool = False
 
 
 def training(workshop: Workshop, dataset: str, folder: Path) -> Task:
@@ -93,6 +102,59 @@ def training(workshop: Workshop, dataset: str, folder: Path) -> Task:
         reset=lambda: shutil.rmtree(fold.parent),
         look=look,
         written=(fold, ".*.checkpoint_*.pth"),
+    )
+
+
+def training_with_workers(workshop: Workshop, dataset: str, folder: Path) -> Task:
+    """Which batches there are is chance here, so what is compared is all the rest.
+
+    Among it: epochs that were in a checkpoint when the training was killed are those of the final one.
+    """
+    fold = workshop.model(dataset, trainer=TRAINER) / "fold_0"
+    epochs: dict[str, list[float]] = {}
+
+    def load(name: str) -> dict:
+        return torch.load(fold / name, weights_only=False)
+
+    def check_epochs(checkpoint: dict) -> None:
+        logged = {key: checkpoint["logging"][key] for key in ("train_losses", "val_losses", "ema_fg_dice")}
+        for key, before in epochs.items():
+            assert logged[key][: len(before)] == before, f"{key} was {before}, is {logged[key]}"
+        epochs.update(logged)
+
+    def result() -> dict:
+        assert not list(fold.glob(".*.pth")), "a temporary checkpoint was left behind"
+        final = load("checkpoint_final.pth")
+        check_epochs(final)
+        assert all(math.isfinite(value) for values in epochs.values() for value in values), epochs
+        assert load("checkpoint_best.pth")["_best_ema"] == final["_best_ema"] == max(epochs["ema_fg_dice"])
+        summary = json.loads((fold / "validation" / "summary.json").read_text())
+        return {
+            "epochs": {key: len(values) for key, values in epochs.items()},
+            "lrs": final["logging"]["lrs"],
+            "weights": {name: (weight.shape, bool(weight.isfinite().all())) for name, weight in weights(final)},
+            "validated": [Path(case["prediction_file"]).name for case in summary["metric_per_case"]],
+        }
+
+    def weights(checkpoint: dict) -> list[tuple[str, torch.Tensor]]:
+        return sorted(checkpoint["network_weights"].items())
+
+    def look(expected: object) -> None:
+        there = {file.name: load(file.name) for file in fold.glob("checkpoint_*.pth")}
+        for name in ("checkpoint_latest.pth", "checkpoint_final.pth"):
+            if name in there:
+                check_epochs(there[name])
+
+    def reset() -> None:
+        shutil.rmtree(fold.parent)
+        epochs.clear()
+
+    return Task(
+        run=lambda: workshop.train(dataset, "-tr", TRAINER, "--c", nnUNet_n_proc_DA="2"),
+        result=result,
+        reset=reset,
+        look=look,
+        has_workers=True,
     )
 
 
@@ -161,7 +223,7 @@ def evaluation(workshop: Workshop, dataset: str, folder: Path) -> Task:
     return Task(run, result, lambda: shutil.rmtree(output), look)
 
 
-TASKS = {task.__name__: task for task in (training, preprocessing, conversion, evaluation)}
+TASKS = {task.__name__: task for task in (training, training_with_workers, preprocessing, conversion, evaluation)}
 
 
 def check(name: str, task: Task, kills: int, rng: random.Random) -> dict:
@@ -177,58 +239,107 @@ def check(name: str, task: Task, kills: int, rng: random.Random) -> dict:
     task.reset()
     done = aimed = compared = 0
     while done < kills:
-        aim = task.written if done % 2 else None
-        if _run(task, rng.uniform(0, duration), aim, rng):
+        aims = bool(done % 2)
+        at_file, at_worker = (task.written if aims else None), aims and task.has_workers
+        if _run(task, rng.uniform(0, duration), at_file, at_worker, rng):
             _compare(name, task.result(), expected)
             compared += 1
             task.reset()
             continue
         done += 1
-        aimed += aim is not None
+        aimed += at_file is not None or at_worker
         task.look(expected)
     assert _run(task, None), f"{name} fails after a kill"
     _compare(name, task.result(), expected)
     return {
         "task": name,
         "kills": done,
-        "aimed_at_a_checkpoint": aimed,
+        "aimed_at_a_worker" if task.has_workers else "aimed_at_a_checkpoint": aimed,
         "results_compared": compared + 1,
         "seconds_undisturbed": round(duration, 2),
         "same_result": True,
     }
 
 
-def _run(task: Task, kill_after: float | None, aim: tuple[Path, str] | None = None, rng=None) -> bool:
-    """Whether the run got through; it is killed after so many seconds, or soon after a file of ``aim`` appears."""
-    child = os.fork()
-    if child == 0:
-        status = 1
+def _run(
+    task: Task,
+    kill_after: float | None,
+    at_file: tuple[Path, str] | None = None,
+    at_worker: bool = False,
+    rng: random.Random | None = None,
+) -> bool:
+    """Whether the run got through.
+
+    It is killed after so many seconds, or soon after a file of ``at_file`` appears; if it is a task with processes, not
+    before it has some, and with ``at_worker`` one of them in its place.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        child = FORK.Process(target=_work, args=(task, errors.fileno()))
+        begin = time.monotonic()
+        child.start()
+        deadline = begin + (PATIENCE if kill_after is None or at_file else kill_after)
+        while time.monotonic() < deadline and child.is_alive():
+            if at_file and any(at_file[0].glob(at_file[1])):
+                time.sleep(rng.uniform(0, 0.02))
+                break
+            time.sleep(0.001 if at_file else 0.005)
+        workers = _workers(child) if task.has_workers and kill_after is not None else []
+        lost_one = at_worker and bool(workers)
+        if lost_one:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+        elif kill_after is not None and not at_worker:
+            child.kill()
+        while child.is_alive() and time.monotonic() < begin + PATIENCE:  # join would wait for its processes as well
+            time.sleep(0.005)
+        said = errors.seek(0) or errors.read()
+        assert child.exitcode is not None and time.monotonic() < begin + PATIENCE, f"a run hangs:\n{said[-3000:]}"
+        _check_that_none_is_left(child.pid)
+        if lost_one and child.exitcode:
+            assert child.exitcode == 1 and said.splitlines()[-1] == PROCESS_ENDED, said[-3000:]
+        else:  # a kill may come when it has just ended by itself
+            assert child.exitcode == 0 or (child.exitcode == -signal.SIGKILL and kill_after is not None), said[-3000:]
+        return child.exitcode == 0
+
+
+def _work(task: Task, errors: int) -> None:
+    os.setsid()
+    os.dup2(errors, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # tqdm's own lock is shared by all forked processes: killed with it in hand, one leaves the next waiting
+    tqdm.set_lock(threading.RLock())
+    task.run()
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """Parent and session of every process that is alive."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # tqdm's own lock is shared by all forked processes: killed with it in hand, one leaves the next waiting
-            tqdm.set_lock(threading.RLock())
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), 1)
-                if kill_after is not None:
-                    os.dup2(nothing.fileno(), 2)
-                task.run()
-            status = 0
-        finally:
-            os._exit(status)
-    begin = time.monotonic()
-    deadline = begin + (PATIENCE if kill_after is None or aim else kill_after)
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            assert status == 0, "a run failed"
-            return True
-        if aim and any(aim[0].glob(aim[1])):
-            time.sleep(rng.uniform(0, 0.02))
-            break
-        time.sleep(0.001 if aim else 0.005)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert time.monotonic() < begin + PATIENCE, "a run hangs"
-    return os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0  # it may have ended by itself just then
+            state, parent, _, session, *_ = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if state != "Z":
+            found[int(file.parent.name)] = int(parent), int(session)
+    return found
+
+
+def _workers(child: multiprocessing.Process) -> list[int]:
+    """Waits until it has some, or ends without."""
+    while child.is_alive():
+        if workers := sorted(pid for pid, (parent, _) in _processes().items() if parent == child.pid):
+            return workers
+        time.sleep(0.005)
+    return []
+
+
+def _check_that_none_is_left(session: int) -> None:
+    end = time.monotonic() + AFTERMATH
+    while left := [pid for pid, (_, of) in _processes().items() if of == session]:
+        if time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"{len(left)} processes were left behind")
+        time.sleep(0.05)
 
 
 def _compare(name: str, result: object, expected: object) -> None:

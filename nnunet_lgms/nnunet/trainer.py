@@ -4,7 +4,9 @@ nnU-Net finds them through ``trainers/``, which only imports them: the modules o
 ``sys.modules`` after the search, and compilation and pickling need theirs to stay.
 """
 
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
 from nnunet_lgms.ops.backend import use_kernels
 
 # A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
@@ -77,6 +80,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             self.enable_deep_supervision = settings_of(self.configuration_manager).deep_supervision
         self.iteration = 0  # within the epoch
         self.steps_without_loss = 0  # in a row
+        self.training_ended = threading.Event()
+        self.training_ended.set()  # it has not begun
 
     def initialize(self):
         with said_in_one_sentence():
@@ -159,6 +164,34 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             )
             check_references(references, validation, ending, again)
         return training, validation
+
+    def get_tr_and_val_datasets(self):
+        """As nnU-Net's; the processes that load from them end with this one."""
+        return tuple(SharedDataset(dataset) for dataset in super().get_tr_and_val_datasets())
+
+    def get_dataloaders(self):
+        before = multiprocessing.active_children()
+        loaders = super().get_dataloaders()
+        workers = [process for process in multiprocessing.active_children() if process not in before]
+        if workers:
+            end_if_one_ends(workers, self.training_ended)
+        return loaders
+
+    def run_training(self):
+        """As nnU-Net's.
+
+        Raises:
+            TrainingError: a process that prepares batches was killed or failed.
+        """
+        self.training_ended.clear()
+        try:
+            super().run_training()
+        except RuntimeError as error:
+            if "no longer alive" not in str(error):
+                raise
+            raise TrainingError(PROCESS_ENDED) from error
+        finally:
+            self.training_ended.set()
 
     def on_train_start(self):
         if not self.was_initialized:
