@@ -32,21 +32,25 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("these tests need a CUDA device, and PyTorch finds none")
     workers = max(1, min(8, (os.cpu_count() or 1) // 4))  # each compiles with threads of its own
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "--numprocesses", str(workers), *args.tests]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout[-6000:])
+    options = ["-m", "gpu", "-v", "-rA", "--durations", "15", "--numprocesses", str(workers)]
+    command = [sys.executable, "-m", "pytest", *options, *args.tests]
+    said = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line.rstrip())
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "nnunetv2"))
-    lines = [line for line in done.stdout.splitlines() if line.startswith(LINE)]
+    lines = [line for line in said if line.startswith(LINE)]
     report = [
         f"Tests marked gpu, {datetime.date.today()}: {torch.cuda.get_device_name()}, Python "
         f"{platform.python_version()}, {packages}.",
         *sorted(lines),
-        done.stdout.strip().splitlines()[-1],
+        said[-1],
     ]
     args.output.mkdir(parents=True, exist_ok=True)
     with written_whole(args.output / "gpu_tests.txt") as temporary:
         temporary.write_text("\n".join(report) + "\n")
-    return done.returncode
+    return process.returncode
 
 
 if __name__ == "__main__":

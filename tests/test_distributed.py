@@ -2,8 +2,8 @@
 
 What the numbers of a process depend on, beside its own samples: the gradients, which DDP averages; the Dice over a
 whole batch, if that is planned, which nnU-Net gathers; and the statistics of batch norm, in 2D, for which nnU-Net puts
-SyncBatchNorm. PyTorch has that for GPUs only, so a few lines stand in for it here. In 3D only levels with attention have
-batch norms.
+SyncBatchNorm. PyTorch has that for GPUs only, so a few lines stand in for it here. In 3D only levels with attention
+have batch norms.
 """
 
 from __future__ import annotations
