@@ -106,6 +106,9 @@ class GraphedLGMSNet(LGMSNet):
             return super().forward(x)
         plain = _WithoutGraphs(self)
         weights = {f"{name}.weight": m.weight for name, m in plain.named_modules() if _is_converted(m)}
+        # A convolution's bias goes to operators that read it as it is.
+        linear = {name: m for name, m in plain.named_modules() if isinstance(m, nn.Linear) and _is_converted(m)}
+        weights |= {f"{name}.bias": m.bias for name, m in linear.items() if m.bias is not None}
         converted = _Convert.apply(torch.get_autocast_dtype("cuda"), *weights.values())
         return functional_call(plain, dict(zip(weights, converted, strict=True)), (x,))
 

@@ -24,7 +24,7 @@ from nnunet_lgms.ops import conv_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act import channel_sums, moments_wanted, norm_act, statistics_known
+from nnunet_lgms.ops.norm_act import channel_sums, moments_wanted, norm_act, shift_cancels, statistics_known
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
@@ -66,29 +66,32 @@ def _is_product(weight: Tensor, groups: int) -> bool:
 
 def _library_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """The convolution of a channels-last map, by the library that does it best."""
-    if bias is not None and torch.is_grad_enabled():
-        return _BiasedConv.apply(x, weight, bias, groups).movedim(-1, 1)
+    if torch.is_grad_enabled() and (bias is not None or groups > 1):
+        return _OwnGradients.apply(x, weight, bias, groups).movedim(-1, 1)
     if _is_product(weight, groups):
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     return _conv(x, weight, bias, groups)
 
 
-class _BiasedConv(Function):
-    """`_library_conv` with this package's gradient of the bias; (B, C_in, *spatial) -> (B, *spatial, C_out)."""
+class _OwnGradients(Function):
+    """`_library_conv` with this package's gradients of a bias and of grouped weights.
+
+    (B, C_in, *spatial) -> (B, *spatial, C_out).
+    """
 
     # torch.compile makes the gradients of a Function contiguous, so this one returns what is contiguous.
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.groups = groups
+        ctx.groups, ctx.has_bias = groups, bias is not None
         with torch.no_grad():
             return _library_conv(x, weight, bias, groups).movedim(1, -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = conv_gradients(
-            grad.movedim(-1, 1), *ctx.saved_tensors, ctx.groups, of_x=ctx.needs_input_grad[0], of_bias=True
+            grad.movedim(-1, 1), *ctx.saved_tensors, ctx.groups, of_x=ctx.needs_input_grad[0], of_bias=ctx.has_bias
         )
         return *gradients, None
 
@@ -133,8 +136,24 @@ def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, re
             norm.weight, norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
         )  # fmt: skip
     wanted = moments_wanted(norm, activation)
-    out, partial = same_conv_moments(x, conv.weight, conv.bias, conv.groups, wanted)
-    return norm_act(out, norm, activation, residual, partial)
+    bias, left = (None, conv.bias) if bias_is_left([x], conv, norm, activation) else (conv.bias, None)
+    out, partial = same_conv_moments(x, conv.weight, bias, conv.groups, wanted)
+    return norm_act(out, norm, activation, residual, partial, left)
+
+
+def bias_is_left(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str) -> bool:
+    """Whether the bias of a convolution of xs is better left to the norm behind it, :func:`norm_act`'s ``shift``.
+
+    PyTorch adds the bias of cuDNN's convolutions in a pass of its own; products and this package's convolutions have it
+    for nothing, but not its gradient, which is zero where the norm subtracts the mean of each channel.
+    """
+    x = xs[0]
+    if conv.bias is None or not use_kernels(x) or x.dtype == torch.float64 or not all(map(channels_last, xs)):
+        return False
+    if shift_cancels(norm, activation):
+        return True
+    served = moments_wanted(norm, activation) is not None or (statistics_known(norm) and not torch.is_grad_enabled())
+    return served and not kernels_fit_conv(xs, conv.weight) and not _is_product(conv.weight, conv.groups)
 
 
 def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
@@ -209,6 +228,7 @@ def _setup(ctx, inputs, output):
     ctx.n_inputs = len(inputs)
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # see norm_act.py
     ctx.save_for_backward(weight, *xs)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
