@@ -46,9 +46,12 @@ class ConvNormAct(nn.Module):
         self.norm = norm_op(out_channels, **norm_op_kwargs)
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last."""
-        return conv_norm_act(x, self.conv, self.norm, self.activation, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last.
+
+        With another map ``beside``, (B, R, *spatial), the two joined: (B, out + R, *spatial).
+        """
+        return conv_norm_act(x, self.conv, self.norm, self.activation, residual, beside)
 
     def moments_wanted(self) -> tuple[str, int, str] | None:
         """What the norm would like to know of the result of the convolution."""

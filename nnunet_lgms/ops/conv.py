@@ -29,6 +29,7 @@ from nnunet_lgms.ops.norm_act import channel_sums, moments_wanted, norm_act, shi
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
 MIN_VOXELS = 1 << 20  # with fewer, cuDNN's kernels are as good
+MIN_VOXELS_FINISHED = 1 << 16  # but not where norm and activation cost them a pass over the map
 
 
 def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -117,7 +118,14 @@ def same_conv_moments(
     return out, partial
 
 
-def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
+def conv_norm_act(
+    x: Tensor,
+    conv: _ConvNd,
+    norm: nn.Module,
+    activation: str,
+    residual: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
     """:func:`same_conv` and :func:`norm_act`; one pass over memory where the norm's statistics are known before.
 
     Args:
@@ -126,19 +134,25 @@ def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, re
         norm: norm of its output channels.
         activation: as in :func:`norm_act`.
         residual: added last, (B, C_out, *spatial).
+        beside: another map, (B, R, *spatial), to join the result with.
 
     Returns:
-        (B, C_out, *spatial).
+        (B, C_out + R, *spatial).
     """
-    if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_conv([x], conv.weight):
-        return _convolve_finished(
+    if (
+        statistics_known(norm)
+        and not torch.is_grad_enabled()
+        and kernels_fit_conv([x], conv.weight, min(MIN_VOXELS, MIN_VOXELS_FINISHED))
+    ):
+        out = _convolve_finished(
             x.to(compute_dtype(x)), conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
             norm.weight, norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
         )  # fmt: skip
+        return out if beside is None else join_channels([out, beside])
     wanted = moments_wanted(norm, activation)
     bias, left = (None, conv.bias) if bias_is_left([x], conv, norm, activation) else (conv.bias, None)
     out, partial = same_conv_moments(x, conv.weight, bias, conv.groups, wanted)
-    return norm_act(out, norm, activation, residual, partial, left)
+    return norm_act(out, norm, activation, residual, partial, left, beside)
 
 
 def bias_is_left(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str) -> bool:
@@ -156,7 +170,7 @@ def bias_is_left(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activatio
     return served and not kernels_fit_conv(xs, conv.weight) and not _is_product(conv.weight, conv.groups)
 
 
-def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
+def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor, min_voxels: int | None = None) -> bool:
     """Few channels, many voxels, channels innermost, half precision, kernels 1 or 3, offsets that fit 32 bits."""
     x = xs[0]
     voxels = x.numel() // x.shape[1]
@@ -166,7 +180,7 @@ def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
         and all(channels_last(x) for x in xs)
         and all(k in (1, 3) for k in weight.shape[2:])
         and max(weight.shape[:2]) <= MAX_CHANNELS[weight.shape[-1]]
-        and voxels >= MIN_VOXELS
+        and voxels >= (MIN_VOXELS if min_voxels is None else min_voxels)
         and voxels * max(weight.shape[0], *(x.shape[1] for x in xs)) < 2**31
     )
 

@@ -28,6 +28,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_lgms.ops import norm_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
 
 #: activation after the norm; "gelu_first" is GELU before it
@@ -47,6 +48,7 @@ def norm_act(
     residual: Tensor | None = None,
     partial: Sequence[Tensor] = (),
     shift: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """activation(norm(x + shift)) + residual, or norm(gelu(x + shift)) for the activation "gelu_first".
 
@@ -58,23 +60,28 @@ def norm_act(
         partial: moments of x by slices, where the operator before took them for this norm and activation; see
             :func:`nnunet_lgms.ops.conv.same_conv_moments`.
         shift: a number for each channel, (C,), or None.
+        beside: another map, (B, R, *spatial), to join the result with.
 
     Returns:
-        (B, C, *spatial) in the dtype of x where the kernels run.
+        (B, C + R, *spatial) in the dtype of x where the kernels run.
     """
+    if beside is not None and not _kernels_fit_joined(x, beside, norm):
+        return join_channels([norm_act(x, norm, activation, residual, partial, shift), beside])
     if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_map(x):
         return _norm_act_known(
             x, shift, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-            None if residual is None else residual.to(x.dtype), norm.eps, activation,
+            None if residual is None else residual.to(x.dtype), beside, norm.eps, activation,
         )  # fmt: skip
     if kernels_fit_norm(x, norm):
         residual = None if residual is None else residual.to(x.dtype)
         cancels = shift_cancels(norm, activation)
         if shift is not None and not cancels:
             partial = ()  # are those of x
-        out, mean, variance = _norm_act_forward(
-            x, list(partial), shift, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation
-        )
+        arguments = x, list(partial), shift, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation
+        if beside is None:
+            out, mean, variance = _norm_act_forward(*arguments)
+        else:
+            out, mean, variance = _norm_act_joined(*arguments, beside)
         update_running_statistics(norm, mean, variance, x, shift if cancels else None)
         return out
     if shift is not None:
@@ -147,6 +154,18 @@ def kernels_fit_map(x: Tensor, channels: int | None = None) -> bool:
         and channels_last(x)
         and channels <= MAX_CHANNELS
         and x.numel() // x.shape[1] * channels < 2**31
+    )
+
+
+def _kernels_fit_joined(x: Tensor, beside: Tensor, norm: nn.Module) -> bool:
+    """Whether the kernels may write their result beside another map: in prediction, which asks for no gradient."""
+    served = statistics_known(norm) and kernels_fit_map(x) or kernels_fit_norm(x, norm)
+    return (
+        not torch.is_grad_enabled()
+        and served
+        and kernels_fit_map(beside)
+        and beside.dtype == x.dtype
+        and x.numel() + beside.numel() < 2**31
     )
 
 
@@ -247,12 +266,46 @@ def _norm_act_forward(
 
     They are those of x where the shift makes no difference to the result, else of x + shift.
     """
+    return _normed(x, partial, shift, weight, bias, residual, kind, groups, eps, activation, None)
+
+
+@triton_op("nnunet_lgms::norm_act_joined", mutates_args=())
+def _norm_act_joined(
+    x: Tensor,
+    partial: Sequence[Tensor],
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+    beside: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the channels of another map behind those of out; for prediction, it has no gradient."""
+    return _normed(x, partial, shift, weight, bias, residual, kind, groups, eps, activation, beside)
+
+
+def _normed(
+    x: Tensor,
+    partial: Sequence[Tensor],
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+    beside: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     from nnunet_lgms.ops import norm_act_triton
 
     shift = None if _cancels(kind, activation) else shift
     mean, variance = batch_moments(x, partial, kind, groups, activation, shift)
     norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
-    return norm_act_triton.apply(x, norm, residual, kind, groups, activation, shift), mean, variance
+    return norm_act_triton.apply(x, norm, residual, kind, groups, activation, shift, beside), mean, variance
 
 
 @triton_op("nnunet_lgms::norm_act_known", mutates_args=())
@@ -264,6 +317,7 @@ def _norm_act_known(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    beside: Tensor | None,
     eps: float,
     activation: str,
 ) -> Tensor:
@@ -271,7 +325,7 @@ def _norm_act_known(
     from nnunet_lgms.ops import norm_act_triton
 
     norm = norm_act_triton.Norm(mean[None], variance[None], weight, bias, eps)
-    return norm_act_triton.apply(x, norm, residual, "batch", 1, activation, shift)
+    return norm_act_triton.apply(x, norm, residual, "batch", 1, activation, shift, beside)
 
 
 @triton_op("nnunet_lgms::norm_act_backward", mutates_args=())

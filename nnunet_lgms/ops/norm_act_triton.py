@@ -21,6 +21,7 @@ from torch.library import wrap_triton
 
 from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm, normal, slope_after_norm
 from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
+from nnunet_lgms.ops.channels_triton import copy_beside
 from nnunet_lgms.ops.launch import launch
 
 TILE = 4096  # elements of a program that writes a map
@@ -158,16 +159,19 @@ def join_moments(partial: PartialMoments, kind: str, groups: int) -> tuple[Tenso
 
 
 def apply(
-    x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int, activation: str, shift: Tensor | None = None
-) -> Tensor:
-    """activation(norm(x + shift)) + residual with given statistics."""
+    x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int, activation: str,
+    shift: Tensor | None = None, beside: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(norm(x + shift)) + residual with given statistics, joined with the channels of another map."""
     plan = Plan(x, kind, groups)
-    out = map_memory(x, plan.channels, x.shape[2:])
+    others = 0 if beside is None else beside.shape[1]
+    out = map_memory(x, plan.channels + others, x.shape[2:])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
     launch(wrap_triton(_apply))[plan.tiles_grid](
-        x, shift, *norm.tensors, residual, out, plan.voxels, plan.sample_stride,
-        SHIFT=shift is not None, RESIDUAL=residual is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
+        x, shift, *norm.tensors, residual, beside, out, plan.voxels, plan.sample_stride,
+        SHIFT=shift is not None, RESIDUAL=residual is not None, ACT=CODES[activation], R=others,
+        R_LANES=triton.next_power_of_2(max(1, others)), **norm.constants(), **plan.tile,
     )  # fmt: skip
     return out.movedim(-1, 1)
 
@@ -320,9 +324,9 @@ def _join_moments(
 
 @triton.jit(do_not_specialize=["voxels", "sample_stride"])
 def _apply(
-    x, shift, mean, variance, weight, bias, residual, out, voxels, sample_stride, SHIFT: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr,
+    x, shift, mean, variance, weight, bias, residual, beside, out, voxels, sample_stride, SHIFT: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr, EPS: tl.constexpr,
+    AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
@@ -334,6 +338,9 @@ def _apply(
     value = after_norm(value * a[None, :] + b[None, :], ACT)
     if RESIDUAL:
         value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
+    if R > 0:
+        copy_beside(beside, out + C, sample * voxels + voxel, voxel < voxels, R, C + R, R, R_LANES)
+        offset = (sample * voxels + voxel)[:, None] * (C + R) + channel[None, :]
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
 
 
