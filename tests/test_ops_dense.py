@@ -66,6 +66,18 @@ NORMS = {  # input shape, norm, activation, mean of the input
     "gelu_before_batch": ((3, 8, 9, 10), nn.BatchNorm2d(8), "gelu_first", 1),
     "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first", 1),
 }
+SHIFTED = {  # input shape, norm, activation: what the bias of a convolution is left to
+    "instance_relu": ((2, 16, 5, 6, 7), InstanceNorm3d(16), "relu"),
+    "batch_relu": ((3, 12, 9, 10), nn.BatchNorm2d(12), "relu"),
+    "group_silu": ((2, 12, 9, 10), nn.GroupNorm(4, 12), "silu"),
+    "gelu_before_batch": ((3, 20, 9, 10), nn.BatchNorm2d(20), "gelu_first"),
+    "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first"),
+}
+SCALED = {  # shape, whether contiguous
+    "2d": ((3, 16, 9, 10), True),
+    "3d": ((2, 5, 3, 9, 7), True),
+    "channels_last": ((2, 32, 5, 6), False),
+}
 BOTTLENECKS = {  # input shape, output channels, norms of input and hidden channels
     "instance": ((2, 16, 5, 6, 7), 16, InstanceNorm3d(16), InstanceNorm3d(32)),
     "batch": ((3, 16, 9, 10), 32, nn.BatchNorm2d(16), nn.BatchNorm2d(32)),
@@ -210,6 +222,66 @@ def norm_errors(shape, norm, activation, mean, device):
     return [relative(out, expected.detach()), *map(relative, actual[: len(wanted)], gradients)]
 
 
+def shifted_errors(shape, norm, activation, device):
+    """Result, gradients, running statistics and prediction with numbers added to the channels in front of the norm."""
+    from nnunet_lgms.ops import norm_act
+
+    x, residual, grad = draw(shape, device).requires_grad_(), draw(shape, device), draw(shape, device)
+    shift = (2 * torch.randn(shape[1])).to(device).requires_grad_()
+    norm = norm.to(device).train()
+    for p in norm.parameters():
+        nn.init.normal_(p)
+
+    def results(norm, residual, kernels):
+        norm_act.use_kernels = lambda x: kernels
+        out = norm_act.norm_act(x.to(residual.dtype), norm, activation, residual, shift=shift.to(residual.dtype))
+        of_x, of_shift, *others = torch.autograd.grad(out, [x, shift, *norm.parameters()], grad.to(out.dtype))
+        if norm_act.shift_cancels(norm, activation):  # but for rounding
+            assert of_shift.abs().max() < 1e-9
+            of_shift = torch.zeros_like(shift)
+        with torch.no_grad():
+            predicted = norm_act.norm_act(x.to(out.dtype), norm.eval(), activation, shift=shift.to(out.dtype))
+            joined = norm_act.norm_act(
+                x.to(out.dtype), norm, activation, residual, shift=shift.to(out.dtype), beside=out
+            )
+            own = norm_act.norm_act(x.to(out.dtype), norm, activation, residual, shift=shift.to(out.dtype))
+            assert torch.equal(joined, torch.cat([own, out], 1)) and joined.shape[1] == 2 * shape[1]
+            assert not kernels or joined.is_contiguous(memory_format=LAYOUT[x.ndim])
+        buffers = [b.double().view(-1) for b in norm.buffers()]
+        return [out.detach(), of_x, of_shift, *others, predicted, *buffers]
+
+    before = norm_act.use_kernels
+    try:
+        expected = results(copy.deepcopy(norm).double(), residual.double(), False)
+        actual = results(norm, residual, True)
+    finally:
+        norm_act.use_kernels = before
+    return [relative(a, e) for a, e in zip(actual, expected, strict=True)]
+
+
+def scaled_errors(shape, contiguous, device):
+    """Two norms of known statistics with a factor between them, as in a GMS block's branch."""
+    from nnunet_lgms.ops import norm_act, scaled_norms
+
+    norm_op = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    norms = nn.ModuleList([norm_op(shape[1]), norm_op(shape[1])]).to(device).eval()
+    for norm in norms:
+        for t in (norm.weight.data, norm.bias.data, norm.running_mean):
+            t.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x, residual, factor = draw(shape, device), draw(shape, device), torch.randn(shape[1], 1, 1, 1).to(device)
+    with torch.no_grad(), patch.object(norm_act, "use_kernels", lambda x: True):
+        assert scaled_norms.scaled_norms_fit(x, *norms)
+        x = x.contiguous() if contiguous else x
+        actual = scaled_norms.scaled_norms(x, norms[0], factor, norms[1], residual)
+    assert actual.is_contiguous(memory_format=LAYOUT[x.ndim])
+    first, second = norms.double()
+    factor = factor.double().view(-1, *(1,) * (x.ndim - 2))
+    with torch.no_grad():
+        expected = second(factor * first(x.double()).relu()) + residual.double()
+    return [relative(actual, expected)]
+
+
 def bottleneck_errors(shape, out_channels, norm1, norm2, device):
     from nnunet_lgms.ops import bottleneck
     from nnunet_lgms.ops.norm_act_triton import PartialMoments, join_moments, moments
@@ -306,6 +378,8 @@ GROUPS = {
     "finished": (FINISHED, finished_errors),
     "moments": (MOMENTS, moments_errors),
     "norm": (NORMS, norm_errors),
+    "shifted": (SHIFTED, shifted_errors),
+    "scaled": (SCALED, scaled_errors),
     "bottleneck": (BOTTLENECKS, bottleneck_errors),
     "upsampling": (UPSAMPLINGS, upsampling_errors),
     "pooling": (POOLINGS, pooling_errors),

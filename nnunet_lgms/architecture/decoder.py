@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.architecture.encoder import LGMSEncoder, make_gms_block
 from nnunet_lgms.architecture.topology import Level
 from nnunet_lgms.blocks import FusionBlock, PlainConvBlock, UpBlock
-from nnunet_lgms.ops import conv_cpu
 from nnunet_lgms.ops.channels import join_channels
+from nnunet_lgms.ops.conv import same_conv
 
 
 class LGMSDecoder(nn.Module):
@@ -94,4 +95,6 @@ class LGMSDecoder(nn.Module):
 
 def _segment(x: Tensor, head: _ConvNd) -> Tensor:
     """(B, C, *spatial) -> logits (B, num_classes, *spatial)."""
-    return conv_cpu.same_conv([x], head.weight, head.bias, groups=1) if x.device.type == "cpu" else head(x)
+    # With a gradient on a GPU, that of so few channels' weights is better left to cuDNN.
+    own = x.device.type == "cpu" or not torch.is_grad_enabled()
+    return same_conv(x, head.weight, head.bias) if own else head(x)

@@ -110,7 +110,10 @@ class GraphedLGMSNet(LGMSNet):
         plain = _WithoutGraphs(self)
         parameters = dict(plain.named_parameters() if parameters is None else parameters)
         if torch.is_autocast_enabled("cuda"):
-            names = [f"{name}.weight" for name, module in plain.named_modules() if _is_converted(module)]
+            modules = {name: module for name, module in plain.named_modules() if _is_converted(module)}
+            names = [f"{name}.weight" for name in modules]
+            # A convolution's bias goes to operators that read it as it is.
+            names += [f"{name}.bias" for name, m in modules.items() if isinstance(m, nn.Linear) and m.bias is not None]
             converted = _Convert.apply(torch.get_autocast_dtype("cuda"), *(parameters[name] for name in names))
             parameters.update(zip(names, converted, strict=True))
         return functional_call(plain, parameters, (x,))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
-from nnunet_lgms.ops.bottleneck import inverted_bottleneck
-from nnunet_lgms.ops.conv import same_conv_moments
+from nnunet_lgms.ops.bottleneck import inverted_bottleneck, kernels_fit_bottleneck
+from nnunet_lgms.ops.conv import bias_is_left, same_conv_moments
 from nnunet_lgms.ops.norm_act import moments_wanted, norm_act
 
 EXPANSION = 4
@@ -61,6 +61,11 @@ class FusionBlock(nn.Module):
         """(B, D, *spatial), or its two halves apart, which need not be joined then -> (B, C, *spatial)."""
         halves = [x] if upsampled is None else [x, upsampled]
         wanted = moments_wanted(self.norm1, "gelu_first")
-        x, moments = same_conv_moments(halves, self.grouped.weight, self.grouped.bias, 2, wanted)
-        x, moments = inverted_bottleneck(x, self.norm1, self.expand, self.norm2, self.squeeze, self.norm3, moments)
+        mixing = self.norm1, self.expand, self.norm2, self.squeeze
+        left = not kernels_fit_bottleneck(halves[0], *mixing) and bias_is_left(
+            halves, self.grouped, self.norm1, "gelu_first"
+        )
+        bias = None if left else self.grouped.bias
+        x, moments = same_conv_moments(halves, self.grouped.weight, bias, 2, wanted)
+        x, moments = inverted_bottleneck(x, *mixing, self.norm3, moments, self.grouped.bias if left else None)
         return norm_act(x, self.norm3, "gelu_first", partial=moments)

@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.blocks.norm import BATCH_NORM
-from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
 from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.ops.scaled_norms import scaled_norms, scaled_norms_fit
 
 
 class ConvBranch(nn.Module):
@@ -42,6 +42,9 @@ class ConvBranch(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
+        if scaled_norms_fit(u, self.norm1, self.norm2):
+            local = multi_kernel_depthwise(u, [self.depthwise.weight], any_layout=True)
+            return scaled_norms(local, self.norm1, self.scale.weight, self.norm2, u)
         local = norm_act(multi_kernel_depthwise(u, [self.depthwise.weight]), self.norm1, "relu")
         # A depthwise 1-kernel is one factor per channel; a convolution would be a slow way to multiply.
         local = local * self.scale.weight.to(local.dtype).view(1, -1, *(1,) * (u.ndim - 2))
@@ -112,4 +115,4 @@ class GMSBlock(nn.Module):
             mixed = self.conv_branch(mixed)
         else:
             mixed = self.transformer(mixed, self.conv_branch if self.split[1] else None)
-        return self.fuse(join_channels([self.mix_out(mixed), x]))
+        return self.fuse(self.mix_out(mixed, beside=x))

@@ -48,5 +48,8 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """(B, in, *spatial) -> (B, out, *size), ``size`` at most ``spatial * stride``."""
         if torch.is_grad_enabled():
-            return self.conv.normalise(*upsample_conv(x, self.stride, size, self.conv.conv, self.conv.moments_wanted()))
+            bias, left = self.conv.biases(x)
+            wanted = self.conv.moments_wanted()
+            out, moments = upsample_conv(x, self.stride, size, self.conv.conv.weight, bias, wanted)
+            return self.conv.normalise(out, moments, left)
         return self.conv(linear_upsample(x, self.stride, size))

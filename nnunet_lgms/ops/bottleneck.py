@@ -45,8 +45,9 @@ def inverted_bottleneck(
     squeeze: _ConvNd,
     norm3: nn.Module,
     partial: Sequence[Tensor] = (),
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """squeeze(norm2(gelu(expand(norm1(gelu(x)))))), and moments of its GELU by slices for the norm behind it.
+    """squeeze(norm2(gelu(expand(norm1(gelu(x + shift)))))), and moments of its GELU by slices for the norm behind it.
 
     Args:
         x: (B, D, *spatial).
@@ -56,14 +57,15 @@ def inverted_bottleneck(
         squeeze: 1x1 convolution to C channels, with bias.
         norm3: the norm of the GELU of the result.
         partial: moments of gelu(x) by slices, where known; see :func:`nnunet_lgms.ops.conv.same_conv_moments`.
+        shift: a number for each channel, (D,), only where :func:`kernels_fit_bottleneck` does not hold.
 
     Returns:
         (B, C, *spatial), and the moments that norm3 needs, or none where they come at a cost.
     """
     if bottleneck_cpu.fits(x, norm1, norm2):
         return bottleneck_cpu.inverted_bottleneck(x, norm1, expand, norm2, squeeze), []
-    if not _kernels_fit(x, norm1, expand, norm2, squeeze):
-        x = conv_norm_act(norm_act(x, norm1, ACTIVATION, partial=partial), expand, norm2, ACTIVATION)
+    if not kernels_fit_bottleneck(x, norm1, expand, norm2, squeeze):
+        x = conv_norm_act(norm_act(x, norm1, ACTIVATION, partial=partial, shift=shift), expand, norm2, ACTIVATION)
         return same_conv_moments(x, squeeze.weight, squeeze.bias, 1, moments_wanted(norm3, ACTIVATION))
     x = x.to(compute_dtype(x))
     parameters = [p for m in (norm1, expand, norm2, squeeze) for p in (m.weight, m.bias)]
@@ -79,7 +81,7 @@ def inverted_bottleneck(
     return out, behind
 
 
-def _kernels_fit(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> bool:
+def kernels_fit_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> bool:
     """Half precision, few channels, norms that the kernels serve; known statistics only without a gradient."""
     hidden, channels = expand.weight.shape[:2]
     if hidden not in HIDDEN or channels not in CHANNELS or squeeze.weight.shape[0] not in CHANNELS:
@@ -195,6 +197,7 @@ def _setup(ctx, inputs, output):
     ctx.spec, ctx.n_partial, ctx.n_constants = inputs[10:16], len(partial), len(inputs) - 10
     _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
+    ctx.set_materialize_grads(False)  # see norm_act.py
     ctx.save_for_backward(x, *statistics[:4], *parameters)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernel that copies some channels of a channels-last map into some channels of another."""
+"""Triton kernels that copy some channels of a channels-last map into some channels of another."""
 
 from __future__ import annotations
 
@@ -55,3 +55,15 @@ def _copy_channels(
     inside = (voxel < voxels) & (channel < channels)
     value = tl.load(x + voxel * x_stride + x_first + channel, mask=inside)
     tl.store(out + voxel * out_stride + out_first + channel, value, mask=inside)
+
+
+@triton.jit
+def copy_beside(
+    source, out, voxel, exists, SOURCE_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, R: tl.constexpr,
+    R_LANES: tl.constexpr,
+):  # fmt: skip
+    """R channels of some voxels, for kernels that write the others of the same map."""
+    channel = tl.arange(0, R_LANES)[None, :]
+    inside = exists[:, None] & (channel < R)
+    value = tl.load(source + voxel[:, None] * SOURCE_STRIDE + channel, mask=inside)
+    tl.store(out + voxel[:, None] * OUT_STRIDE + channel, value, mask=inside)

@@ -24,11 +24,12 @@ from nnunet_lgms.ops import conv_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act import channel_sums, moments_wanted, norm_act, statistics_known
+from nnunet_lgms.ops.norm_act import channel_sums, moments_wanted, norm_act, shift_cancels, statistics_known
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
 MIN_VOXELS = 1 << 20  # with fewer, cuDNN's kernels are as good
+MIN_VOXELS_FINISHED = 1 << 16  # but not where norm and activation cost them a pass over the map
 
 
 def same_conv(x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -66,29 +67,32 @@ def _is_product(weight: Tensor, groups: int) -> bool:
 
 def _library_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """The convolution of a channels-last map, by the library that does it best."""
-    if bias is not None and torch.is_grad_enabled():
-        return _BiasedConv.apply(x, weight, bias, groups).movedim(-1, 1)
+    if torch.is_grad_enabled() and (bias is not None or groups > 1):
+        return _OwnGradients.apply(x, weight, bias, groups).movedim(-1, 1)
     if _is_product(weight, groups):
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     return _conv(x, weight, bias, groups)
 
 
-class _BiasedConv(Function):
-    """`_library_conv` with this package's gradient of the bias; (B, C_in, *spatial) -> (B, *spatial, C_out)."""
+class _OwnGradients(Function):
+    """`_library_conv` with this package's gradients of a bias and of grouped weights.
+
+    (B, C_in, *spatial) -> (B, *spatial, C_out).
+    """
 
     # torch.compile makes the gradients of a Function contiguous, so this one returns what is contiguous.
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.groups = groups
+        ctx.groups, ctx.has_bias = groups, bias is not None
         with torch.no_grad():
             return _library_conv(x, weight, bias, groups).movedim(1, -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = conv_gradients(
-            grad.movedim(-1, 1), *ctx.saved_tensors, ctx.groups, of_x=ctx.needs_input_grad[0], of_bias=True
+            grad.movedim(-1, 1), *ctx.saved_tensors, ctx.groups, of_x=ctx.needs_input_grad[0], of_bias=ctx.has_bias
         )
         return *gradients, None
 
@@ -114,7 +118,14 @@ def same_conv_moments(
     return out, partial
 
 
-def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None = None) -> Tensor:
+def conv_norm_act(
+    x: Tensor,
+    conv: _ConvNd,
+    norm: nn.Module,
+    activation: str,
+    residual: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
     """:func:`same_conv` and :func:`norm_act`; one pass over memory where the norm's statistics are known before.
 
     Args:
@@ -123,21 +134,43 @@ def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, re
         norm: norm of its output channels.
         activation: as in :func:`norm_act`.
         residual: added last, (B, C_out, *spatial).
+        beside: another map, (B, R, *spatial), to join the result with.
 
     Returns:
-        (B, C_out, *spatial).
+        (B, C_out + R, *spatial).
     """
-    if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_conv([x], conv.weight):
-        return _convolve_finished(
+    if (
+        statistics_known(norm)
+        and not torch.is_grad_enabled()
+        and kernels_fit_conv([x], conv.weight, min(MIN_VOXELS, MIN_VOXELS_FINISHED))
+    ):
+        out = _convolve_finished(
             x.to(compute_dtype(x)), conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
             norm.weight, norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
         )  # fmt: skip
+        return out if beside is None else join_channels([out, beside])
     wanted = moments_wanted(norm, activation)
-    out, partial = same_conv_moments(x, conv.weight, conv.bias, conv.groups, wanted)
-    return norm_act(out, norm, activation, residual, partial)
+    bias, left = (None, conv.bias) if bias_is_left([x], conv, norm, activation) else (conv.bias, None)
+    out, partial = same_conv_moments(x, conv.weight, bias, conv.groups, wanted)
+    return norm_act(out, norm, activation, residual, partial, left, beside)
 
 
-def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
+def bias_is_left(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str) -> bool:
+    """Whether the bias of a convolution of xs is better left to the norm behind it, :func:`norm_act`'s ``shift``.
+
+    PyTorch adds the bias of cuDNN's convolutions in a pass of its own; products and this package's convolutions have it
+    for nothing, but not its gradient, which is zero where the norm subtracts the mean of each channel.
+    """
+    x = xs[0]
+    if conv.bias is None or not use_kernels(x) or x.dtype == torch.float64 or not all(map(channels_last, xs)):
+        return False
+    if shift_cancels(norm, activation):
+        return True
+    served = moments_wanted(norm, activation) is not None or (statistics_known(norm) and not torch.is_grad_enabled())
+    return served and not kernels_fit_conv(xs, conv.weight) and not _is_product(conv.weight, conv.groups)
+
+
+def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor, min_voxels: int | None = None) -> bool:
     """Few channels, many voxels, channels innermost, half precision, kernels 1 or 3, offsets that fit 32 bits."""
     x = xs[0]
     voxels = x.numel() // x.shape[1]
@@ -147,7 +180,7 @@ def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor) -> bool:
         and all(channels_last(x) for x in xs)
         and all(k in (1, 3) for k in weight.shape[2:])
         and max(weight.shape[:2]) <= MAX_CHANNELS[weight.shape[-1]]
-        and voxels >= MIN_VOXELS
+        and voxels >= (MIN_VOXELS if min_voxels is None else min_voxels)
         and voxels * max(weight.shape[0], *(x.shape[1] for x in xs)) < 2**31
     )
 
@@ -209,6 +242,7 @@ def _setup(ctx, inputs, output):
     ctx.n_inputs = len(inputs)
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # see norm_act.py
     ctx.save_for_backward(weight, *xs)
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -37,7 +37,11 @@ CPU_CHUNK = 1 << 24
 
 
 def multi_kernel_depthwise(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, residual: bool = False
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    residual: bool = False,
+    any_layout: bool = False,
 ) -> Tensor:
     """Depthwise "same" convolution with a kernel of its own for every group of channels.
 
@@ -47,6 +51,7 @@ def multi_kernel_depthwise(
             every k is odd (1 is allowed, e.g. across thick slices).
         biases: one (C_i,) tensor for each group, or None.
         residual: add x to the result, on the GPU in the same pass over memory.
+        any_layout: the result may be contiguous below a channels-last x, which spares a copy on the GPU.
 
     Returns:
         (B, C, *spatial) in the dtype of x (in autocast's dtype where that is on) and in its memory format. Weights and
@@ -64,14 +69,15 @@ def multi_kernel_depthwise(
         x = x.to(torch.get_autocast_dtype(device))
     channels = [w.shape[0] for w in weights]
     kernels = [k for w in weights for k in w.shape[2:]]
-    parameters = torch.cat([p.reshape(-1) for p in [*weights, *(biases or [])]])
+    parameters = [p.reshape(-1) for p in [*weights, *(biases or [])]]
+    parameters = parameters[0] if len(parameters) == 1 else torch.cat(parameters)
     if depthwise_cpu.fits(x):
         return _convolve(x, parameters, channels, kernels, biases is not None, False, residual)
     # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
     # whatever wrote x and whatever reads the result.
     memory_format = _memory_format(x)
     out = _convolve(to_channels_first(x), parameters, channels, kernels, biases is not None, False, residual)
-    return to_channels_last(out) if memory_format != torch.contiguous_format else out
+    return out if any_layout or memory_format == torch.contiguous_format else to_channels_last(out)
 
 
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> None:

@@ -53,7 +53,7 @@ class _Copy(Function):
 
 
 def _fits_kernels(x: Tensor) -> bool:
-    return use_kernels(x) and x.numel() < 2**31 and x.dtype != torch.float64
+    return use_kernels(x) and 0 < x.numel() < 2**31 and x.dtype != torch.float64
 
 
 @triton_op("nnunet_lgms::channels_first", mutates_args=())

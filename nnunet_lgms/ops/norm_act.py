@@ -6,6 +6,9 @@ needs two passes likewise and stores nothing but x. The norms differ only in wha
 channel of one sample (instance), of a group of channels (group), of one channel of all samples (batch). All end as one
 scale and one shift per sample and channel.
 
+The bias of the convolution in front may be left to the norm (`shift`), which adds it to what it loads anyway, where
+PyTorch would go over the map for it. Where each channel's own mean is subtracted, it need not be added at all.
+
 LGMSNet puts GELU before the norm in its Fusion block and other activations behind it elsewhere; both orders are one
 operator. Everywhere but on channels-last CUDA maps, and everywhere when the environment variable NNUNET_LGMS_KERNELS
 is `off`, PyTorch's modules do the same, on the CPU in the forms of `norm_cpu.py`.
@@ -25,6 +28,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_lgms.ops import norm_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
 
 #: activation after the norm; "gelu_first" is GELU before it
@@ -38,9 +42,15 @@ MAX_CHANNELS = 512
 
 
 def norm_act(
-    x: Tensor, norm: nn.Module, activation: str, residual: Tensor | None = None, partial: Sequence[Tensor] = ()
+    x: Tensor,
+    norm: nn.Module,
+    activation: str,
+    residual: Tensor | None = None,
+    partial: Sequence[Tensor] = (),
+    shift: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """activation(norm(x)) + residual, or norm(gelu(x)) for the activation "gelu_first".
+    """activation(norm(x + shift)) + residual, or norm(gelu(x + shift)) for the activation "gelu_first".
 
     Args:
         x: (B, C, *spatial).
@@ -49,22 +59,33 @@ def norm_act(
         residual: added last, (B, C, *spatial).
         partial: moments of x by slices, where the operator before took them for this norm and activation; see
             :func:`nnunet_lgms.ops.conv.same_conv_moments`.
+        shift: a number for each channel, (C,), or None.
+        beside: another map, (B, R, *spatial), to join the result with.
 
     Returns:
-        (B, C, *spatial) in the dtype of x where the kernels run.
+        (B, C + R, *spatial) in the dtype of x where the kernels run.
     """
+    if beside is not None and not _kernels_fit_joined(x, beside, norm):
+        return join_channels([norm_act(x, norm, activation, residual, partial, shift), beside])
     if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_map(x):
         return _norm_act_known(
-            x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-            None if residual is None else residual.to(x.dtype), norm.eps, activation,
+            x, shift, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+            None if residual is None else residual.to(x.dtype), beside, norm.eps, activation,
         )  # fmt: skip
     if kernels_fit_norm(x, norm):
         residual = None if residual is None else residual.to(x.dtype)
-        out, mean, variance = _norm_act_forward(
-            x, list(partial), norm.weight, norm.bias, residual, *NormSpec.of(norm), activation
-        )
-        update_running_statistics(norm, mean, variance, x)
+        cancels = shift_cancels(norm, activation)
+        if shift is not None and not cancels:
+            partial = ()  # are those of x
+        arguments = x, list(partial), shift, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation
+        if beside is None:
+            out, mean, variance = _norm_act_forward(*arguments)
+        else:
+            out, mean, variance = _norm_act_joined(*arguments, beside)
+        update_running_statistics(norm, mean, variance, x, shift if cancels else None)
         return out
+    if shift is not None:
+        x = x + shift.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
     if norm_cpu.fits(x, norm):
         first = activation == "gelu_first"
         return norm_cpu.norm_act(F.gelu(x) if first else x, norm, "none" if first else activation, residual)
@@ -92,6 +113,15 @@ class NormSpec(NamedTuple):
 def statistics_known(norm: nn.Module) -> bool:
     """Whether the statistics are known before the map is: a batch norm in prediction."""
     return isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats
+
+
+def shift_cancels(norm: nn.Module, activation: str) -> bool:
+    """Whether a number that is added to a whole channel makes no difference: the norm subtracts the channel's mean."""
+    return _from_this_batch(norm) and _cancels(NormSpec.of(norm).kind, activation)
+
+
+def _cancels(kind: str, activation: str) -> bool:
+    return kind != "group" and activation != "gelu_first"
 
 
 def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None) -> bool:
@@ -127,6 +157,18 @@ def kernels_fit_map(x: Tensor, channels: int | None = None) -> bool:
     )
 
 
+def _kernels_fit_joined(x: Tensor, beside: Tensor, norm: nn.Module) -> bool:
+    """Whether the kernels may write their result beside another map: in prediction, which asks for no gradient."""
+    served = statistics_known(norm) and kernels_fit_map(x) or kernels_fit_norm(x, norm)
+    return (
+        not torch.is_grad_enabled()
+        and served
+        and kernels_fit_map(beside)
+        and beside.dtype == x.dtype
+        and x.numel() + beside.numel() < 2**31
+    )
+
+
 def channel_sums(x: Tensor) -> Tensor:
     """Sum of every channel, (B, C, *spatial) -> (C,) in float32."""
     if kernels_fit_map(x):
@@ -141,33 +183,77 @@ def _channel_means(x: Tensor) -> Tensor:
     return norm_act_triton.moments(x, "batch", 1, "none")[0].view(-1)
 
 
-def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, x: Tensor) -> None:
-    """What BatchNorm does to its buffers in training, nothing for others; the running variance is the unbiased one."""
+def update_running_statistics(
+    norm: nn.Module, mean: Tensor, variance: Tensor, x: Tensor, shift: Tensor | None = None
+) -> None:
+    """What BatchNorm does to its buffers in training, nothing for others; the running variance is the unbiased one.
+
+    The mean is that of what was normed less ``shift``, (C,).
+    """
     if not (isinstance(norm, _BatchNorm) and norm.track_running_stats):
         return
     count = x.numel() // x.shape[1]
+    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
     with torch.no_grad():
+        if _kernel_fits_statistics(norm):
+            unbiased = count / max(count - 1, 1)
+            _update_running_statistics(mean, variance, shift, *buffers, float(norm.momentum), unbiased)
+            return
+        if shift is not None:
+            mean = mean + shift
         norm.num_batches_tracked.add_(1)
         momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean[0].to(norm.running_mean.dtype), momentum)
         norm.running_var.lerp_(variance[0].to(norm.running_var.dtype) * (count / max(count - 1, 1)), momentum)
 
 
+def _kernel_fits_statistics(norm: nn.Module) -> bool:
+    """One launch in place of five; a compiler fuses those itself."""
+    return (
+        use_kernels(norm.running_mean)
+        and not torch.compiler.is_compiling()
+        and norm.momentum is not None
+        and norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    )
+
+
+@triton_op(
+    "nnunet_lgms::update_running_statistics", mutates_args=("running_mean", "running_variance", "batches_tracked")
+)
+def _update_running_statistics(
+    mean: Tensor,
+    variance: Tensor,
+    shift: Tensor | None,
+    running_mean: Tensor,
+    running_variance: Tensor,
+    batches_tracked: Tensor,
+    momentum: float,
+    unbiased: float,
+) -> None:
+    """Of a batch norm, from the statistics of a batch, (1, C); ``unbiased`` is a factor of the variance."""
+    from nnunet_lgms.ops import norm_act_triton
+
+    norm_act_triton.update_running_statistics(
+        mean, variance, shift, running_mean, running_variance, batches_tracked, momentum, unbiased
+    )
+
+
 def batch_moments(
-    x: Tensor, partial: Sequence[Tensor], kind: str, groups: int, activation: str
+    x: Tensor, partial: Sequence[Tensor], kind: str, groups: int, activation: str, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of x, (B, C) or, for the batch norm, (1, C) in float32, from its slices if they are known."""
+    """Mean and variance of x + shift, (B, C) or, for the batch norm, (1, C) in float32, from its slices if known."""
     from nnunet_lgms.ops import norm_act_triton
 
     if partial:
         return norm_act_triton.join_moments(norm_act_triton.PartialMoments(*partial), kind, groups)
-    return norm_act_triton.moments(x, kind, groups, activation)
+    return norm_act_triton.moments(x, kind, groups, activation, shift)
 
 
 @triton_op("nnunet_lgms::norm_act", mutates_args=())
 def _norm_act_forward(
     x: Tensor,
     partial: Sequence[Tensor],
+    shift: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -176,22 +262,62 @@ def _norm_act_forward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, mean, variance); the statistics are (B, C), or (1, C) for the batch norm, in float32."""
+    """(out, mean, variance); the statistics are (B, C), or (1, C) for the batch norm, in float32.
+
+    They are those of x where the shift makes no difference to the result, else of x + shift.
+    """
+    return _normed(x, partial, shift, weight, bias, residual, kind, groups, eps, activation, None)
+
+
+@triton_op("nnunet_lgms::norm_act_joined", mutates_args=())
+def _norm_act_joined(
+    x: Tensor,
+    partial: Sequence[Tensor],
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+    beside: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the channels of another map behind those of out; for prediction, it has no gradient."""
+    return _normed(x, partial, shift, weight, bias, residual, kind, groups, eps, activation, beside)
+
+
+def _normed(
+    x: Tensor,
+    partial: Sequence[Tensor],
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+    beside: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     from nnunet_lgms.ops import norm_act_triton
 
-    mean, variance = batch_moments(x, partial, kind, groups, activation)
+    shift = None if _cancels(kind, activation) else shift
+    mean, variance = batch_moments(x, partial, kind, groups, activation, shift)
     norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
-    return norm_act_triton.apply(x, norm, residual, kind, groups, activation), mean, variance
+    return norm_act_triton.apply(x, norm, residual, kind, groups, activation, shift, beside), mean, variance
 
 
 @triton_op("nnunet_lgms::norm_act_known", mutates_args=())
 def _norm_act_known(
     x: Tensor,
+    shift: Tensor | None,
     mean: Tensor,
     variance: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    beside: Tensor | None,
     eps: float,
     activation: str,
 ) -> Tensor:
@@ -199,13 +325,14 @@ def _norm_act_known(
     from nnunet_lgms.ops import norm_act_triton
 
     norm = norm_act_triton.Norm(mean[None], variance[None], weight, bias, eps)
-    return norm_act_triton.apply(x, norm, residual, "batch", 1, activation)
+    return norm_act_triton.apply(x, norm, residual, "batch", 1, activation, shift, beside)
 
 
 @triton_op("nnunet_lgms::norm_act_backward", mutates_args=())
 def _norm_act_backward(
     grad: Tensor,
     x: Tensor,
+    shift: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -219,26 +346,32 @@ def _norm_act_backward(
     from nnunet_lgms.ops import norm_act_triton
 
     norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
-    return norm_act_triton.backward(grad, x, norm, kind, groups, activation)
+    return norm_act_triton.backward(grad, x, norm, kind, groups, activation, shift)
 
 
 def _setup(ctx, inputs, output):
-    x, partial, weight, bias, residual, *ctx.spec = inputs
+    x, partial, shift, weight, bias, residual, *ctx.spec = inputs
     _, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
+    ctx.set_materialize_grads(False)  # or a kernel each makes zeros of what has no gradient
     ctx.n_partial, ctx.has_residual = len(partial), residual is not None
-    ctx.save_for_backward(x, weight, bias, mean, variance)
+    kind, *_, activation = ctx.spec
+    ctx.cancels = _cancels(kind, activation)
+    ctx.save_for_backward(x, shift, weight, bias, mean, variance)
 
 
 def _backward(ctx, grad, _grad_mean, _grad_variance):
-    x, weight, bias, mean, variance = ctx.saved_tensors
+    x, shift, weight, bias, mean, variance = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _norm_act_backward(
-        to_channels_last(grad), x, weight, bias, mean, variance, *ctx.spec
+        to_channels_last(grad), x, None if ctx.cancels else shift, weight, bias, mean, variance, *ctx.spec
     )
+    grad_shift = None
+    if shift is not None and ctx.needs_input_grad[2]:
+        grad_shift = torch.zeros_like(shift) if ctx.cancels else channel_sums(grad_x).to(shift.dtype)
     grad_weight = None if weight is None else grad_weight.to(weight.dtype)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)
     grad_residual = grad if ctx.has_residual else None
-    return grad_x, [None] * ctx.n_partial, grad_weight, grad_bias, grad_residual, *[None] * len(ctx.spec)
+    return grad_x, [None] * ctx.n_partial, grad_shift, grad_weight, grad_bias, grad_residual, *[None] * len(ctx.spec)
 
 
 _norm_act_forward.register_autograd(_backward, setup_context=_setup)

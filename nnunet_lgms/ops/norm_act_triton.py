@@ -21,10 +21,12 @@ from torch.library import wrap_triton
 
 from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm, normal, slope_after_norm
 from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
+from nnunet_lgms.ops.channels_triton import copy_beside
 from nnunet_lgms.ops.launch import launch
 
 TILE = 4096  # elements of a program that writes a map
 SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
+MAX_LANES = 512  # channels of a norm, at most
 JOINED = 8192  # slices x channels that are joined by one program, at most
 JOINED_CHANNELS = 8  # that one program joins: a sector of memory
 
@@ -131,13 +133,14 @@ class Norm(NamedTuple):
         return {"EPS": self.eps, "AFFINE": self.weight is not None}
 
 
-def moments(x: Tensor, kind: str, groups: int, activation: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance of x, behind the activation if that comes first; see `norm_act.py`."""
+def moments(x: Tensor, kind: str, groups: int, activation: str, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x + shift, behind the activation if that comes first; see `norm_act.py`."""
     plan = Plan(x, kind, groups)
     partial = plan.partial_moments(x)
     launch(wrap_triton(_moments))[plan.slices_grid](
-        x, *partial, plan.voxels, plan.steps, ACT=first_act(activation), **plan.sum_tile
-    )
+        x, shift, *partial, plan.voxels, plan.steps, SHIFT=shift is not None, ACT=first_act(activation),
+        **plan.sum_tile,
+    )  # fmt: skip
     return join_moments(partial, kind, groups)
 
 
@@ -155,31 +158,37 @@ def join_moments(partial: PartialMoments, kind: str, groups: int) -> tuple[Tenso
     return mean, variance
 
 
-def apply(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int, activation: str) -> Tensor:
-    """activation(norm(x)) + residual with given statistics."""
+def apply(
+    x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int, activation: str,
+    shift: Tensor | None = None, beside: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(norm(x + shift)) + residual with given statistics, joined with the channels of another map."""
     plan = Plan(x, kind, groups)
-    out = map_memory(x, plan.channels, x.shape[2:])
+    others = 0 if beside is None else beside.shape[1]
+    out = map_memory(x, plan.channels + others, x.shape[2:])
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
     launch(wrap_triton(_apply))[plan.tiles_grid](
-        x, *norm.tensors, residual, out, plan.voxels, plan.sample_stride,
-        RESIDUAL=residual is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
+        x, shift, *norm.tensors, residual, beside, out, plan.voxels, plan.sample_stride,
+        SHIFT=shift is not None, RESIDUAL=residual is not None, ACT=CODES[activation], R=others,
+        R_LANES=triton.next_power_of_2(max(1, others)), **norm.constants(), **plan.tile,
     )  # fmt: skip
     return out.movedim(-1, 1)
 
 
 def backward(
-    grad: Tensor, x: Tensor, norm: Norm, kind: str, groups: int, activation: str
+    grad: Tensor, x: Tensor, norm: Norm, kind: str, groups: int, activation: str, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; see `norm_act.py`."""
     plan = Plan(x, kind, groups)
     partial = plan.partial(x)
     launch(wrap_triton(_gradient_sums))[plan.slices_grid](
-        grad, x, *norm.tensors, *partial, plan.voxels, plan.steps, plan.sample_stride,
-        ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
+        grad, x, shift, *norm.tensors, *partial, plan.voxels, plan.steps, plan.sample_stride,
+        SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
     )  # fmt: skip
     grad_weight, grad_bias, *means = join_gradient_sums(plan, partial, norm)
-    return apply_gradient(plan, grad, x, norm, *means, activation), over_samples(grad_weight), over_samples(grad_bias)
+    grad_x = apply_gradient(plan, grad, x, norm, *means, activation, shift)
+    return grad_x, over_samples(grad_weight), over_samples(grad_bias)
 
 
 def over_samples(gradient: Tensor) -> Tensor:
@@ -198,31 +207,63 @@ def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Te
 
 
 def apply_gradient(
-    plan: Plan, grad: Tensor, x: Tensor, norm: Norm, mean_g: Tensor, mean_gx: Tensor, activation: str
-) -> Tensor:
+    plan: Plan, grad: Tensor, x: Tensor, norm: Norm, mean_g: Tensor, mean_gx: Tensor, activation: str,
+    shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Gradient of x."""
     out = map_memory(x, plan.channels, x.shape[2:])
     launch(wrap_triton(_apply_gradient))[plan.tiles_grid](
-        grad, x, *norm.tensors, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
-        ACT=CODES[activation], **norm.constants(), **plan.tile,
+        grad, x, shift, *norm.tensors, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
+        SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
     )  # fmt: skip
     return out.movedim(-1, 1)
 
 
+def update_running_statistics(
+    mean: Tensor,
+    variance: Tensor,
+    shift: Tensor | None,
+    running_mean: Tensor,
+    running_variance: Tensor,
+    batches_tracked: Tensor,
+    momentum: float,
+    unbiased: float,
+) -> None:
+    """What BatchNorm does to its buffers in training; see `norm_act.py`."""
+    channels = running_mean.numel()
+    launch(wrap_triton(_update_running_statistics))[(1,)](
+        mean, variance, shift, running_mean, running_variance, batches_tracked, channels, momentum, unbiased,
+        SHIFT=shift is not None, LANES=MAX_LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shifted(value, shift, channel, C: tl.constexpr, SHIFT: tl.constexpr):
+    """(ROWS, LANES) numbers of a map in float32, and to each channel its shift."""
+    value = value.to(tl.float32)
+    if SHIFT:
+        value += tl.load(shift + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    return value
+
+
 # Sizes stay run-time values, and tell the compiler nothing: each version less is a tenth of a second of compilation.
 @triton.jit(do_not_specialize=["voxels", "steps"])
-def _moments(x, partial_mean, partial_m2, partial_count, voxels, steps, ACT: tl.constexpr,
+def _moments(x, shift, partial_mean, partial_m2, partial_count, voxels, steps, SHIFT: tl.constexpr, ACT: tl.constexpr,
              C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     channel = tl.arange(0, LANES)
     begin = tl.program_id(0) * steps * ROWS
     x += tl.program_id(1) * voxels * C
-    origin = before_norm(tl.load(x + begin * C + channel, mask=channel < C, other=0.0).to(tl.float32), ACT)
+    origin = tl.load(x + begin * C + channel, mask=channel < C, other=0.0).to(tl.float32)
+    if SHIFT:
+        origin += tl.load(shift + channel, mask=channel < C, other=0.0).to(tl.float32)
+    origin = before_norm(origin, ACT)
     first = tl.zeros((ROWS, LANES), tl.float32)
     second = tl.zeros((ROWS, LANES), tl.float32)
     for step in range(steps):
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-        value = tl.load(x + voxel[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + voxel[:, None] * C + channel[None, :], mask=inside, other=0.0)
+        value = _shifted(value, shift, channel, C, SHIFT)
         value = tl.where(inside, before_norm(value, ACT) - origin[None, :], 0.0)
         first += value
         second += value * value
@@ -283,8 +324,9 @@ def _join_moments(
 
 @triton.jit(do_not_specialize=["voxels", "sample_stride"])
 def _apply(
-    x, mean, variance, weight, bias, residual, out, voxels, sample_stride, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    x, shift, mean, variance, weight, bias, residual, beside, out, voxels, sample_stride, SHIFT: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr, EPS: tl.constexpr,
+    AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
@@ -292,17 +334,21 @@ def _apply(
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    value = before_norm(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32), ACT)
+    value = before_norm(_shifted(tl.load(x + offset, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
     value = after_norm(value * a[None, :] + b[None, :], ACT)
     if RESIDUAL:
         value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
+    if R > 0:
+        copy_beside(beside, out + C, sample * voxels + voxel, voxel < voxels, R, C + R, R, R_LANES)
+        offset = (sample * voxels + voxel)[:, None] * (C + R) + channel[None, :]
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["voxels", "steps", "sample_stride"])
 def _gradient_sums(
-    grad, x, mean, variance, weight, bias, partial_g, partial_gx, voxels, steps, sample_stride, ACT: tl.constexpr,
-    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    grad, x, shift, mean, variance, weight, bias, partial_g, partial_gx, voxels, steps, sample_stride,
+    SHIFT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums of g, the gradient behind the norm, and of g times the normalised x."""
     channel = tl.arange(0, LANES)
@@ -315,7 +361,7 @@ def _gradient_sums(
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-        value = before_norm(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32), ACT)
+        value = before_norm(_shifted(tl.load(x + offset, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
         g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
         g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
         sum_g += g
@@ -350,8 +396,9 @@ def _join_gradient_sums(
 
 @triton.jit(do_not_specialize=["voxels", "sample_stride"])
 def _apply_gradient(
-    grad, x, mean, variance, weight, bias, mean_g, mean_gx, out, voxels, sample_stride, ACT: tl.constexpr,
-    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    grad, x, shift, mean, variance, weight, bias, mean_g, mean_gx, out, voxels, sample_stride, SHIFT: tl.constexpr,
+    ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = r (w g - mean(w g) - xhat mean(w g xhat)), through the activation in front of the norm if there is one."""
     channel = tl.arange(0, LANES)
@@ -364,7 +411,7 @@ def _apply_gradient(
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    raw = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    raw = _shifted(tl.load(x + offset, mask=inside, other=0.0), shift, channel, C, SHIFT)
     value = raw
     if ACT == 4:
         below, density = normal(raw)
@@ -375,3 +422,21 @@ def _apply_gradient(
     if ACT == 4:
         g = g * (below + raw * density)
     tl.store(out + offset, g.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["channels", "momentum", "unbiased"])
+def _update_running_statistics(
+    mean, variance, shift, running_mean, running_variance, batches_tracked, channels, momentum, unbiased,
+    SHIFT: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    channel = tl.arange(0, LANES)
+    inside = channel < channels
+    now = tl.load(mean + channel, mask=inside)
+    if SHIFT:
+        now += tl.load(shift + channel, mask=inside).to(tl.float32)
+    before = tl.load(running_mean + channel, mask=inside)
+    tl.store(running_mean + channel, before + momentum * (now - before), mask=inside)
+    now = tl.load(variance + channel, mask=inside) * unbiased
+    before = tl.load(running_variance + channel, mask=inside)
+    tl.store(running_variance + channel, before + momentum * (now - before), mask=inside)
+    tl.store(batches_tracked, tl.load(batches_tracked) + 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nnunet_lgms.ops.backend import map_memory
+from nnunet_lgms.ops.channels_triton import copy_beside
 from nnunet_lgms.ops.launch import launch
 
 TILE = 2048  # numbers that a program holds of a tensor
@@ -156,18 +157,6 @@ def _standardised(value, C: tl.constexpr, EPS: tl.constexpr, inside):
     return centred * r[:, None], r[:, None]
 
 
-@triton.jit
-def _copy_beside(
-    source, out, voxel, exists, SOURCE_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, R: tl.constexpr,
-    R_LANES: tl.constexpr,
-):  # fmt: skip
-    """R channels of every voxel."""
-    channel = tl.arange(0, R_LANES)[None, :]
-    inside = exists[:, None] & (channel < R)
-    value = tl.load(source + voxel[:, None] * SOURCE_STRIDE + channel, mask=inside)
-    tl.store(out + voxel[:, None] * OUT_STRIDE + channel, value, mask=inside)
-
-
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
 def _normalise(
     source, update, tokens, normed, beside, weight, bias, rows, D, H, W, EPS: tl.constexpr, FROM_MAP: tl.constexpr,
@@ -183,7 +172,7 @@ def _normalise(
         exists = exists & (row < rows)
         value = tl.load(source + voxel[:, None] * (C + R) + channel, mask=exists[:, None] & (channel < C), other=0.0)
         if R > 0:
-            _copy_beside(source + C, beside, voxel, exists, C + R, R, R, R_LANES)
+            copy_beside(source + C, beside, voxel, exists, C + R, R, R, R_LANES)
     else:
         value = tl.load(source + offset, mask=inside, other=0.0).to(tl.float32)
         value += tl.load(update + offset, mask=inside, other=0.0).to(tl.float32)
@@ -222,7 +211,7 @@ def _normalise_gradient(
             exists = exists & (row < rows)
             offset, inside = voxel[:, None] * (C + R) + channel[None, :], inside & exists[:, None]
             if R > 0:
-                _copy_beside(grad_beside, out + C, voxel, exists, R, C + R, R, R_LANES)
+                copy_beside(grad_beside, out + C, voxel, exists, R, C + R, R, R_LANES)
         tl.store(out + offset, g.to(out.dtype.element_ty), mask=inside)
     sums += tl.program_id(0) * 2 * C + channel
     tl.store(sums, tl.sum(of_weight, 0), mask=channel < C)
@@ -244,7 +233,7 @@ def _fold(
     value += tl.load(update + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + voxel[:, None] * (C + R) + channel, value.to(out.dtype.element_ty), mask=inside)
     if R > 0:
-        _copy_beside(beside, out + C, voxel, exists, R, C + R, R, R_LANES)
+        copy_beside(beside, out + C, voxel, exists, R, C + R, R, R_LANES)
 
 
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
@@ -259,4 +248,4 @@ def _unfold(
     value = tl.load(x + voxel[:, None] * (C + R) + channel, mask=exists[:, None] & (channel < C), other=0.0)
     tl.store(tokens + row[:, None] * C + channel, value, mask=(row < rows)[:, None] & (channel < C))
     if R > 0:
-        _copy_beside(x + C, beside, voxel, exists, C + R, R, R, R_LANES)
+        copy_beside(x + C, beside, voxel, exists, C + R, R, R, R_LANES)

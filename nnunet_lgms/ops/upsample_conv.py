@@ -12,31 +12,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.conv import conv_gradients, same_conv_moments
 from nnunet_lgms.ops.upsample import kernels_fit_upsample, linear_upsample, linear_upsample_transposed
 
 
 def upsample_conv(
-    x: Tensor, scale: Sequence[int], size: Sequence[int], conv: _ConvNd, wanted: tuple[str, int, str] | None
+    x: Tensor,
+    scale: Sequence[int],
+    size: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: tuple[str, int, str] | None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """conv(linear_upsample(x)), which keeps x and not the upsampled map.
+    """same_conv(linear_upsample(x)), which keeps x and not the upsampled map.
 
     Args:
         x: (B, C_in, *spatial).
         scale: whole factor per axis.
         size: voxels per axis of the result, at most ``scale`` times those of x.
-        conv: stride 1, "same" padding.
+        weight: (C_out, C_in, *k), odd k.
+        bias: (C_out,) or None.
         wanted: by the norm of the result; see :func:`nnunet_lgms.ops.norm_act.moments_wanted`.
 
     Returns:
         (B, C_out, *size), and its moments as from :func:`nnunet_lgms.ops.conv.same_conv_moments`.
     """
     if torch.is_grad_enabled() and kernels_fit_upsample(x, size):
-        out, *partial = _UpsampleConv.apply(x, conv.weight, conv.bias, tuple(scale), tuple(size), wanted)
+        out, *partial = _UpsampleConv.apply(x, weight, bias, tuple(scale), tuple(size), wanted)
         return out.movedim(-1, 1), partial
-    return same_conv_moments(linear_upsample(x, scale, size), conv.weight, conv.bias, 1, wanted)
+    return same_conv_moments(linear_upsample(x, scale, size), weight, bias, 1, wanted)
 
 
 # torch.compile makes the gradients of a Function contiguous: a transposed copy of a channels-last map. So this one
@@ -50,6 +55,7 @@ class _UpsampleConv(Function):
         ctx.scale, ctx.size, ctx.has_bias = scale, size, bias is not None
         out, partial = same_conv_moments(linear_upsample(x, scale, size), weight, bias, 1, wanted)
         ctx.mark_non_differentiable(*partial)
+        ctx.set_materialize_grads(False)  # see norm_act.py
         return out.movedim(1, -1), *partial
 
     @staticmethod
