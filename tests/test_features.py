@@ -7,6 +7,7 @@ processes. The networks have seen one batch: what is tested is that everything f
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import zipfile
 from functools import partial
@@ -19,6 +20,8 @@ from conftest import ROOT
 from test_trainer import make_batch, make_trainer
 from workshop import LABELS, TRAINER, Workshop, read
 
+GPU = "cuda"
+STEADY = "nnUNetTrainerLGMSNet_steady"  # six steps on batches that are the same in every run
 REGIONS = {"background": 0, "whole": [1, 2], "lesion": 2}
 
 
@@ -194,31 +197,73 @@ def test_compiled_training_leaves_an_ordinary_checkpoint(workshop, organs, monke
     assert np.isfinite(losses(compiled)).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param(GPU, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_steps_under_autocast(workshop, dtype):
+def test_steps_under_autocast(workshop, dtype, device):
     """nnU-Net itself uses float16 on CUDA and float32 on the CPU; bfloat16 is what GPUs without loss scaling take."""
     torch.manual_seed(0)
     with workshop.environment():
         trainer = make_trainer(patch_size=(16, 16, 16))
     batch = make_batch(trainer)
+    if device == GPU:  # nnU-Net's own autocast, inside of this one, takes its type
+        trainer.device = torch.device(GPU)
+        trainer.network.to(GPU)
+        trainer.grad_scaler = torch.amp.GradScaler(GPU, enabled=dtype == torch.float16)
     trainer.on_train_epoch_start()
     steps = []
     for _ in range(3):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(device, dtype):
             steps.append(float(trainer.train_step(batch)["loss"]))
     assert np.isfinite(steps).all() and steps[-1] < steps[0]
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in trainer.network.parameters())
 
 
+@pytest.fixture(scope="module")
+def trained_on_gpu(workshop, organs) -> dict[str, dict]:
+    """Checkpoints of the same six steps, with nnUNet_compile on and off; float16, as nnU-Net trains there."""
+    checkpoints = {}
+    for switch in ("f", "t"):
+        workshop.train(organs, "-tr", STEADY, device=GPU, nnUNet_compile=switch)
+        checkpoints[switch] = workshop.checkpoint(organs, "3d_fullres", STEADY)
+        (log,) = (workshop.model(organs, trainer=STEADY) / "fold_0").glob("training_log_*.txt")
+        assert ("Recording the training step as a CUDA graph" in log.read_text()) == (switch == "t")
+        assert "could not be recorded" not in log.read_text()
+        log.unlink()
+    return checkpoints
+
+
 @pytest.mark.gpu
-def test_trained_on_the_gpu_predicted_on_the_cpu(workshop, organs, tmp_path):
-    """As users have it: CUDA, compiled, float16; the checkpoint then goes to a machine without a GPU."""
-    workshop("train", organs, "3d_fullres", 4, "-tr", TRAINER, nnUNet_n_proc_DA="0")
-    checkpoint = workshop.checkpoint(organs, fold=4)
-    assert checkpoint["grad_scaler_state"] and np.isfinite(losses(checkpoint)).all()
-    on_cpu = workshop.predict(organs, tmp_path / "cpu", "-f", 4)
-    on_gpu = workshop.predict(organs, tmp_path / "gpu", "-f", 4, "-device", "cuda")
-    assert np.mean(on_cpu == on_gpu) > 0.99
+def test_training_on_the_gpu_compiled_or_not(workshop, organs, trained_on_gpu):
+    expected = set(workshop.checkpoint(organs)["network_weights"])
+    for checkpoint in trained_on_gpu.values():
+        assert set(checkpoint["network_weights"]) == expected
+        assert checkpoint["grad_scaler_state"]["scale"] >= 2**14  # which began at 2**16; most steps were taken
+    off, on = (losses(trained_on_gpu[switch]) for switch in ("f", "t"))
+    assert len(off) == 6 and on == pytest.approx(off, abs=0.02)
+
+
+@pytest.mark.gpu
+def test_batches_from_processes_on_the_gpu(workshop, organs):
+    """They are forked when CUDA is in use already; none is left."""
+    workshop.train(organs, "-tr", STEADY, fold=1, device=GPU, nnUNet_n_proc_DA="2")
+    assert len(losses(workshop.checkpoint(organs, "3d_fullres", STEADY, fold=1))) == 6
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.gpu
+def test_trained_on_the_gpu_predicted_on_the_cpu(workshop, organs, trained_on_gpu, tmp_path):
+    """As users have it: CUDA, graphs, float16; the checkpoint then goes to a machine without a GPU."""
+    labels, probabilities = {}, {}
+    for device in ("cpu", GPU):
+        out = tmp_path / device / "out"
+        labels[device] = workshop.predict(organs, out, "-device", device, "--save_probabilities", trainer=STEADY)
+        probabilities[device] = np.load(out / "case_0.npz")["probabilities"].astype(np.float32)
+    # float16 on a CPU differs by 0.02 from float32
+    np.testing.assert_allclose(probabilities[GPU], probabilities["cpu"], atol=0.06)
+    second, first = np.sort(probabilities["cpu"], axis=0)[-2:]
+    clear = first - second > 0.12
+    assert clear.mean() > 0.4
+    np.testing.assert_array_equal(labels[GPU][clear], labels["cpu"][clear])
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------

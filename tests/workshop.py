@@ -72,6 +72,8 @@ class Workshop:
                 patch.setenv(name, value)
             patch.setattr(multiprocessing, "get_context", lambda method=None: _Threads(get_context(method)))
             patch.setattr(multiprocessing, "cpu_count", lambda: n_threads)
+            # a command sets it for CUDA, which PyTorch allows once in a process
+            patch.setattr(torch, "set_num_interop_threads", lambda n: None)
             sample = DatasetFingerprintExtractor.collect_foreground_intensities
             fewer = staticmethod(lambda labels, images, seed=1234, num_samples=0: sample(labels, images, seed, 1000))
             patch.setattr(DatasetFingerprintExtractor, "collect_foreground_intensities", fewer)
@@ -135,10 +137,18 @@ class Workshop:
         self("plan_and_preprocess", "-d", number, "-c", *configurations, *processes)
         return folder.name
 
-    def train(self, dataset: str, *args: object, configuration: str = "3d_fullres", fold: object = 0, **env) -> None:
-        """Trains on the CPU, with the trainer of one step unless ``-tr`` says otherwise, batches in this process."""
+    def train(
+        self,
+        dataset: str,
+        *args: object,
+        configuration: str = "3d_fullres",
+        fold: object = 0,
+        device: str = "cpu",
+        **env: str,
+    ) -> None:
+        """Trains, with the trainer of one step unless ``-tr`` says otherwise, batches in this process."""
         trainer = [] if "-tr" in args else ["-tr", TRAINER]
-        options = [*trainer, "-device", "cpu", *args]
+        options = [*trainer, "-device", device, *args]
         self("train", dataset, configuration, fold, *options, **{"nnUNet_n_proc_DA": "0", **env})
 
     def model(self, dataset: str, configuration: str = "3d_fullres", trainer: str = TRAINER) -> Path:
