@@ -124,6 +124,8 @@ def process(rank: int, port: int, folder: str, device: str) -> None:
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = f"{folder}/{name}"
     gloo.replace_devices()
+    if device == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm = TO_SYNC_BATCH_NORM  # it calls itself by this name
     gloo.start(rank, N_PROCESSES, port)
     result = {name: trained(case, device) for name, case in CASES.items()}
     torch.save({"parameters": result, "shares": [shares(n) for n in GLOBAL_BATCHES]}, f"{folder}/{rank}.pt")
