@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md,png}
     python benchmarks/gpu.py --networks lgmsnet plain --modes trained       each as its own trainer runs it
-    python benchmarks/gpu.py --sweep              how the cost grows with the size, uncompiled
+    python benchmarks/gpu.py --sweep              how the cost grows with the size
     python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
 
 A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Networks run
@@ -261,15 +261,19 @@ def table(rows: list[dict]) -> str:
 
 
 def sweep_table(rows: list[dict]) -> str:
-    lines = ["| case | network | voxels per axis | train ms | infer ms | train GiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| case | network | | voxels per axis | train ms | infer ms | train GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['case']} | {row['network']} | {row['size']} | {row['failed']} | | |")
+            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['size']} | {row['failed']} | | |")
             continue
         gib = f"{row['train_gib']:.2f}" if row["train_gib"] else ""
         cells = [
             row["case"],
             row["network"],
+            row["mode"],
             row["size"],
             f"{row['train_ms'][0]:.1f}",
             f"{row['infer_ms'][0]:.1f}",
@@ -327,7 +331,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=20, help="rows that compile side by side (20, all)")
     parser.add_argument("--compile-seconds", type=float, default=400, help="given to a batch, then it is timed (400)")
     parser.add_argument("--wait", action="store_true", help="with --row: wait for a line of input before timing")
-    parser.add_argument("--sweep", action="store_true", help="sizes in place of modes, uncompiled")
+    parser.add_argument("--sweep", action="store_true", help="sizes in place of modes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     parser.add_argument("--row", nargs=3, metavar=("CASE", "NETWORK", "MODE"), help="measure this row alone")
     parser.add_argument("--size", type=int, help="with --row: voxels per axis")
@@ -338,7 +342,9 @@ def main() -> int:
         print(json.dumps(measure(*args.row, args.size, args.profile, turn)))
         return 0
     if args.sweep:
-        jobs = [(c, n, "eager", size) for c in args.cases for size in SIZES[c] for n in args.networks]
+        # compiling the others takes a minute a size
+        modes = {n: "graphs" if as_trained(n) == "graphs" else "eager" for n in args.networks}
+        jobs = [(c, n, modes[n], size) for c in args.cases for size in SIZES[c] for n in args.networks]
     else:
         jobs = [
             (c, n, as_trained(n) if m == "trained" else m, None)
