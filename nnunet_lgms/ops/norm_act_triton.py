@@ -198,12 +198,15 @@ def backward(
     )  # fmt: skip
     grad_weight, grad_bias, *means = join_gradient_sums(plan, partial, norm)
     grad_x = apply_gradient(plan, grad, x, norm, *means, activation, shift)
-    return grad_x, over_samples(grad_weight), over_samples(grad_bias)
+    return grad_x, over_samples(grad_weight, norm), over_samples(grad_bias, norm)
 
 
-def over_samples(gradient: Tensor) -> Tensor:
-    """Sum of a parameter's gradients by sample, (B, C) -> (C,); those of the batch norm are (1, C)."""
-    return gradient.sum(0) if gradient.shape[0] > 1 else gradient[0]
+def over_samples(gradient: Tensor, norm: Norm) -> Tensor:
+    """Sum of a parameter's gradients by sample, (B, C) -> (C,); those of the batch norm are (1, C).
+
+    Of a norm without parameters nobody wants it, and it is one of the samples.
+    """
+    return gradient[0] if norm.weight is None or gradient.shape[0] == 1 else gradient.sum(0)
 
 
 def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Tensor]:
