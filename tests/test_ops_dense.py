@@ -62,6 +62,7 @@ NORMS = {  # input shape, norm, activation, mean of the input
     "instance_silu": ((2, 16, 5, 6, 7), InstanceNorm3d(16), "silu", 1),
     "instance_large_mean": ((2, 4, 3, 3, 3), InstanceNorm3d(4), "relu", 30),
     "group_gelu": ((2, 12, 9, 10), nn.GroupNorm(4, 12), "gelu", 1),
+    "group_3d": ((2, 8, 24, 8, 40), nn.GroupNorm(4, 8), "gelu", 1),
     "batch_none": ((3, 12, 9, 10), nn.BatchNorm2d(12), "none", 1),
     "gelu_before_batch": ((3, 8, 9, 10), nn.BatchNorm2d(8), "gelu_first", 1),
     "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first", 1),
@@ -215,11 +216,16 @@ def norm_errors(shape, norm, activation, mean, device):
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     x = x.detach()
     kind, groups, eps = spec
-    statistics = norm_act_triton.moments(x, kind, groups, activation)
-    record = norm_act_triton.Norm(*statistics, weight, bias, eps)
-    out = norm_act_triton.apply(x, record, residual, kind, groups, activation)
-    actual = norm_act_triton.backward(grad, x, record, kind, groups, activation)
-    return [relative(out, expected.detach()), *map(relative, actual[: len(wanted)], gradients)]
+    found = []
+    for layout in (LAYOUT[x.ndim], torch.contiguous_format):
+        x = x.contiguous(memory_format=layout)
+        statistics = norm_act_triton.moments(x, kind, groups, activation)
+        record = norm_act_triton.Norm(*statistics, weight, bias, eps)
+        out = norm_act_triton.apply(x, record, residual, kind, groups, activation)
+        actual = norm_act_triton.backward(grad, x, record, kind, groups, activation)
+        assert out.is_contiguous(memory_format=LAYOUT[x.ndim]) and actual[0].is_contiguous(memory_format=layout)
+        found += [relative(out, expected.detach()), *map(relative, actual[: len(wanted)], gradients)]
+    return found
 
 
 def shifted_errors(shape, norm, activation, device):

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
-from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.ops.norm_act import norm_act, takes_any_layout
 
 NORM_GROUPS = 4
 BOTTLENECK = 4
@@ -34,9 +34,13 @@ class MultiKernelDepthwise(nn.ModuleList):
             for channels, kernel in zip(group_channels, kernel_sizes, strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *spatial) -> x plus its convolutions, (B, C, *spatial); C is the sum of ``group_channels``."""
-        return multi_kernel_depthwise(x, [conv.weight for conv in self], [conv.bias for conv in self], residual=True)
+    def forward(self, x: Tensor, any_layout: bool = False) -> Tensor:
+        """(B, C, *spatial) -> x plus its convolutions, (B, C, *spatial); C is the sum of ``group_channels``.
+
+        Contiguous or in the memory format of x, as the operator likes, where ``any_layout`` will do.
+        """
+        weights, biases = [conv.weight for conv in self], [conv.bias for conv in self]
+        return multi_kernel_depthwise(x, weights, biases, residual=True, any_layout=any_layout)
 
 
 class LMSBlock(nn.Module):
@@ -93,5 +97,5 @@ class LMSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
-        multi_scale = norm_act(self.depthwise(x), self.norm, "gelu")
+        multi_scale = norm_act(self.depthwise(x, takes_any_layout(x, self.norm)), self.norm, "gelu")
         return self.expand(self.squeeze(multi_scale), residual=x)

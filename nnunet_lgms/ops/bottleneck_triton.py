@@ -145,8 +145,9 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
     grad_weight1, grad_bias1, *means = join_gradient_sums(plan1, sums1, b.norm1)
     grad_x = apply_gradient(plan1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION)
     return (
-        grad_x, over_samples(grad_weight1), over_samples(grad_bias1), grad_expand.sum(0), grad_expand_bias.sum(0),
-        over_samples(grad_weight2), over_samples(grad_bias2), grad_squeeze.sum(0), grad_squeeze_bias.sum(0),
+        grad_x, over_samples(grad_weight1, b.norm1), over_samples(grad_bias1, b.norm1), grad_expand.sum(0),
+        grad_expand_bias.sum(0), over_samples(grad_weight2, b.norm2), over_samples(grad_bias2, b.norm2),
+        grad_squeeze.sum(0), grad_squeeze_bias.sum(0),
     )  # fmt: skip
 
 

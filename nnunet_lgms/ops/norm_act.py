@@ -53,7 +53,7 @@ def norm_act(
     """activation(norm(x + shift)) + residual, or norm(gelu(x + shift)) for the activation "gelu_first".
 
     Args:
-        x: (B, C, *spatial).
+        x: (B, C, *spatial); the kernels take it channels-last or contiguous, and give a channels-last map.
         norm: BatchNorm, InstanceNorm or GroupNorm; any other module takes PyTorch's path.
         activation: "none", "relu", "silu", "gelu" or "gelu_first".
         residual: added last, (B, C, *spatial).
@@ -67,12 +67,12 @@ def norm_act(
     """
     if beside is not None and not _kernels_fit_joined(x, beside, norm):
         return join_channels([norm_act(x, norm, activation, residual, partial, shift), beside])
-    if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_map(x):
+    if statistics_known(norm) and not torch.is_grad_enabled() and kernels_fit_map(x, any_layout=True):
         return _norm_act_known(
             x, shift, norm.running_mean, norm.running_var, norm.weight, norm.bias,
             None if residual is None else residual.to(x.dtype), beside, norm.eps, activation,
         )  # fmt: skip
-    if kernels_fit_norm(x, norm):
+    if kernels_fit_norm(x, norm, any_layout=True):
         residual = None if residual is None else residual.to(x.dtype)
         cancels = shift_cancels(norm, activation)
         if shift is not None and not cancels:
@@ -124,12 +124,20 @@ def _cancels(kind: str, activation: str) -> bool:
     return kind != "group" and activation != "gelu_first"
 
 
-def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None) -> bool:
+def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None, any_layout: bool = False) -> bool:
     """Whether the kernels serve this norm of a map of the size of x (of ``channels`` channels, if not those of x).
 
     They do for statistics of this very batch; the statistics of SyncBatchNorm span other processes.
     """
-    return _from_this_batch(norm) and kernels_fit_map(x, channels) and x[0, 0].numel() > 1
+    return _from_this_batch(norm) and kernels_fit_map(x, channels, any_layout) and x[0, 0].numel() > 1
+
+
+def takes_any_layout(x: Tensor, norm: nn.Module) -> bool:
+    """Whether :func:`norm_act` reads a contiguous map of the size of x as well as a channels-last one.
+
+    A compiler plans layouts itself.
+    """
+    return not torch.compiler.is_compiling() and kernels_fit_norm(x, norm)
 
 
 def moments_wanted(norm: nn.Module, activation: str) -> tuple[str, int, str] | None:
@@ -145,13 +153,13 @@ def _from_this_batch(norm: nn.Module) -> bool:
     return isinstance(norm, nn.GroupNorm)
 
 
-def kernels_fit_map(x: Tensor, channels: int | None = None) -> bool:
-    """Channels innermost, not too many, and 32-bit offsets."""
+def kernels_fit_map(x: Tensor, channels: int | None = None, any_layout: bool = False) -> bool:
+    """Channels innermost (or x contiguous, where any layout is taken), not too many, and 32-bit offsets."""
     channels = channels or x.shape[1]
     return (
         use_kernels(x)
         and x.dtype in (*HALF, torch.float32)
-        and channels_last(x)
+        and (channels_last(x) or (any_layout and x.is_contiguous()))
         and channels <= MAX_CHANNELS
         and x.numel() // x.shape[1] * channels < 2**31
     )

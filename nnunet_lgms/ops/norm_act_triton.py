@@ -1,5 +1,8 @@
 """Triton kernels of norm and activation over channels-last maps, seen as (B, V, C): V voxels, C channels innermost.
 
+What is normed may be contiguous, (B, C, V), too, as the depthwise convolution writes it, and its gradient then is; the
+result and its gradient never are.
+
 Forward: `_moments` (mean and centred second moment of a slice of voxels, per channel), `_join_moments` (of all slices
 and of the channels of a group), `_apply`. Backward: `_gradient_sums`, `_join_gradient_sums`, `_apply_gradient`. Slices
 are joined in a fixed order, so results repeat bit for bit. All sums are in float32, moments about the first voxel of
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm, normal, slope_after_norm
-from nnunet_lgms.ops.backend import CHANNELS_LAST, map_memory
+from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, map_memory
 from nnunet_lgms.ops.channels_triton import copy_beside
 from nnunet_lgms.ops.launch import launch
 
@@ -138,10 +141,17 @@ def moments(x: Tensor, kind: str, groups: int, activation: str, shift: Tensor | 
     plan = Plan(x, kind, groups)
     partial = plan.partial_moments(x)
     launch(wrap_triton(_moments))[plan.slices_grid](
-        x, shift, *partial, plan.voxels, plan.steps, SHIFT=shift is not None, ACT=first_act(activation),
-        **plan.sum_tile,
+        x, shift, *partial, plan.voxels, plan.steps, FIRST=channels_first(x), SHIFT=shift is not None,
+        ACT=first_act(activation), **plan.sum_tile,
     )  # fmt: skip
     return join_moments(partial, kind, groups)
+
+
+def channels_first(x: Tensor) -> int:
+    """0 for a channels-last map, for a contiguous one what surely divides its voxels: the kernels' FIRST."""
+    if channels_last(x):
+        return 0
+    return 16 if x[0, 0].numel() % 16 == 0 else 1
 
 
 def first_act(activation: str) -> int:
@@ -170,8 +180,8 @@ def apply(
         residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
     launch(wrap_triton(_apply))[plan.tiles_grid](
         x, shift, *norm.tensors, residual, beside, out, plan.voxels, plan.sample_stride,
-        SHIFT=shift is not None, RESIDUAL=residual is not None, ACT=CODES[activation], R=others,
-        R_LANES=triton.next_power_of_2(max(1, others)), **norm.constants(), **plan.tile,
+        FIRST=channels_first(x), SHIFT=shift is not None, RESIDUAL=residual is not None, ACT=CODES[activation],
+        R=others, R_LANES=triton.next_power_of_2(max(1, others)), **norm.constants(), **plan.tile,
     )  # fmt: skip
     return out.movedim(-1, 1)
 
@@ -184,16 +194,19 @@ def backward(
     partial = plan.partial(x)
     launch(wrap_triton(_gradient_sums))[plan.slices_grid](
         grad, x, shift, *norm.tensors, *partial, plan.voxels, plan.steps, plan.sample_stride,
-        SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
+        FIRST=channels_first(x), SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
     )  # fmt: skip
     grad_weight, grad_bias, *means = join_gradient_sums(plan, partial, norm)
     grad_x = apply_gradient(plan, grad, x, norm, *means, activation, shift)
-    return grad_x, over_samples(grad_weight), over_samples(grad_bias)
+    return grad_x, over_samples(grad_weight, norm), over_samples(grad_bias, norm)
 
 
-def over_samples(gradient: Tensor) -> Tensor:
-    """Sum of a parameter's gradients by sample, (B, C) -> (C,); those of the batch norm are (1, C)."""
-    return gradient.sum(0) if gradient.shape[0] > 1 else gradient[0]
+def over_samples(gradient: Tensor, norm: Norm) -> Tensor:
+    """Sum of a parameter's gradients by sample, (B, C) -> (C,); those of the batch norm are (1, C).
+
+    Of a norm without parameters nobody wants it, and it is one of the samples.
+    """
+    return gradient[0] if norm.weight is None or gradient.shape[0] == 1 else gradient.sum(0)
 
 
 def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Tensor]:
@@ -210,13 +223,14 @@ def apply_gradient(
     plan: Plan, grad: Tensor, x: Tensor, norm: Norm, mean_g: Tensor, mean_gx: Tensor, activation: str,
     shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient of x."""
-    out = map_memory(x, plan.channels, x.shape[2:])
+    """Gradient of x, in its layout."""
+    first = channels_first(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if first else map_memory(x, plan.channels, x.shape[2:])
     launch(wrap_triton(_apply_gradient))[plan.tiles_grid](
         grad, x, shift, *norm.tensors, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
-        SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
+        FIRST=first, SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
     )  # fmt: skip
-    return out.movedim(-1, 1)
+    return out if first else out.movedim(-1, 1)
 
 
 def update_running_statistics(
@@ -238,6 +252,22 @@ def update_running_statistics(
 
 
 @triton.jit
+def _known_divisor(voxels, FIRST: tl.constexpr):
+    """The same number, of which the compiler then knows a divisor: a load of several voxels at once needs that."""
+    if FIRST:
+        voxels = voxels // FIRST * FIRST
+    return voxels
+
+
+@triton.jit
+def _places(sample, voxel, channel, voxels, C: tl.constexpr, FIRST: tl.constexpr):
+    """(ROWS, LANES) offsets in a map."""
+    if FIRST:
+        return (sample * C + channel)[None, :] * voxels + voxel[:, None]
+    return (sample * voxels + voxel)[:, None] * C + channel[None, :]
+
+
+@triton.jit
 def _shifted(value, shift, channel, C: tl.constexpr, SHIFT: tl.constexpr):
     """(ROWS, LANES) numbers of a map in float32, and to each channel its shift."""
     value = value.to(tl.float32)
@@ -248,12 +278,16 @@ def _shifted(value, shift, channel, C: tl.constexpr, SHIFT: tl.constexpr):
 
 # Sizes stay run-time values, and tell the compiler nothing: each version less is a tenth of a second of compilation.
 @triton.jit(do_not_specialize=["voxels", "steps"])
-def _moments(x, shift, partial_mean, partial_m2, partial_count, voxels, steps, SHIFT: tl.constexpr, ACT: tl.constexpr,
-             C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _moments(
+    x, shift, partial_mean, partial_m2, partial_count, voxels, steps, FIRST: tl.constexpr, SHIFT: tl.constexpr,
+    ACT: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    voxels = _known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     begin = tl.program_id(0) * steps * ROWS
     x += tl.program_id(1) * voxels * C
-    origin = tl.load(x + begin * C + channel, mask=channel < C, other=0.0).to(tl.float32)
+    start = channel * voxels + begin if FIRST else begin * C + channel
+    origin = tl.load(x + start, mask=channel < C, other=0.0).to(tl.float32)
     if SHIFT:
         origin += tl.load(shift + channel, mask=channel < C, other=0.0).to(tl.float32)
     origin = before_norm(origin, ACT)
@@ -262,7 +296,7 @@ def _moments(x, shift, partial_mean, partial_m2, partial_count, voxels, steps, S
     for step in range(steps):
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-        value = tl.load(x + voxel[:, None] * C + channel[None, :], mask=inside, other=0.0)
+        value = tl.load(x + _places(0, voxel, channel, voxels, C, FIRST), mask=inside, other=0.0)
         value = _shifted(value, shift, channel, C, SHIFT)
         value = tl.where(inside, before_norm(value, ACT) - origin[None, :], 0.0)
         first += value
@@ -324,17 +358,19 @@ def _join_moments(
 
 @triton.jit(do_not_specialize=["voxels", "sample_stride"])
 def _apply(
-    x, shift, mean, variance, weight, bias, residual, beside, out, voxels, sample_stride, SHIFT: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr, EPS: tl.constexpr,
-    AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    x, shift, mean, variance, weight, bias, residual, beside, out, voxels, sample_stride, FIRST: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr,
+    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    voxels = _known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     _, _, a, b = affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    value = before_norm(_shifted(tl.load(x + offset, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
+    place = _places(sample, voxel, channel, voxels, C, FIRST)
+    value = before_norm(_shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
     value = after_norm(value * a[None, :] + b[None, :], ACT)
     if RESIDUAL:
         value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
@@ -347,10 +383,11 @@ def _apply(
 @triton.jit(do_not_specialize=["voxels", "steps", "sample_stride"])
 def _gradient_sums(
     grad, x, shift, mean, variance, weight, bias, partial_g, partial_gx, voxels, steps, sample_stride,
-    SHIFT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr,
+    FIRST: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums of g, the gradient behind the norm, and of g times the normalised x."""
+    voxels = _known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     m, r, a, b = affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
@@ -361,7 +398,8 @@ def _gradient_sums(
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-        value = before_norm(_shifted(tl.load(x + offset, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
+        place = _places(sample, voxel, channel, voxels, C, FIRST)
+        value = before_norm(_shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
         g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
         g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
         sum_g += g
@@ -396,11 +434,12 @@ def _join_gradient_sums(
 
 @triton.jit(do_not_specialize=["voxels", "sample_stride"])
 def _apply_gradient(
-    grad, x, shift, mean, variance, weight, bias, mean_g, mean_gx, out, voxels, sample_stride, SHIFT: tl.constexpr,
-    ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
-    ROWS: tl.constexpr,
+    grad, x, shift, mean, variance, weight, bias, mean_g, mean_gx, out, voxels, sample_stride, FIRST: tl.constexpr,
+    SHIFT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = r (w g - mean(w g) - xhat mean(w g xhat)), through the activation in front of the norm if there is one."""
+    voxels = _known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     statistics = sample * sample_stride
@@ -411,7 +450,8 @@ def _apply_gradient(
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    raw = _shifted(tl.load(x + offset, mask=inside, other=0.0), shift, channel, C, SHIFT)
+    place = _places(sample, voxel, channel, voxels, C, FIRST)
+    raw = _shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT)
     value = raw
     if ACT == 4:
         below, density = normal(raw)
@@ -421,7 +461,7 @@ def _apply_gradient(
     g = g * a[None, :] + value * by_x[None, :] + constant[None, :]
     if ACT == 4:
         g = g * (below + raw * density)
-    tl.store(out + offset, g.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, g.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["channels", "momentum", "unbiased"])
