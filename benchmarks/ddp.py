@@ -264,10 +264,9 @@ def main() -> int:
     if args.epochs < 3:
         parser.error("--epochs must be 3 or more: the first one compiles, and half of them come before a stop")
     work = args.work.resolve()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    shutil.rmtree(work / "runs", ignore_errors=True)
     args.output.mkdir(parents=True, exist_ok=True)
-    datasets = prepare(work, args.synthetic, *([2] if args.gloo else []))
+    datasets = prepare(work / "data", args.synthetic, *([2] if args.gloo else []))
     results = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": platform.processor() or platform.machine() if args.gloo else torch.cuda.get_device_name(),
@@ -278,7 +277,7 @@ def main() -> int:
         "datasets": {},
     }
     file = args.output / ("ddp_gloo.json" if args.gloo else "ddp.json")
-    benches = [Bench(dataset, work, args.epochs, args.iterations, args.gloo) for dataset in datasets]
+    benches = [Bench(dataset, work / "runs", args.epochs, args.iterations, args.gloo) for dataset in datasets]
     before = json.loads(file.read_text())["datasets"] if file.is_file() else {}
     found = results["datasets"] = {bench.name: before.get(bench.name, {}) for bench in benches}
     one_writes = Lock()

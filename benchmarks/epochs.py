@@ -41,7 +41,8 @@ class Utilisation:
         self.said, self.process = [], None
         if torch.cuda.is_available():
             self.file = (folder / "utilisation").open("w+")
-            self.process = subprocess.Popen([*UTILISATION, "--id=0", "-lms", "200"], stdout=self.file)
+            this = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"  # CUDA_VISIBLE_DEVICES may hide others
+            self.process = subprocess.Popen([*UTILISATION, this, "-lms", "200"], stdout=self.file)
             self.begin = time.time()
 
     def mean(self, begin: float, end: float) -> float | None:
@@ -119,6 +120,9 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
     parser.add_argument("--synthetic", type=int, default=128, metavar="SIZE", help="voxels per axis of the noise")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the two datasets, made if it is not there (a temporary one)"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if args.epochs < 2:
@@ -134,8 +138,8 @@ def main() -> int:
         "datasets": {},
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.data.resolve() if args.data else Path(made) / "data"
         os.environ["nnUNet_extTrainer"] = str(HERE / "trainers")
         for dataset in prepare(folder, args.synthetic):
             (plans,) = (folder / "nnUNet_preprocessed").glob(f"Dataset{int(dataset):03d}_*/nnUNetPlans.json")

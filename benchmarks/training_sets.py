@@ -22,20 +22,29 @@ HIPPOCAMPUS_BATCH = 9  # what nnU-Net plans for all 260 cases of the set; for th
 
 
 def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> list[str]:
-    """nnU-Net's folders, below ``folder``, and the two datasets, planned and preprocessed; their numbers."""
+    """nnU-Net's folders, below ``folder``, and the two datasets, planned and preprocessed; their numbers.
+
+    Prepared once: a folder that has them is used as it is.
+    """
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[name] = str(folder / name)
-        (folder / name).mkdir()
+    if (folder / "prepared").is_file():
+        return ["4", str(SYNTHETIC_ID)]
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (folder / name).mkdir(parents=True)
     shutil.copytree(ROOT / "demo" / "data" / "hippocampus", folder / "nnUNet_raw" / HIPPOCAMPUS)
     subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
     file = folder / "nnUNet_preprocessed" / HIPPOCAMPUS / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"][CONFIGURATION]["batch_size"] = batch
     file.write_text(json.dumps(plans))
-    return ["4", make_synthetic(synthetic)]
+    make_synthetic(synthetic)
+    (folder / "prepared").touch()
+    return ["4", str(SYNTHETIC_ID)]
 
 
-def make_synthetic(size: int) -> str:
+def make_synthetic(size: int) -> None:
     """Noise with two nested boxes, images of ``size`` voxels and more per axis; planned and preprocessed."""
     import SimpleITK as sitk
 
@@ -59,6 +68,5 @@ def make_synthetic(size: int) -> str:
         "file_ending": ".nii.gz",
     }
     (raw / "dataset.json").write_text(json.dumps(description))
-    select = ["-d", str(SYNTHETIC_ID), "-c", CONFIGURATION, "-npfp", "2", "-np", "2"]
+    select = ["-d", str(SYNTHETIC_ID), "-c", CONFIGURATION, "-npfp", "4", "-np", "4"]
     subprocess.run([*PLAN, *select], check=True, stdout=subprocess.DEVNULL)
-    return str(SYNTHETIC_ID)
