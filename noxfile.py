@@ -11,14 +11,21 @@ import nox
 
 # the lower bounds of setup.py, and whatever is newest
 VERSIONS = {"oldest": ["torch==2.11.*", "nnunetv2==2.8.0"], "newest": ["torch", "nnunetv2"]}
-# imports, signatures, trainers, plans, the network, and nnU-Net's own commands with two kinds of data
+# imports, signatures, trainers, plans, the network, its operators on a CPU, what surrounds those of a GPU, compilation,
+# processes and their ends, and nnU-Net's own commands with two kinds of data
 SELECTION = [
     "tests/test_signatures.py",
     "tests/test_trainer.py",
     "tests/test_config.py",
     "tests/test_network_errors.py",
+    "tests/test_ops_cpu.py",
+    "tests/test_launch.py",
+    "tests/test_graphs.py",
     "tests/test_features.py::test_regions",
     "tests/test_features.py::test_rgb_image",
+    "tests/test_features.py::test_compiled_training_leaves_an_ordinary_checkpoint",
+    "tests/test_faults.py::test_a_training_does_not_wait_for_ever_for_a_killed_process",
+    "tests/test_faults.py::test_killed_at_random_moments",
 ]
 
 nox.options.error_on_missing_interpreters = False

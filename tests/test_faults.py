@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -229,6 +230,35 @@ def test_disk_full_at_the_start(workshop, organs, model, monkeypatch):
     assert (model / "plans.json").read_bytes() == plans
 
 
+def test_disk_full_in_the_validation(workshop, organs, model, small_disk):
+    folder = model / "fold_0" / "validation"
+    shutil.rmtree(folder)
+    (small_disk / "validation").mkdir()
+    folder.symlink_to(small_disk / "validation")
+    weights = (model / "fold_0" / "checkpoint_final.pth").read_bytes()
+    filler = small_disk / "filler"
+    for options in ([], ["--npz"]):
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
+        with pytest.raises(TrainingError, match="validation has no room left.*with --val") as error:
+            workshop.train(organs, "--val", *options)
+        sentence(error)
+        filler.unlink()
+    assert (model / "fold_0" / "checkpoint_final.pth").read_bytes() == weights
+    workshop.train(organs, "--val", "--npz")
+    assert {"case_0.nii.gz", "case_0.npz", "summary.json"} <= {file.name for file in folder.iterdir()}
+
+
+def test_preprocessed_data_that_is_read_only(workshop, organs, small_disk, monkeypatch):
+    """nnU-Net writes its split there when it trains for the first time."""
+    shutil.copytree(workshop.preprocessed, small_disk, dirs_exist_ok=True)
+    (small_disk / organs / "splits_final.json").unlink()
+    monkeypatch.setitem(workshop.env, "nnUNet_preprocessed", str(small_disk))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(TrainingError, match="splits_final.json cannot be read or written .Read-only") as error:
+        workshop.train(organs, fold=1)
+    sentence(error)
+
+
 def test_progress_plot_that_cannot_be_written(workshop, organs, model, monkeypatch):
     from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
@@ -339,6 +369,30 @@ def test_preprocessed_data(workshop, organs, data, fault):
         error
     )
     assert sorted(data.rglob("*")) == before
+
+
+def test_damage_in_the_middle_that_a_process_finds(workshop, organs, data, capfd):
+    """It prints nnU-Net's traceback; the training ends with the sentence."""
+    random = np.random.default_rng(0)
+    smooth = np.linspace(-1, 1, 20 * 24 * 22, dtype=np.float32).reshape(1, 20, 24, 22)
+    for file in (data / "nnUNetPlans_3d_fullres").glob("case_?.b2nd"):
+        file.unlink()
+        blosc2.asarray(smooth, urlpath=str(file), chunks=smooth.shape, blocks=(1, 8, 8, 8))
+        content = file.read_bytes()
+        for _ in range(50):  # some damage is read as other numbers
+            start = int(random.integers(len(content) // 10, len(content) // 2))
+            file.write_bytes(content[:start] + random.bytes(400) + content[start + 400 :])
+            opened = blosc2.open(urlpath=str(file), mode="r")
+            try:
+                opened[:]
+            except RuntimeError:
+                break
+        else:
+            pytest.fail("no damage was found")
+    with pytest.raises(TrainingError) as error:
+        workshop.train(organs, nnUNet_n_proc_DA="1")
+    assert sentence(error) == PROCESS_ENDED
+    assert "Exception in background worker" in capfd.readouterr().out
 
 
 def test_half_preprocessed_dataset_is_not_split(workshop, organs, data):

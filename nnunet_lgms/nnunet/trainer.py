@@ -6,6 +6,7 @@ nnU-Net finds them through ``trainers/``, which only imports them: the modules o
 
 import multiprocessing
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from nnunet_lgms.ops.backend import use_kernels
 
 # A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
 MAX_STEPS_WITHOUT_LOSS = 20
+# bytes of a disk that a file has just not found room on
+NO_ROOM_LEFT = 2**20
 
 
 class nnUNetTrainerLGMSNet(nnUNetTrainer):
@@ -154,6 +157,11 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
                     if splits.is_file()
                     else f"nnU-Net cannot make five folds ({error}): train fold all, or write {splits} yourself."
                 ) from error
+            except OSError as error:
+                raise ValueError(
+                    f"{splits} cannot be read or written ({error.strerror}): make it readable or, where nnU-Net has "
+                    "yet to write it, its folder writable."
+                ) from error
             previous = self.folder_with_segs_from_previous_stage
             check_cases(
                 folder,
@@ -189,6 +197,9 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         except RuntimeError as error:
             if "no longer alive" not in str(error):
                 raise
+            for loader in (self.dataloader_train, self.dataloader_val):
+                if hasattr(loader, "_finish"):
+                    loader._finish()  # as on_train_end does; cut off, it prints a traceback after the sentence
             raise TrainingError(PROCESS_ENDED) from error
         finally:
             self.training_ended.set()
@@ -207,6 +218,18 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         if self._trains_on_graphs():
             self._record_step()
         super().on_train_start()
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        try:
+            super().perform_actual_validation(save_probabilities)
+        except (OSError, RuntimeError) as error:  # SimpleITK leaves out what does not fit, and fails to read it again
+            folder = Path(self.output_folder) / "validation"
+            if not folder.is_dir() or shutil.disk_usage(folder).free > NO_ROOM_LEFT:
+                raise
+            raise TrainingError(
+                f"{folder} has no room left; the training is done and its weights are whole: make room, then repeat "
+                "the validation with --val."
+            ) from error
 
     def on_epoch_end(self):
         try:
