@@ -11,8 +11,11 @@ import argparse
 import datetime
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +24,16 @@ import torch
 from nnunet_lgms.files import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = ("PASSED", "FAILED", "SKIPPED", "ERROR")
+ENDED = re.compile(r"\[gw\d+\] \[ *\d+%\] (\w+ \S+)")  # what pytest -v says when a test has
+SUMMARY = re.compile(r"=+ (.* in [\d.]+s.*) =+")
+
+
+def report(said: Sequence[str], about: str) -> str:
+    """A line for each test that ended, and how it went in all."""
+    ended = sorted(found.group(1) for line in said if (found := ENDED.match(line)))
+    summary = [found.group(1) for line in said if (found := SUMMARY.match(line))]
+    count = next((line for line in said if re.search(r"workers \[\d+ items\]", line)), "no test was found")
+    return "\n".join([about, *ended, summary[-1] if summary else f"cut off after {len(ended)} tests: {count}"]) + "\n"
 
 
 def main() -> int:
@@ -31,25 +43,27 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("these tests need a CUDA device, and PyTorch finds none")
-    workers = max(1, min(8, (os.cpu_count() or 1) // 4))  # each compiles with threads of its own
-    options = ["-m", "gpu", "-v", "-rA", "--durations", "15", "--numprocesses", str(workers)]
-    command = [sys.executable, "-m", "pytest", *options, *args.tests]
-    said = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            said.append(line.rstrip())
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "nnunetv2"))
-    lines = [line for line in said if line.startswith(LINE)]
-    report = [
+    about = (
         f"Tests marked gpu, {datetime.date.today()}: {torch.cuda.get_device_name()}, Python "
-        f"{platform.python_version()}, {packages}.",
-        *sorted(lines),
-        said[-1],
-    ]
+        f"{platform.python_version()}, {packages}."
+    )
+    workers = max(1, min(8, (os.cpu_count() or 1) // 4))  # each compiles with threads of its own
+    options = ["-m", "gpu", "-v", "--durations", "15", "--numprocesses", str(workers)]
+    command = [sys.executable, "-m", "pytest", *options, *args.tests]
     args.output.mkdir(parents=True, exist_ok=True)
-    with written_whole(args.output / "gpu_tests.txt") as temporary:
-        temporary.write_text("\n".join(report) + "\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))  # what is known by then is written, too
+    said = []
+    try:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said.append(line.rstrip())
+    finally:
+        with written_whole(args.output / "gpu_tests.txt") as temporary:
+            temporary.write_text(report(said, about))
     return process.returncode
 
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -455,6 +456,25 @@ def test_graphs_are_where_nnunet_would_compile(switch, graphs, monkeypatch):
     if switch:
         monkeypatch.setenv("nnUNet_compile", switch)
     assert trainer._trains_on_graphs() == graphs
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("stopped")])
+def test_graphs_end_with_the_training(error, monkeypatch):
+    """NCCL's processes wait for each other's end while a graph holds an exchange of theirs."""
+    trainer = make_trainer()
+    ended = []
+    step = SimpleNamespace(end=lambda: ended.append(True))
+
+    def run_training(self):
+        self.network._training_step = step
+        if error:
+            raise error
+
+    monkeypatch.setattr(nnUNetTrainer, "run_training", run_training)
+    monkeypatch.setattr(trainer, "_trains_on_graphs", lambda: True)
+    with pytest.raises(RuntimeError, match="stopped") if error else nullcontext():
+        trainer.run_training()
+    assert ended and trainer.network._training_step is None
 
 
 @pytest.mark.parametrize("ddp", [False, True])

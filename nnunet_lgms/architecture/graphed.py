@@ -41,12 +41,14 @@ class GraphedLGMSNet(LGMSNet):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._training_step: _TrainingStep | None = None
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Frees their memory; predictions are recorded anew, a training step by :meth:`record_training`."""
-        self._training_kind: Hashable = None
-        self._training_step: Callable | None = None
+        if self._training_step is not None:
+            self._training_step.end()
+        self._training_step, self._training_kind = None, None
         self._prediction_kind: Hashable = None
         self._prediction: _Prediction | None = None
         self._computed = 0  # predictions of this kind
@@ -218,6 +220,11 @@ class _TrainingStep:
 
     def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(tree_leaves(outputs), list(self._weights.values()), self._output_gradients)
+
+    def end(self) -> None:
+        """Destroys the graphs, whoever holds this step. NCCL ends no exchange while a graph has it recorded."""
+        self._forward.reset()
+        self._backward.reset()
 
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
         self._input.copy_(x)

@@ -103,13 +103,16 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         """
         return self._do_i_compile() and use_kernels(next(self.network.parameters()))
 
+    def _own_network(self) -> nn.Module:
+        return self.network.module if self.is_ddp else self.network
+
     def _record_step(self):
         """Records the training step before the loaders' threads, which use the GPU as well, begin."""
         self.print_to_log_file("Recording the training step as a CUDA graph...")
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         self.network.train()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
-        network = self.network.module if self.is_ddp else self.network
+        network = self._own_network()
         try:
             with torch.autocast(self.device.type):
                 network.record_training(torch.zeros(shape, device=self.device))
@@ -203,6 +206,9 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             raise TrainingError(PROCESS_ENDED) from error
         finally:
             self.training_ended.set()
+            if self.network is not None and self._trains_on_graphs():
+                # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
+                self._own_network().forget_graphs()
 
     def on_train_start(self):
         if not self.was_initialized:

@@ -36,10 +36,6 @@ from nnunet_lgms.planning.override import build_on_meta
 
 CLEARLY_MORE = 1.1
 ALLOCATOR_BLOCK = 512  # bytes; every allocation on CUDA is rounded up to it
-# What cuDNN takes beside the maps of a convolution while it works, and the most that it takes. Fitted, as is `fixed`
-# below, to seven of the steps in benchmarks/results/memory.md; the other seven came out within 7.5 %.
-WORKSPACE_PER_BYTE = 2
-MAX_WORKSPACE = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,11 @@ class Calibration:
     context: int
 
 
+# Fitted to the steps in benchmarks/results/memory.md. A step's CUDA graphs hold a tenth to a fifth more than its
+# tensors need at once: blocks that were taken for one size and serve no other, and cuDNN's workspaces.
 CALIBRATION = {
-    2: Calibration(activations=1.0, fixed=56 * 2**20, context=600 * 2**20),
-    3: Calibration(activations=1.0, fixed=56 * 2**20, context=600 * 2**20),
+    2: Calibration(activations=1.108, fixed=88 * 2**20, context=600 * 2**20),
+    3: Calibration(activations=1.207, fixed=85 * 2**20, context=600 * 2**20),
 }
 
 
@@ -173,7 +171,6 @@ class Lifetimes(TorchDispatchMode):
         self._now += 1
         if function in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
             out = _as_from_cudnn(args, out)
-            self._spans.append([_workspace(function, args, out), self._now, self._now])
         given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for storage in given:
             if storage in self._span_of:
@@ -200,14 +197,6 @@ class Lifetimes(TorchDispatchMode):
             changes[first] += n
             changes[last + 1] -= n
         return max(accumulate(n for _, n in sorted(changes.items())), default=0)
-
-
-def _workspace(function: Any, args: tuple, out: Any) -> int:
-    """Bytes that cuDNN takes for a convolution, or for both of its gradients; none was seen for a weight's alone."""
-    if function == torch.ops.aten.convolution_backward.default and not args[10][0]:
-        return 0
-    maps = sum(_nbytes(t) for t in tree_leaves((args, out)) if isinstance(t, Tensor) and t.ndim > 3)
-    return min(WORKSPACE_PER_BYTE * maps, MAX_WORKSPACE)
 
 
 def _as_from_cudnn(args: tuple, out: Any) -> Any:
