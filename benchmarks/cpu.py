@@ -3,7 +3,8 @@
     python benchmarks/cpu.py [--threads 2] [--rounds 7] [--output benchmarks/results]
 
 The two networks take turns, so that other work on the machine slows both; a ratio is the median of the rounds' ratios.
-U-Nets have the number of stages that nnU-Net plans for the patch. float32, no compilation, as nnU-Net does on the CPU.
+U-Nets have the number of stages that nnU-Net plans for the patch. float32, no compilation, as nnU-Net does on the CPU;
+SGD fused for LGMSNet, as its trainer has it there, one parameter after the other for the U-Net, as nnU-Net has it.
 Writes cpu.json and cpu.md.
 """
 
@@ -40,7 +41,8 @@ class Step:
         shape = row["input"]
         torch.manual_seed(0)
         self.network = build(name, len(shape) - 2, shape[1], row["classes"], row["n_stages"]).train(row["train"])
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9)
+        fused = name == "lgmsnet" or None  # as its trainer does on a CPU, and nnU-Net's does not
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, fused=fused)
         self.data = torch.randn(shape)
         self.target = torch.randint(0, max(row["classes"], 2), (shape[0], *shape[2:]))
         self.train = row["train"]

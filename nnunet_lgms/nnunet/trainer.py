@@ -293,7 +293,11 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(
-            self.network.parameters(), self.initial_lr, momentum=self.momentum, weight_decay=self.weight_decay
+            self.network.parameters(),
+            self.initial_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=self.device.type == "cpu" or None,  # there, one call in place of three for each parameter
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=0.9)
 
