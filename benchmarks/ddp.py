@@ -16,8 +16,7 @@ training after the other:
 - one of two processes is killed: the command ends, with an exit code that is not 0 and no process left, and ``--c``
   goes on from its checkpoint.
 
-NVLink multicast stays off. Everything is written below ``--work``, the
-figures to OUTPUT/ddp.json (ddp_gloo.json).
+NVLink multicast stays off. Everything is written below ``--work``, the figures to OUTPUT/ddp.json (ddp_gloo.json).
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ import os
 import platform
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -43,7 +41,7 @@ from threading import Lock
 
 import numpy as np
 import torch
-from training_sets import CONFIGURATION, prepare
+from training_sets import CONFIGURATION, HIPPOCAMPUS_BATCH, TRAIN, prepare, timings
 
 from nnunet_lgms.files import written_whole
 
@@ -79,7 +77,7 @@ class Bench:
         folder = self.work / self.name / run
         folder.mkdir(parents=True, exist_ok=True)
         select = [self.dataset, CONFIGURATION, "0", "-tr", TRAINER, "-p", self.plans(batch), *args]
-        train = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_train calls
+        train = TRAIN
         if self.gloo and n > 1:
             train, select = [sys.executable, str(HERE / "gloo.py")], [*select, "-num_gpus", str(n)]
         elif self.gloo:
@@ -124,32 +122,26 @@ class Bench:
     def measured(self, run: str) -> dict:
         return json.loads((self.fold(run) / "measured.json").read_text())
 
-    def first_epoch(self, measured: dict) -> float:
-        """Seconds from the start of the command to the end of the first epoch."""
-        return measured["times"][0] + measured["seconds"][0] - measured["started"]
 
-    def waiting(self, measured: dict) -> float:
-        """Share of the time, after the first epoch, that the first process waited for batches."""
-        return sum(measured["waiting"][1:]) / sum(measured["seconds"][1:])
-
-    def samples_per_second(self, measured: dict) -> float:
-        """Median over epochs after the first."""
-        seconds = statistics.median(measured["seconds"][1:])
-        return measured["batch_size"] * self.iterations / seconds
+def mean_difference(first: dict, second: dict) -> float:
+    """Of the loss curves of two trainings."""
+    return float(np.abs(np.subtract(first["losses"], second["losses"])).mean())
 
 
 def compare_speed(bench: Bench) -> dict:
-    one = bench.train("one", 1, bench.batch)
-    two = bench.train("two", 2, bench.batch)
-    double = bench.train("two_twice_the_batch", 2, 2 * bench.batch)
-    curves = {"one": np.array(one["losses"]), "two": np.array(two["losses"])}
-    speed = {name: bench.samples_per_second(run) for name, run in (("one", one), ("two", two), ("double", double))}
+    runs = {
+        "one": bench.train("one", 1, bench.batch),
+        "two": bench.train("two", 2, bench.batch),
+        "double": bench.train("two_twice_the_batch", 2, 2 * bench.batch),
+    }
+    times = {name: timings(run, run["started"]) for name, run in runs.items()}
+    speed = {name: run["batch_size"] * bench.iterations / times[name]["epoch_s"] for name, run in runs.items()}
     found = {
         "patch_size": bench.patch,
         "planned_batch": bench.batch,
-        "losses": {name: curve.tolist() for name, curve in curves.items()},
-        "mean_difference_one_two": float(np.abs(curves["one"] - curves["two"]).mean()),
-        "first_epoch_and_start_s": {"one": bench.first_epoch(one), "two": bench.first_epoch(two)},
+        "losses": {name: runs[name]["losses"] for name in ("one", "two")},
+        "mean_difference_one_two": mean_difference(runs["one"], runs["two"]),
+        "first_epoch_and_start_s": {name: times[name]["first_epoch_s"] for name in ("one", "two")},
     }
     if bench.gloo:  # two processes on the same cores: times mean nothing
         return found
@@ -161,7 +153,7 @@ def compare_speed(bench: Bench) -> dict:
         },
         "ratio_at_equal_batch_per_device": speed["double"] / speed["one"],
         "ratio_at_equal_global_batch": speed["two"] / speed["one"],
-        "waiting_for_batches": {name: bench.waiting(run) for name, run in (("one", one), ("double", double))},
+        "waiting_for_batches": {name: times[name]["waiting"] for name in ("one", "double")},
     }
 
 
@@ -173,11 +165,11 @@ def compare_losses(bench: Bench) -> dict:
             "two": side_by_side.submit(bench.train, "losses_two", 2, bench.batch),
             "other seed": side_by_side.submit(bench.train, "losses_seed", 1, bench.batch, MEASURED_SEED=1),
         }
-        curves = {name: np.array(run.result()["losses"]) for name, run in runs.items()}
+        done = {name: run.result() for name, run in runs.items()}
     return {
-        "losses": {name: curve.tolist() for name, curve in curves.items()},
-        "mean_difference_one_two": float(np.abs(curves["one"] - curves["two"]).mean()),
-        "mean_difference_one_other_seed": float(np.abs(curves["one"] - curves["other seed"]).mean()),
+        "losses": {name: run["losses"] for name, run in done.items()},
+        "mean_difference_one_two": mean_difference(done["one"], done["two"]),
+        "mean_difference_one_other_seed": mean_difference(done["one"], done["other seed"]),
     }
 
 
@@ -266,7 +258,7 @@ def main() -> int:
     work = args.work.resolve()
     shutil.rmtree(work / "runs", ignore_errors=True)
     args.output.mkdir(parents=True, exist_ok=True)
-    datasets = prepare(work / "data", args.synthetic, *([2] if args.gloo else []))
+    datasets = prepare(work / "data", args.synthetic, 2 if args.gloo else HIPPOCAMPUS_BATCH)
     results = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": platform.processor() or platform.machine() if args.gloo else torch.cuda.get_device_name(),

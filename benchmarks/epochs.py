@@ -24,13 +24,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from training_sets import CONFIGURATION, prepare
+from training_sets import CONFIGURATION, TRAIN, prepare, timings
 
 from nnunet_lgms.files import written_whole
 
 HERE = Path(__file__).resolve().parent
 TRAINERS = {"LGMSNet": "nnUNetTrainerLGMSNet_measured", "nnU-Net's U-Net": "nnUNetTrainer_measured"}
-TRAIN = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_train calls
 UTILISATION = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
 
 
@@ -76,11 +75,8 @@ def train(dataset: str, trainer: str, folder: Path, environment: dict[str, str],
         raise RuntimeError(f"{trainer} on dataset {dataset} ended with {code}: {log.read_text()[-1500:]}")
     (path,) = (folder / "nnUNet_results").glob(f"Dataset{int(dataset):03d}_*/{trainer}__*/fold_0/measured.json")
     found = json.loads(path.read_text())
-    later = slice(1, None)
     return {
-        "first_epoch_s": found["times"][0] + found["seconds"][0] - begin,
-        "epoch_s": statistics.median(found["seconds"][later]),
-        "waiting": sum(found["waiting"][later]) / sum(found["seconds"][later]),
+        **timings(found, begin),
         "utilisation": utilisation.mean(found["times"][1], found["times"][-1] + found["seconds"][-1]),
         "batch_size": found["batch_size"],
         "measured": found,

@@ -1,10 +1,11 @@
-"""Two datasets for nnU-Net's training loop: hippocampus cases of the demo, and noise of any size."""
+"""nnU-Net's training loop for benchmarks: its command, two datasets, and times of what `trainers/measured.py` saw."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = "3d_fullres"
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SYNTHETIC_ID = 990
+TRAIN = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_train calls
 PLAN = [sys.executable, "-m", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"]
 
 
@@ -24,11 +26,12 @@ HIPPOCAMPUS_BATCH = 9  # what nnU-Net plans for all 260 cases of the set; for th
 def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> list[str]:
     """nnU-Net's folders, below ``folder``, and the two datasets, planned and preprocessed; their numbers.
 
-    Prepared once: a folder that has them is used as it is.
+    A folder where the same was prepared is used as it is.
     """
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[name] = str(folder / name)
-    if (folder / "prepared").is_file():
+    prepared, wanted = folder / "prepared.json", {"synthetic": synthetic, "batch": batch}
+    if prepared.is_file() and json.loads(prepared.read_text()) == wanted:
         return ["4", str(SYNTHETIC_ID)]
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -40,7 +43,7 @@ def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> lis
     plans["configurations"][CONFIGURATION]["batch_size"] = batch
     file.write_text(json.dumps(plans))
     make_synthetic(synthetic)
-    (folder / "prepared").touch()
+    prepared.write_text(json.dumps(wanted))
     return ["4", str(SYNTHETIC_ID)]
 
 
@@ -70,3 +73,15 @@ def make_synthetic(size: int) -> None:
     (raw / "dataset.json").write_text(json.dumps(description))
     select = ["-d", str(SYNTHETIC_ID), "-c", CONFIGURATION, "-npfp", "4", "-np", "4"]
     subprocess.run([*PLAN, *select], check=True, stdout=subprocess.DEVNULL)
+
+
+def timings(measured: dict, started: float) -> dict[str, float]:
+    """Seconds from the start of the command to the end of the first epoch, seconds of an epoch (median) and share of
+    waiting for batches, both after the first.
+    """
+    seconds, waiting = measured["seconds"][1:], measured["waiting"][1:]
+    return {
+        "first_epoch_s": measured["times"][0] + measured["seconds"][0] - started,
+        "epoch_s": statistics.median(seconds),
+        "waiting": sum(waiting) / sum(seconds),
+    }

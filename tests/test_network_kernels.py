@@ -30,7 +30,8 @@ def test_maps_are_channels_last_from_the_first_convolution_on(dim, channels):
 
 @pytest.fixture(params=[2, 3])
 def network_and_batch(request, monkeypatch):
-    monkeypatch.setattr(conv, "MIN_VOXELS", 0)  # the kernels of large maps on small ones
+    for threshold in ("MIN_VOXELS", "MIN_VOXELS_FINISHED"):  # the kernels of large maps on small ones
+        monkeypatch.setattr(conv, threshold, 0)
     torch.manual_seed(0)
     shape = SHAPE[request.param]
     return LGMSNet.paper(shape[1], 3, dim=request.param).cuda(), torch.randn(shape, device="cuda")

@@ -420,7 +420,7 @@ def network_errors():
             bottleneck.bottleneck_cpu.fits = lambda *_, on=on: not on
             for module in (bottleneck, conv):
                 module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype
-            conv.MIN_VOXELS = min_voxels
+            conv.MIN_VOXELS = conv.MIN_VOXELS_FINISHED = min_voxels
             out = network(x)
             out.square().mean().backward()
             gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops.conv import bias_is_left, conv_norm_act
+from nnunet_lgms.ops.conv import conv_norm_act, split_bias
 from nnunet_lgms.ops.norm_act import moments_wanted, norm_act
 
 
@@ -59,8 +59,7 @@ class ConvNormAct(nn.Module):
 
     def biases(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The bias that the convolution of a map like x is to add, and the one that is left to the norm."""
-        left = bias_is_left([x], self.conv, self.norm, self.activation)
-        return (None, self.conv.bias) if left else (self.conv.bias, None)
+        return split_bias([x], self.conv, self.norm, self.activation)
 
     def normalise(self, x: Tensor, partial: Sequence[Tensor] = (), bias: Tensor | None = None) -> Tensor:
         """Norm and activation of what the convolution gave, (B, out, *spatial), with its moments where it took them,

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
 from nnunet_lgms.ops.bottleneck import inverted_bottleneck, kernels_fit_bottleneck
-from nnunet_lgms.ops.conv import bias_is_left, same_conv_moments
+from nnunet_lgms.ops.conv import same_conv_moments, split_bias
 from nnunet_lgms.ops.norm_act import moments_wanted, norm_act
 
 EXPANSION = 4
@@ -62,10 +62,9 @@ class FusionBlock(nn.Module):
         halves = [x] if upsampled is None else [x, upsampled]
         wanted = moments_wanted(self.norm1, "gelu_first")
         mixing = self.norm1, self.expand, self.norm2, self.squeeze
-        left = not kernels_fit_bottleneck(halves[0], *mixing) and bias_is_left(
-            halves, self.grouped, self.norm1, "gelu_first"
-        )
-        bias = None if left else self.grouped.bias
+        bias, left = self.grouped.bias, None
+        if not kernels_fit_bottleneck(halves[0], *mixing):
+            bias, left = split_bias(halves, self.grouped, self.norm1, "gelu_first")
         x, moments = same_conv_moments(halves, self.grouped.weight, bias, 2, wanted)
-        x, moments = inverted_bottleneck(x, *mixing, self.norm3, moments, self.grouped.bias if left else None)
+        x, moments = inverted_bottleneck(x, *mixing, self.norm3, moments, left)
         return norm_act(x, self.norm3, "gelu_first", partial=moments)

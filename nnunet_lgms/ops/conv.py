@@ -142,7 +142,7 @@ def conv_norm_act(
     if (
         statistics_known(norm)
         and not torch.is_grad_enabled()
-        and kernels_fit_conv([x], conv.weight, min(MIN_VOXELS, MIN_VOXELS_FINISHED))
+        and kernels_fit_conv([x], conv.weight, MIN_VOXELS_FINISHED)
     ):
         out = _convolve_finished(
             x.to(compute_dtype(x)), conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var,
@@ -150,13 +150,20 @@ def conv_norm_act(
         )  # fmt: skip
         return out if beside is None else join_channels([out, beside])
     wanted = moments_wanted(norm, activation)
-    bias, left = (None, conv.bias) if bias_is_left([x], conv, norm, activation) else (conv.bias, None)
+    bias, left = split_bias([x], conv, norm, activation)
     out, partial = same_conv_moments(x, conv.weight, bias, conv.groups, wanted)
     return norm_act(out, norm, activation, residual, partial, left, beside)
 
 
-def bias_is_left(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str) -> bool:
-    """Whether the bias of a convolution of xs is better left to the norm behind it, :func:`norm_act`'s ``shift``.
+def split_bias(
+    xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The bias that a convolution of xs is to add, and the one left to the norm behind it, its ``shift``."""
+    return (None, conv.bias) if _bias_is_left(xs, conv, norm, activation) else (conv.bias, None)
+
+
+def _bias_is_left(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str) -> bool:
+    """Whether the norm behind a convolution is the better place to add its bias.
 
     PyTorch adds the bias of cuDNN's convolutions in a pass of its own; products and this package's convolutions have it
     for nothing, but not its gradient, which is zero where the norm subtracts the mean of each channel.

@@ -26,10 +26,10 @@ from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_
 from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, map_memory
 from nnunet_lgms.ops.channels_triton import copy_beside
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.norm_act import MAX_CHANNELS
 
 TILE = 4096  # elements of a program that writes a map
 SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
-MAX_LANES = 512  # channels of a norm, at most
 JOINED = 8192  # slices x channels that are joined by one program, at most
 JOINED_CHANNELS = 8  # that one program joins: a sector of memory
 
@@ -247,7 +247,7 @@ def update_running_statistics(
     channels = running_mean.numel()
     launch(wrap_triton(_update_running_statistics))[(1,)](
         mean, variance, shift, running_mean, running_variance, batches_tracked, channels, momentum, unbiased,
-        SHIFT=shift is not None, LANES=MAX_LANES,
+        SHIFT=shift is not None, LANES=MAX_CHANNELS,
     )  # fmt: skip
 
 
