@@ -6,8 +6,8 @@ Tasks: training, training_with_workers (two of nnU-Net's processes prepare batch
 conversion, evaluation. Each is run once undisturbed. Then it is started and killed until it was killed ``--kills``
 times; whenever a run gets through, its result is compared and the task begins anew. Every second kill of a training is
 aimed at the writing of a checkpoint, or hits one of the processes that prepare batches: then the training has to end by
-itself, with one sentence about it. What lies on the disk after each kill is looked at as well, and that no process is
-left. Prints a line of JSON a task; exit code 1 if anything differed.
+itself, with one sentence about it. What lies on the disk after each kill is looked at as well, and that no process of
+ours is left. Prints a line of JSON a task; exit code 1 if anything differed.
 
 Runs are forked from this process, which has imported everything. Linux only. ``test_faults.py`` calls this with few
 kills.
@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from nnunet_lgms.nnunet.workers import PROCESS_ENDED
 
 TRAINER = "nnUNetTrainerLGMSNet_steady"
 PATIENCE = 300  # seconds; a run that takes longer hangs
-AFTERMATH = 10  # seconds until no process of a run is left
+AFTERMATH = 60  # seconds until no process of a run is left; fractions of one on a machine with nothing else to do
 FORK = multiprocessing.get_context("fork")
 
 
@@ -61,6 +62,7 @@ class Task:
         look: raises AssertionError if a file is there under its name but not whole; gets the undisturbed result.
         written: a pattern of files that are being written, to aim at.
         has_workers: whether it has processes of its own, which die as well or alone.
+        may_leave_some: its processes are not ours to end.
     """
 
     run: Callable[[], None]
@@ -69,6 +71,7 @@ class Task:
     look: Callable[[object], None]
     written: tuple[Path, str] | None = None
     has_workers: bool = False
+    may_leave_some: bool = False
 
 
 def training(workshop: Workshop, dataset: str, folder: Path) -> Task:
@@ -182,6 +185,9 @@ def preprocessing(workshop: Workshop, dataset: str, folder: Path) -> Task:
         result=arrays,
         reset=lambda: shutil.rmtree(output),
         look=look,
+        # nnU-Net lists the cases with a pool of forked processes. Python ends such a pool by killing one worker after
+        # the other. Killed amid that it leaves those that wait for a lock which a dead one held: once in 100 kills.
+        may_leave_some=True,
     )
 
 
@@ -293,7 +299,7 @@ def _run(
             time.sleep(0.005)
         said = errors.seek(0) or errors.read()
         assert child.exitcode is not None and time.monotonic() < begin + PATIENCE, f"a run hangs:\n{said[-3000:]}"
-        _check_that_none_is_left(child.pid)
+        _end_what_is_left(child.pid, task.may_leave_some)
         if lost_one and child.exitcode:
             assert child.exitcode == 1 and said.splitlines()[-1] == PROCESS_ENDED, said[-3000:]
         else:  # a kill may come when it has just ended by itself
@@ -332,13 +338,14 @@ def _workers(child: multiprocessing.Process) -> list[int]:
     return []
 
 
-def _check_that_none_is_left(session: int) -> None:
-    end = time.monotonic() + AFTERMATH
+def _end_what_is_left(session: int, allowed: bool) -> None:
+    end = time.monotonic() + (1 if allowed else AFTERMATH)
     while left := [pid for pid, (_, of) in _processes().items() if of == session]:
         if time.monotonic() > end:
             for pid in left:
-                os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"{len(left)} processes were left behind")
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            assert allowed, f"{len(left)} processes were left behind"
         time.sleep(0.05)
 
 
