@@ -62,7 +62,9 @@ class Task:
         look: raises AssertionError if a file is there under its name but not whole; gets the undisturbed result.
         written: a pattern of files that are being written, to aim at.
         has_workers: whether it has processes of its own, which die as well or alone.
-        may_leave_some: its processes are not ours to end.
+        may_leave_some: nnU-Net lists the cases of a dataset in it, with a pool of forked processes. Python ends such a
+            pool by killing one after the other; a kill amid that leaves those that wait for a lock which a dead one
+            held, about once in a hundred kills. They do nothing, and are not ours to end.
     """
 
     run: Callable[[], None]
@@ -185,8 +187,6 @@ def preprocessing(workshop: Workshop, dataset: str, folder: Path) -> Task:
         result=arrays,
         reset=lambda: shutil.rmtree(output),
         look=look,
-        # nnU-Net lists the cases with a pool of forked processes. Python ends such a pool by killing one worker after
-        # the other. Killed amid that it leaves those that wait for a lock which a dead one held: once in 100 kills.
         may_leave_some=True,
     )
 
@@ -202,7 +202,7 @@ def conversion(workshop: Workshop, dataset: str, folder: Path) -> Task:
     def look(expected: object) -> None:
         assert not converted.exists() or _tree(converted) == expected, "the dataset appeared before it was whole"
 
-    return Task(run, lambda: _tree(converted), lambda: shutil.rmtree(converted), look)
+    return Task(run, lambda: _tree(converted), lambda: shutil.rmtree(converted), look, may_leave_some=True)
 
 
 def evaluation(workshop: Workshop, dataset: str, folder: Path) -> Task:

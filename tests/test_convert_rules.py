@@ -136,9 +136,11 @@ def test_interrupted_conversion_goes_on(bus: Path, tmp_path: Path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _convert("bus", bus, tmp_path / "raw")
     assert not (tmp_path / "raw/Dataset007_BUS").exists()
+    (tmp_path / "raw/.Dataset007_BUS.partial/.123.conversion.json").touch()  # what a kill leaves that was being written
     again = []
     monkeypatch.setattr(natural_images, "write", lambda case, *rest: (again.append(case.identifier), real(case, *rest)))
     assert len(_convert("bus", bus, tmp_path / "raw").identifiers) == 3
+    assert not list((tmp_path / "raw").rglob(".*"))
     assert written == ["bus_000001", "bus_000002"] and again == ["bus_000003"]
 
 

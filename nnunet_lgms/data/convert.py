@@ -277,11 +277,14 @@ def _write_case(case: Case, description: DatasetDescription, folder: Path, size:
 
 
 def _remove_strays(folder: Path, identifiers: set[str], file_ending: str) -> None:
-    """Remove files of cases that an interrupted conversion took and this one does not."""
+    """Remove files of cases that an interrupted conversion took and this one does not, and what it was writing."""
     for name, tail in (("imagesTr", f"_0000{file_ending}"), ("labelsTr", file_ending)):
         for path in (folder / name).iterdir():
             if path.name.removesuffix(tail) not in identifiers:
                 path.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and path.name != _RECORD:
+            path.unlink()
 
 
 def _write_dataset_json(folder: Path, description: DatasetDescription, n_cases: int) -> None:
