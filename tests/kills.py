@@ -257,6 +257,7 @@ def check(name: str, task: Task, kills: int, rng: random.Random) -> dict:
         task.look(expected)
     assert _run(task, None), f"{name} fails after a kill"
     _compare(name, task.result(), expected)
+    task.reset()  # another task may use the same folder
     return {
         "task": name,
         "kills": done,
