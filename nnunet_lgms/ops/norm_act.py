@@ -77,11 +77,9 @@ def norm_act(
         cancels = shift_cancels(norm, activation)
         if shift is not None and not cancels:
             partial = ()  # are those of x
-        arguments = x, list(partial), shift, norm.weight, norm.bias, residual, *NormSpec.of(norm), activation
-        if beside is None:
-            out, mean, variance = _norm_act_forward(*arguments)
-        else:
-            out, mean, variance = _norm_act_joined(*arguments, beside)
+        out, mean, variance = _norm_act_forward(
+            x, list(partial), shift, norm.weight, norm.bias, residual, beside, *NormSpec.of(norm), activation
+        )
         update_running_statistics(norm, mean, variance, x, shift if cancels else None)
         return out
     if shift is not None:
@@ -265,6 +263,7 @@ def _norm_act_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    beside: Tensor | None,
     kind: str,
     groups: int,
     eps: float,
@@ -272,42 +271,9 @@ def _norm_act_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, variance); the statistics are (B, C), or (1, C) for the batch norm, in float32.
 
-    They are those of x where the shift makes no difference to the result, else of x + shift.
+    They are those of x where the shift makes no difference to the result, else of x + shift. With another map beside,
+    whose channels come behind those of out, it has no gradient.
     """
-    return _normed(x, partial, shift, weight, bias, residual, kind, groups, eps, activation, None)
-
-
-@triton_op("nnunet_lgms::norm_act_joined", mutates_args=())
-def _norm_act_joined(
-    x: Tensor,
-    partial: Sequence[Tensor],
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    kind: str,
-    groups: int,
-    eps: float,
-    activation: str,
-    beside: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with the channels of another map behind those of out; for prediction, it has no gradient."""
-    return _normed(x, partial, shift, weight, bias, residual, kind, groups, eps, activation, beside)
-
-
-def _normed(
-    x: Tensor,
-    partial: Sequence[Tensor],
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    kind: str,
-    groups: int,
-    eps: float,
-    activation: str,
-    beside: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
     from nnunet_lgms.ops import norm_act_triton
 
     shift = None if _cancels(kind, activation) else shift
@@ -358,7 +324,9 @@ def _norm_act_backward(
 
 
 def _setup(ctx, inputs, output):
-    x, partial, shift, weight, bias, residual, *ctx.spec = inputs
+    x, partial, shift, weight, bias, residual, beside, *ctx.spec = inputs
+    if beside is not None:
+        raise NotImplementedError("A norm whose result is joined with another map is for prediction: no gradient.")
     _, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
     ctx.set_materialize_grads(False)  # or a kernel each makes zeros of what has no gradient
@@ -379,7 +347,8 @@ def _backward(ctx, grad, _grad_mean, _grad_variance):
     grad_weight = None if weight is None else grad_weight.to(weight.dtype)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)
     grad_residual = grad if ctx.has_residual else None
-    return grad_x, [None] * ctx.n_partial, grad_shift, grad_weight, grad_bias, grad_residual, *[None] * len(ctx.spec)
+    no_gradients = [None] * (1 + len(ctx.spec))
+    return grad_x, [None] * ctx.n_partial, grad_shift, grad_weight, grad_bias, grad_residual, *no_gradients
 
 
 _norm_act_forward.register_autograd(_backward, setup_context=_setup)

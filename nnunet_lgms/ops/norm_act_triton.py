@@ -260,7 +260,7 @@ def _known_divisor(voxels, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _places(sample, voxel, channel, voxels, C: tl.constexpr, FIRST: tl.constexpr):
+def places(sample, voxel, channel, voxels, C: tl.constexpr, FIRST: tl.constexpr):
     """(ROWS, LANES) offsets in a map."""
     if FIRST:
         return (sample * C + channel)[None, :] * voxels + voxel[:, None]
@@ -296,7 +296,7 @@ def _moments(
     for step in range(steps):
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-        value = tl.load(x + _places(0, voxel, channel, voxels, C, FIRST), mask=inside, other=0.0)
+        value = tl.load(x + places(0, voxel, channel, voxels, C, FIRST), mask=inside, other=0.0)
         value = _shifted(value, shift, channel, C, SHIFT)
         value = tl.where(inside, before_norm(value, ACT) - origin[None, :], 0.0)
         first += value
@@ -369,7 +369,7 @@ def _apply(
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    place = _places(sample, voxel, channel, voxels, C, FIRST)
+    place = places(sample, voxel, channel, voxels, C, FIRST)
     value = before_norm(_shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
     value = after_norm(value * a[None, :] + b[None, :], ACT)
     if RESIDUAL:
@@ -398,7 +398,7 @@ def _gradient_sums(
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-        place = _places(sample, voxel, channel, voxels, C, FIRST)
+        place = places(sample, voxel, channel, voxels, C, FIRST)
         value = before_norm(_shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
         g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
         g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
@@ -450,7 +450,7 @@ def _apply_gradient(
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    place = _places(sample, voxel, channel, voxels, C, FIRST)
+    place = places(sample, voxel, channel, voxels, C, FIRST)
     raw = _shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT)
     value = raw
     if ACT == 4:

@@ -12,6 +12,7 @@ from torch.library import wrap_triton
 from nnunet_lgms.ops.activation_triton import affine
 from nnunet_lgms.ops.backend import map_memory
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.norm_act_triton import places
 
 TILE = 2048  # elements of a program
 
@@ -47,10 +48,7 @@ def _apply_both(
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    place = offset
-    if FIRST:  # channels outermost
-        place = (sample * C + channel)[None, :] * voxels + voxel[:, None]
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + places(sample, voxel, channel, voxels, C, FIRST), mask=inside, other=0.0).to(tl.float32)
     value = tl.maximum(value * a[None, :] + b[None, :], 0.0) * c[None, :] + d[None, :]
     value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
