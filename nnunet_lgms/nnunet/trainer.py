@@ -26,6 +26,7 @@ from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
+from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
@@ -92,14 +93,14 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         super().initialize()
         if self._trains_on_graphs():  # nothing is compiled before its first step
             if self.is_ddp:
-                self.network.module = self.network.module._orig_mod
+                self.network = GraphedDataParallel(self.network.module._orig_mod, device_ids=[self.local_rank])
             else:
                 self.network = self.network._orig_mod
 
     def _trains_on_graphs(self) -> bool:
         """Whether steps are replayed as CUDA graphs: where nnU-Net would compile.
 
-        On several GPUs, the exchange of batch norms is part of the graphs, that of gradients follows them.
+        On several GPUs, what batch norms exchange and the mean of the gradients are part of the graphs.
         """
         return self._do_i_compile() and use_kernels(next(self.network.parameters()))
 
@@ -115,7 +116,9 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         network = self._own_network()
         try:
             with torch.autocast(self.device.type):
-                network.record_training(torch.zeros(shape, device=self.device))
+                network.record_training(
+                    torch.zeros(shape, device=self.device), self.network.process_group if self.is_ddp else None
+                )
         except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
             network.forget_graphs()
             torch.cuda.empty_cache()
