@@ -308,6 +308,38 @@ def draw(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_sweep(rows: list[dict], path: Path) -> None:
+    """Lines over the size, a colour for each network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if "failed" not in row]
+    panels = {"train_ms": "training step, ms", "infer_ms": "inference, ms", "train_gib": "training, GiB"}
+    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
+    figure, axes = plt.subplots(len(cases), len(panels), figsize=(4 * len(panels), 3 * len(cases)), squeeze=False)
+    for case, line in zip(cases, axes):
+        for (key, title), axis in zip(panels.items(), line):
+            for name, mode in dict.fromkeys((row["network"], row["mode"]) for row in rows if row["case"] == case):
+                those = [row for row in rows if (row["case"], row["network"], row["mode"]) == (case, name, mode)]
+                those = sorted((row for row in those if row[key]), key=lambda row: row["size"])
+                values = [row[key][0] if isinstance(row[key], (list, tuple)) else row[key] for row in those]
+                colour = "C1" if name == "lgmsnet" else "C0"
+                axis.loglog([row["size"] for row in those], values, "o-", color=colour, label=f"{name}, {mode}")
+            sizes = sorted({row["size"] for row in rows if row["case"] == case})
+            axis.set_xticks(sizes, map(str, sizes))
+            axis.minorticks_off()
+            axis.set_title(f"{case}: {title}", fontsize=9)
+            axis.set_xlabel("voxels per axis", fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
 def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     done = [row for row in rows if "failed" not in row]
     device = f"{done[0]['device']}, torch {done[0]['torch']}" if done else "no row"
@@ -318,9 +350,9 @@ def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     for ending, text in contents.items():
         with written_whole(out / f"{name}{ending}") as temporary:
             temporary.write_text(text, "utf-8")
-    if done and not sweep:
+    if done:
         with written_whole(out / f"{name}.png") as temporary:
-            draw(rows, temporary)
+            (draw_sweep if sweep else draw)(rows, temporary)
 
 
 def main() -> int:

@@ -56,10 +56,15 @@ def error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def test_errors_are_those_of_half_precision(network_and_batch, monkeypatch):
-    expected = run(*network_and_batch, "off", monkeypatch, half=False)
-    pytorch = run(*network_and_batch, "off", monkeypatch)
-    ours = run(*network_and_batch, "on", monkeypatch)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_errors_are_those_of_half_precision(network_and_batch, compiled, monkeypatch):
+    """A network that is not trained passes on what is rounded: gradients err by a tenth, whoever rounds."""
+    network, x = network_and_batch
+    expected = run(network, x, "off", monkeypatch, half=False)
+    pytorch = run(network, x, "off", monkeypatch)
+    if compiled:
+        network = torch.compile(network, fullgraph=True, dynamic=False)
+    ours = run(network, x, "on", monkeypatch)
     for name, want, theirs, mine in zip(("output", "gradient", "prediction"), expected, pytorch, ours, strict=True):
         print(f"{name}: PyTorch {error(theirs, want):.2e}, kernels {error(mine, want):.2e}")
         assert error(mine, want) < 1.5 * error(theirs, want) + 1e-4
@@ -70,11 +75,3 @@ def test_gradients_repeat_bit_for_bit(network_and_batch, monkeypatch):
     first = run(*network_and_batch, "on", monkeypatch)
     second = run(*network_and_batch, "on", monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_compiled_step_is_the_eager_one(network_and_batch, monkeypatch):
-    network, x = network_and_batch
-    out, gradients, predicted = run(network, x, "on", monkeypatch)
-    compiled = run(torch.compile(network, fullgraph=True, dynamic=False), x, "on", monkeypatch)
-    for a, b in zip(compiled, (out, gradients, predicted), strict=True):
-        assert error(a, b) < 2e-2
