@@ -138,9 +138,9 @@ def _fold_gradients(
     )
 
 
-def _repeated(row: Tensor, n: int) -> Tensor:
-    """``row`` (S, C) as the start of a sum for n voxels, (S, n, C): a copy of it runs through memory."""
-    return row[:, None].expand(-1, n, -1).contiguous()
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """x @ weight.T + bias, (R, in) -> (R, out): PyTorch's own begins with a copy of the bias to every row."""
+    return torch.mm(x, weight.T, out=out).add_(bias)
 
 
 class _Piece(NamedTuple):
@@ -189,17 +189,16 @@ class _Pieces:
         out = torch.empty_like(source) if self.keep else self.memory(0, *source.shape)
         return self._made(self.narrow, torch.ops.aten.gelu.out(source, out=out))
 
-    def product(self, piece: _Piece, weight: Tensor, start: Tensor) -> Tensor:
-        """inner @ weight.T + start, (R, H), of weight (S, H, D) and start (S, rows, H)."""
+    def product(self, piece: _Piece, weight: Tensor, bias: Tensor) -> Tensor:
+        """inner @ weight.T + bias, (R, H), of weight (S, H, D) and bias (S, H)."""
         inner = self.inner(piece)
-        n, s = len(inner), piece.s
-        return torch.addmm(start[s, :n], inner, weight[s].T, out=self.memory(1, n, self.hidden))
+        return _linear(inner, weight[piece.s], bias[piece.s], out=self.memory(1, len(inner), self.hidden))
 
-    def outer(self, piece: _Piece, weight: Tensor, start: Tensor) -> Tensor:
+    def outer(self, piece: _Piece, weight: Tensor, bias: Tensor) -> Tensor:
         """gelu of the product, (R, H)."""
         if piece.number < len(self.wide):
             return self.wide[piece.number]
-        product = self.product(piece, weight, start)
+        product = self.product(piece, weight, bias)
         out = torch.empty_like(product) if self.keep else self.memory(2, *product.shape)
         return self._made(self.wide, torch.ops.aten.gelu.out(product, out=out))
 
@@ -232,18 +231,16 @@ class _Bottleneck(Function):
         statistics1, statistics2 = known
         if statistics1.mean is None:
             statistics1 = _moments(x.shape[0], ((piece.s, pieces.inner(piece)) for piece in pieces))
-        weight1, start1 = _fold(*statistics1, scale1, shift1, expand, bias1, eps[0])
-        start1 = _repeated(start1, pieces.rows)
+        weight1, offset1 = _fold(*statistics1, scale1, shift1, expand, bias1, eps[0])
         if statistics2.mean is None:
-            wide = ((piece.s, pieces.outer(piece, weight1, start1)) for piece in pieces)
+            wide = ((piece.s, pieces.outer(piece, weight1, offset1)) for piece in pieces)
             statistics2 = _moments(x.shape[0], wide)
-        weight2, start2 = _fold(*statistics2, scale2, shift2, squeeze, bias2, eps[1])
-        start2 = _repeated(start2, pieces.rows)
+        weight2, offset2 = _fold(*statistics2, scale2, shift2, squeeze, bias2, eps[1])
 
         out = x.new_empty(*x.shape[:2], squeeze.shape[0])
         for piece in pieces:
-            wide = pieces.outer(piece, weight1, start1)
-            torch.addmm(start2[piece.s, : len(wide)], wide, weight2[piece.s].T, out=piece.of(out))
+            wide = pieces.outer(piece, weight1, offset1)
+            _linear(wide, weight2[piece.s], offset2[piece.s], out=piece.of(out))
 
         statistics = *statistics1, *statistics2
         ctx.eps, ctx.known, ctx.n_pieces = eps, known, len(pieces.narrow)
@@ -270,7 +267,6 @@ class _Bottleneck(Function):
         hidden = len(weight1[0])
         pieces = _Pieces(x, hidden, keep=True)
         pieces.narrow, pieces.wide = saved[12 : 12 + ctx.n_pieces], saved[12 + ctx.n_pieces :]
-        start1 = _repeated(bias1, pieces.rows)
         grad = grad.contiguous()
 
         grad_weight2 = torch.zeros_like(weight2)
@@ -278,16 +274,15 @@ class _Bottleneck(Function):
             grad_weight2[piece.s].addmm_(piece.of(grad).T, pieces.wide[piece.number])
         grads2 = _fold_gradients(grad_weight2, grad.sum(1), *statistics2, *norm2, ctx.eps[1])
         slope2, shift2 = _through_statistics(grads2[:2], statistics2, ctx.known[1], x)
-        shift2 = _repeated(shift2, pieces.rows)
 
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         grad_weight1, grad_bias1 = torch.zeros_like(weight1), torch.zeros_like(bias1)
         for piece in pieces:
             s, wide = piece.s, pieces.wide[piece.number]
             part = pieces.memory(2, len(wide), hidden)
-            torch.addmm(shift2[s, : len(wide)], piece.of(grad), weight2[s], out=part).addcmul_(wide, slope2[s])
+            torch.addcmul(shift2[s], wide, slope2[s], out=part).addmm_(piece.of(grad), weight2[s])
             # To have kept the product would cost more: the pages of new memory are dearer than it is.
-            torch.ops.aten.gelu_backward.grad_input(part, pieces.product(piece, weight1, start1), grad_input=part)
+            torch.ops.aten.gelu_backward.grad_input(part, pieces.product(piece, weight1, bias1), grad_input=part)
             grad_weight1[s].addmm_(part.T, pieces.narrow[piece.number])
             grad_bias1[s] += part.sum(0)
             torch.mm(part, weight1[s], out=piece.of(grad_x))
