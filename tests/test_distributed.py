@@ -122,6 +122,44 @@ def shares(global_batch: int) -> tuple[int, float]:
     return trainer.batch_size, trainer.oversample_foreground_percent
 
 
+def graphs_left(rank: int) -> int:
+    """Whether a process keeps its graphs if the step cannot be recorded in the second one."""
+    trainer = make_trainer(batch_size=BATCH_SIZE)
+    trainer.num_input_channels, network = 1, trainer.network
+    graphs = []
+    network.forget_graphs = graphs.clear
+
+    def record(x, group):
+        if rank:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        graphs.append(x)
+
+    network.record_training = record
+    trainer.network = DistributedDataParallel(network)
+    trainer._record_step()
+    return len(graphs)
+
+
+class Replaying(nn.Linear):
+    """A network that says that it replays its step, and so averages its gradients itself, or does not."""
+
+    answer = False
+
+    def replays(self, x: torch.Tensor) -> bool:
+        return self.answer
+
+
+def gradients_by_ddp(rank: int) -> dict[bool, float]:
+    """Of a network that replays its step and of one that does not, each process with an input of its own."""
+    network = GraphedDataParallel(Replaying(1, 1, bias=False))
+    found = {}
+    for network.module.answer in (False, True, False):
+        network.zero_grad()
+        network(torch.full((1, 1), 1.0 + rank)).sum().backward()
+        found[network.module.answer] = network.module.weight.grad.item()
+    return found
+
+
 def process(rank: int, port: int, folder: str, device: str) -> None:
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = f"{folder}/{name}"
@@ -130,7 +168,9 @@ def process(rank: int, port: int, folder: str, device: str) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm = TO_SYNC_BATCH_NORM  # it calls itself by this name
     gloo.start(rank, N_PROCESSES, port)
     result = {name: trained(case, device) for name, case in CASES.items()}
-    torch.save({"parameters": result, "shares": [shares(n) for n in GLOBAL_BATCHES]}, f"{folder}/{rank}.pt")
+    result = {"parameters": result, "shares": [shares(n) for n in GLOBAL_BATCHES]}
+    result |= {"graphs": graphs_left(rank), "by_ddp": gradients_by_ddp(rank)}
+    torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -170,6 +210,14 @@ def assert_close(parameters: list[torch.Tensor], expected: list[torch.Tensor], n
     close = {"rtol": 1e-4, "atol": 1e-6} if CASES[name].get("compiled") else {"rtol": 1e-5, "atol": 1e-7}
     for parameter, value in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter, value, **close)
+
+
+def test_graphs_are_in_all_processes_or_in_none(two_processes):
+    assert [result["graphs"] for result in two_processes] == [0, 0]
+
+
+def test_ddp_averages_gradients_where_no_graph_does(two_processes):
+    assert [result["by_ddp"] for result in two_processes] == [{False: 1.5, True: 1.0}, {False: 1.5, True: 2.0}]
 
 
 @pytest.mark.gpu

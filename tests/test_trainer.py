@@ -423,7 +423,7 @@ def test_the_step_that_is_recorded_is_the_training_step(monkeypatch):
     trainer.num_input_channels = 1
     recorded = []
 
-    def record(x):
+    def record(x, group):
         recorded.append((tuple(x.shape), trainer.network.training, trainer.network.decoder.deep_supervision))
 
     monkeypatch.setattr(trainer.network, "record_training", record)
@@ -437,7 +437,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_without(monkeypatch, capsys):
     trainer = make_trainer()
     trainer.num_input_channels = 1
 
-    def fail(x):
+    def fail(x, group):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.network, "record_training", fail)
@@ -489,6 +489,7 @@ def test_what_trains_on_graphs_is_not_compiled(ddp, monkeypatch):
     monkeypatch.setattr(nnUNetTrainer, "initialize", initialize)
     monkeypatch.setattr(trainers, "check_preprocessed", lambda *args: None)
     monkeypatch.setattr(trainers, "use_kernels", lambda parameter: True)
+    monkeypatch.setattr(trainers, "GraphedDataParallel", lambda module, device_ids: SimpleNamespace(module=module))
     monkeypatch.delenv("nnUNet_compile", raising=False)
     trainer.device = torch.device("cuda")
     trainer.initialize()

@@ -26,7 +26,7 @@ from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
-from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel
+from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel, in_all_processes
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
@@ -114,15 +114,18 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.network.train()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         network = self._own_network()
+        x, group = torch.zeros(shape, device=self.device), self.network.process_group if self.is_ddp else None
+        reason = None
         try:
             with torch.autocast(self.device.type):
-                network.record_training(
-                    torch.zeros(shape, device=self.device), self.network.process_group if self.is_ddp else None
-                )
+                network.record_training(x, group)
         except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
+            reason = " ".join(str(error).split())[:120]
+        if self.is_ddp and not in_all_processes(reason is None, self.device):
+            reason = reason or "not in another process"  # with and without a graph, processes exchange different things
+        if reason is not None:
             network.forget_graphs()
             torch.cuda.empty_cache()
-            reason = " ".join(str(error).split())[:120]
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
 
     def _preprocessing(self) -> str:
