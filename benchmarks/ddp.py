@@ -283,21 +283,19 @@ def main() -> int:
     found = results["datasets"] = {bench.name: before.get(bench.name, {}) for bench in benches}
     one_writes = Lock()
 
-    def note(bench: Bench, part: Callable[[Bench], dict]) -> bool:
+    def do(part: tuple[int, Callable[[Bench], dict]]) -> bool:
+        dataset, measure = part
+        bench = benches[dataset]
         try:
-            result = part(bench)
+            result = measure(bench)
         except (RuntimeError, OSError) as error:
             result = {"failed": str(error)}
         with one_writes:
-            found[bench.name][part.__name__] = result
+            found[bench.name][measure.__name__] = result
             with written_whole(file) as temporary:
                 temporary.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"{bench.name}: {part.__name__}: {json.dumps(result)}", flush=True)
+        print(f"{bench.name}: {measure.__name__}: {json.dumps(result)}", flush=True)
         return "failed" not in result
-
-    def do(part: tuple[int, Callable[[Bench], dict]]) -> bool:
-        dataset, function = part
-        return note(benches[dataset], function)
 
     good = [do(part) for name, part in ALONE.items() if name in args.parts]
     with ThreadPoolExecutor(1 if args.gloo else None) as side_by_side:

@@ -29,7 +29,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from networks import NETWORKS, build, loss_function, parameters
@@ -283,61 +286,64 @@ def sweep_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Bars of the four columns, a colour for each network."""
+def number(row: dict, key: str) -> float:
+    """A column of a row; of a median with its spread, the median."""
+    return row[key][0] if isinstance(row[key], (list, tuple)) else row[key] or 0
+
+
+@contextmanager
+def panels(rows: list[dict], height: float, path: Path) -> Iterator[list[tuple[list[dict], str, Any]]]:
+    """A picture with three panels, ``height`` inches high, for each case: its rows, a column of them, and the axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = [row for row in rows if "failed" not in row]
-    panels = {"train_ms": "training step, ms", "infer_ms": "inference, ms", "train_gib": "training, GiB"}
-    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
-    figure, axes = plt.subplots(len(cases), len(panels), figsize=(4 * len(panels), 2.6 * len(cases)), squeeze=False)
-    for case, line in zip(cases, axes):
-        those = [row for row in rows if row["case"] == case]
-        labels = [f"{row['network']}, {row['mode']}" for row in those]
-        for (key, title), axis in zip(panels.items(), line):
-            values = [row[key][0] if isinstance(row[key], (list, tuple)) else row[key] or 0 for row in those]
-            axis.barh(labels, values, color=["C1" if row["network"] == "lgmsnet" else "C0" for row in those])
+    columns = {"train_ms": "training step, ms", "infer_ms": "inference, ms", "train_gib": "training, GiB"}
+    cases = {case: those for case in CASES if (those := [row for row in rows if row["case"] == case])}
+    figure, axes = plt.subplots(len(cases), len(columns), figsize=(12, height * len(cases)), squeeze=False)
+    found = []
+    for (case, those), line in zip(cases.items(), axes):
+        for (key, title), axis in zip(columns.items(), line):
             axis.set_title(f"{case}: {title}", fontsize=9)
             axis.tick_params(labelsize=7)
-            axis.invert_yaxis()
+            found.append((those, key, axis))
+    yield found
     figure.tight_layout()
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
+
+
+def colour(network: str) -> str:
+    return "C1" if network == "lgmsnet" else "C0"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Bars of the three columns, a colour for each network."""
+    with panels(rows, 2.6, path) as found:
+        for those, key, axis in found:
+            labels = [f"{row['network']}, {row['mode']}" for row in those]
+            axis.barh(labels, [number(row, key) for row in those], color=[colour(row["network"]) for row in those])
+            axis.invert_yaxis()
 
 
 def draw_sweep(rows: list[dict], path: Path) -> None:
     """Lines over the size, a colour for each network."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if "failed" not in row]
-    panels = {"train_ms": "training step, ms", "infer_ms": "inference, ms", "train_gib": "training, GiB"}
-    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
-    figure, axes = plt.subplots(len(cases), len(panels), figsize=(4 * len(panels), 3 * len(cases)), squeeze=False)
-    for case, line in zip(cases, axes):
-        for (key, title), axis in zip(panels.items(), line):
-            for name, mode in dict.fromkeys((row["network"], row["mode"]) for row in rows if row["case"] == case):
-                those = [row for row in rows if (row["case"], row["network"], row["mode"]) == (case, name, mode)]
-                those = sorted((row for row in those if row[key]), key=lambda row: row["size"])
-                values = [row[key][0] if isinstance(row[key], (list, tuple)) else row[key] for row in those]
-                colour = "C1" if name == "lgmsnet" else "C0"
-                axis.loglog([row["size"] for row in those], values, "o-", color=colour, label=f"{name}, {mode}")
-            sizes = sorted({row["size"] for row in rows if row["case"] == case})
+    with panels(rows, 3, path) as found:
+        for those, key, axis in found:
+            lines = {}
+            for row in sorted(those, key=lambda row: row["size"]):
+                if row[key]:
+                    lines.setdefault((row["network"], row["mode"]), {})[row["size"]] = number(row, key)
+            for (network, mode), points in lines.items():
+                axis.loglog(*zip(*points.items()), "o-", color=colour(network), label=f"{network}, {mode}")
+            sizes = sorted({row["size"] for row in those})
             axis.set_xticks(sizes, map(str, sizes))
             axis.minorticks_off()
-            axis.set_title(f"{case}: {title}", fontsize=9)
             axis.set_xlabel("voxels per axis", fontsize=8)
-            axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+        found[0][-1].legend(fontsize=7)
 
 
 def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:

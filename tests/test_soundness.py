@@ -43,7 +43,6 @@ IMAGES = {
     "one bright voxel": lambda noise: one_voxel(torch.zeros_like(noise)) * 1e4,
     "tiny": lambda noise: 1e-30 * noise,
 }
-NEARLY_CONSTANT = ("constant", "zero", "-1e4, constant", "tiny")
 TARGETS = {
     "background": lambda target: target,
     "one voxel": one_voxel,
@@ -55,12 +54,10 @@ TARGETS = {
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("image", IMAGES)
 def test_hostile_images_and_labels_give_finite_steps(image, dim, dtype):
-    """Two steps of nnU-Net's kind: losses, gradients and weights are finite.
+    """Two steps of nnU-Net's kind: the loss is finite, and so are the weights, whatever the image did to gradients.
 
-    On a map that is almost constant every instance norm multiplies a gradient by up to 1 / sqrt(eps) = 316, and after
-    twenty of them it may overflow: whether it does is up to how the map was rounded. (If only its norm does, clipping
-    makes the step one of zero length.) In float16 the scaler skips such a step; without one the trainer stops at the
-    next, as the tests below show.
+    On a map that is almost constant every instance norm multiplies a gradient by up to 1 / sqrt(eps) = 316. After
+    twenty of them its norm may overflow, and clipping makes such a step one of zero length.
     """
     torch.manual_seed(0)
     x = IMAGES[image](torch.randn(2, 1, *SIZE[dim]))
@@ -75,17 +72,12 @@ def test_hostile_images_and_labels_give_finite_steps(image, dim, dtype):
                 output = network(x)
             loss = loss_function(output.float(), target)
             loss.backward()
-            assert loss.isfinite(), name
-            overflowed = not all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
-            if overflowed:
-                assert image in NEARLY_CONSTANT, name
-                break
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
             optimizer.step()
+            assert loss.isfinite(), name
             assert all(p.isfinite().all() for p in network.parameters()), name
-        if not overflowed:
-            with torch.inference_mode():
-                assert network.eval()(x).isfinite().all(), name
+        with torch.inference_mode():
+            assert network.eval()(x).isfinite().all(), name
 
 
 # --- the trainer stops instead of losing a run -----------------------------------------------------------------------

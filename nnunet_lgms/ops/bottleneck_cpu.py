@@ -280,7 +280,7 @@ class _Bottleneck(Function):
         for piece in pieces:
             s, wide = piece.s, pieces.wide[piece.number]
             part = pieces.memory(2, len(wide), hidden)
-            torch.addcmul(shift2[s], wide, slope2[s], out=part).addmm_(piece.of(grad), weight2[s])
+            _linear(piece.of(grad), weight2[s].T, shift2[s], out=part).addcmul_(wide, slope2[s])
             # To have kept the product would cost more: the pages of new memory are dearer than it is.
             torch.ops.aten.gelu_backward.grad_input(part, pieces.product(piece, weight1, bias1), grad_input=part)
             grad_weight1[s].addmm_(part.T, pieces.narrow[piece.number])
