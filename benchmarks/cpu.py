@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import nnunet_lgms
 from nnunet_lgms.files import written_whole
+from nnunet_lgms.nnunet.optimizer import FusedSGD
 
 ROWS = {
     "training step, 3D 2 x 32^3": {"input": (2, 1, 32, 32, 32), "classes": 3, "n_stages": 4, "train": True},
@@ -41,8 +42,8 @@ class Step:
         shape = row["input"]
         torch.manual_seed(0)
         self.network = build(name, len(shape) - 2, shape[1], row["classes"], row["n_stages"]).train(row["train"])
-        fused = name == "lgmsnet" or None  # as its trainer does on a CPU, and nnU-Net's does not
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, fused=fused)
+        sgd = FusedSGD if name == "lgmsnet" else torch.optim.SGD  # as its trainer has it, and nnU-Net's
+        self.optimizer = sgd(self.network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         self.data = torch.randn(shape)
         self.target = torch.randint(0, max(row["classes"], 2), (shape[0], *shape[2:]))
         self.train = row["train"]

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.architecture.graphed import GraphedLGMSNet
 from nnunet_lgms.files import written_whole
+from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.planning.training_step import fast_steps, peak_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,7 +116,10 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         network = GraphedLGMSNet.paper(shape[1], classes, dim=len(shape) - 2).to(device)
     else:
         network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    if mode == "graphs":
+        optimizer = FusedSGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    else:
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
     scaler = torch.GradScaler(device.type, enabled=device.type == "cuda")
     data = torch.randn(shape, device=device)
     target = torch.randint(0, max(classes, 2), (shape[0], *shape[2:]), device=device)

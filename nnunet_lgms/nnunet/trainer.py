@@ -29,6 +29,7 @@ from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preproces
 from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel, in_all_processes
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
 from nnunet_lgms.ops.backend import use_kernels
 
@@ -298,13 +299,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             self.current_epoch += 1
 
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            self.initial_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            fused=self.device.type == "cpu" or None,  # there, one call in place of three for each parameter
-        )
+        optimizer = FusedSGD(self.network.parameters(), self.initial_lr, self.momentum, self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=0.9)
 
     def on_train_epoch_start(self):

@@ -32,6 +32,7 @@ class TrainingStep:
         fast: bool = False,
     ):
         from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
+        from nnunet_lgms.nnunet.optimizer import FusedSGD
 
         self.device = device
         self.network = network.to(device).train()
@@ -39,7 +40,8 @@ class TrainingStep:
         if fast:
             self.network = fast_steps(self.network, torch.zeros(tuple(input_shape), device=device))
             self.loss.dc = torch.compile(self.loss.dc)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
+        sgd = FusedSGD if isinstance(network, GraphedLGMSNet) else torch.optim.SGD  # as nnU-Net's trainer has it
+        self.optimizer = sgd(self.network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
         self.input_shape = tuple(input_shape)
         self.n_classes = n_classes
