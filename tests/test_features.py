@@ -208,6 +208,7 @@ def test_steps_under_autocast(workshop, dtype, device):
     if device == GPU:  # nnU-Net's own autocast, inside of this one, takes its type
         trainer.device = torch.device(GPU)
         trainer.network.to(GPU)
+        trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()  # in this order, as nnU-Net does
         trainer.grad_scaler = torch.amp.GradScaler(GPU, enabled=dtype == torch.float16)
     trainer.on_train_epoch_start()
     steps = []
