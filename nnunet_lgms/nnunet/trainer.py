@@ -28,6 +28,7 @@ from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
 from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel, in_all_processes
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
+from nnunet_lgms.nnunet.loading import LoadedAhead
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
@@ -231,6 +232,15 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         if self._trains_on_graphs():
             self._record_step()
         super().on_train_start()
+        if self.device.type == "cuda":
+            self.dataloader_train = LoadedAhead(self.dataloader_train, self.device)
+            self.fetching = self.optimizer.register_step_post_hook(self.dataloader_train.fetch)
+
+    def on_train_end(self):
+        if isinstance(self.dataloader_train, LoadedAhead):
+            self.fetching.remove()
+            self.dataloader_train = self.dataloader_train.loader  # nnU-Net ends those that it knows
+        super().on_train_end()
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         try:
