@@ -16,16 +16,14 @@ fell below ``SCALE_FLOOR``: a network that needs so small a scale trains on grad
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import provenance
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,18 +144,6 @@ def is_sound(result: dict) -> bool:
     return result["losses_not_finite"] == 0 and result["weights_finite"] and above
 
 
-def machine() -> dict:
-    """Device and versions."""
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "nnunetv2": version("nnunetv2"),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mri", type=Path, default=ROOT / "demo/data/hippocampus", metavar="FOLDER")
@@ -179,7 +165,7 @@ def main() -> int:
         if not pairs:
             parser.error(f"there are no images for {name}")
         results[name] = train(pairs, patch, batch, classes, args.steps, args.eager)
-    content = {**machine(), "scale_floor": SCALE_FLOOR, "rate": RATE, "trainings": results}
+    content = {**provenance(), "scale_floor": SCALE_FLOOR, "rate": RATE, "trainings": results}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(args.output) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

@@ -2,10 +2,10 @@
 
     python benchmarks/cpu.py [--threads 2] [--rounds 7] [--output benchmarks/results]
 
-The two networks take turns, so that other work on the machine slows both; a ratio is the median of the rounds' ratios.
-U-Nets have the number of stages that nnU-Net plans for the patch. float32, no compilation, as nnU-Net does on the CPU;
-SGD fused for LGMSNet, as its trainer has it there, one parameter after the other for the U-Net, as nnU-Net has it.
-Writes cpu.json and cpu.md.
+The networks take turns, so that other work on the machine slows all; a ratio is the median of the rounds' ratios. For
+inference, nnU-Net's ResEnc M and a MedNeXt-S take part as well. U-Nets have the number of stages that nnU-Net plans for
+the patch. float32, no compilation, as nnU-Net does on the CPU; SGD fused for LGMSNet, as its trainer has it, one
+parameter after the other for the U-Net, as nnU-Net has it. Writes cpu.json and cpu.md.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import json
 import platform
 import statistics
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from networks import build, loss_function, parameters
+from provenance import provenance
 from torch import nn
 from tqdm import tqdm
 
-import nnunet_lgms
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.optimizer import FusedSGD
 
@@ -33,6 +32,7 @@ ROWS = {
     "inference, 3D 96^3": {"input": (1, 1, 96, 96, 96), "classes": 14, "n_stages": 6, "train": False},
     "inference, 2D 256^2": {"input": (1, 3, 256, 256), "classes": 1, "n_stages": 7, "train": False},
 }
+COMPARED, BESIDE = ("lgmsnet", "plain"), ("resenc_m", "mednext_s")
 
 
 class Step:
@@ -63,8 +63,8 @@ class Step:
 
 
 def measure(row: dict, rounds: int) -> dict:
-    """Seconds of both networks, round by round, and the ratio."""
-    steps = {name: Step(name, row) for name in ("lgmsnet", "plain")}
+    """Seconds of the networks, round by round, and the ratio of LGMSNet's to the U-Net's."""
+    steps = {name: Step(name, row) for name in COMPARED + (() if row["train"] else BESIDE)}
     for step in steps.values():
         step()
     times = {name: [] for name in steps}
@@ -85,19 +85,20 @@ def markdown(result: dict) -> str:
     lines = [
         "# LGMSNet against nnU-Net's PlainConvUNet on the CPU",
         "",
-        f"{result['date']}, {result['threads']} threads of {result['cpu']}, torch {result['torch']}, nnunet-lgms "
-        f"{result['version']}, float32. Median of {result['rounds']} rounds in turns; the ratio's range in brackets.",
+        f"{result['date']}, {result['threads']} threads of {result['cpu']}, torch "
+        f"{result['versions']['torch']}, float32. Median of {result['rounds']} rounds in turns; the ratio's range in "
+        "brackets.",
         "",
-        "| | LGMSNet ms | PlainConvUNet ms | ratio | parameters (M) |",
-        "|---|---|---|---|---|",
+        "| | LGMSNet ms | PlainConvUNet ms | ratio | ResEnc M ms | MedNeXt-S-like ms | parameters (M) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
-        ours, theirs = (row["median"][n] * 1e3 for n in ("lgmsnet", "plain"))
-        millions = " / ".join(f"{row['parameters'][n] / 1e6:.2f}" for n in ("lgmsnet", "plain"))
+        ms = {n: f"{seconds * 1e3:.0f}" for n, seconds in row["median"].items()}
         low, high = row["ratio_range"]
-        lines.append(
-            f"| {name} | {ours:.0f} | {theirs:.0f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {millions} |"
-        )
+        cells = [*(ms[n] for n in COMPARED), f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+        cells += [ms.get(n, "") for n in BESIDE]
+        cells += [" / ".join(f"{n / 1e6:.2f}" for n in row["parameters"].values())]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -117,12 +118,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = {
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "threads": args.threads,
         "rounds": args.rounds,
         "cpu": processor(),
-        "torch": torch.__version__,
-        "version": nnunet_lgms.__version__,
+        **provenance("cpu"),
         "rows": {name: measure(row, args.rounds) for name, row in tqdm(ROWS.items(), unit="row")},
     }
     args.output.mkdir(parents=True, exist_ok=True)

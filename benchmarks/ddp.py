@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -33,13 +32,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 import torch
+from provenance import provenance
 from training_sets import CONFIGURATION, HIPPOCAMPUS_BATCH, TRAIN, prepare, timings
 
 from nnunet_lgms.files import written_whole
@@ -268,15 +266,8 @@ def main() -> int:
     shutil.rmtree(work / "runs", ignore_errors=True)
     args.output.mkdir(parents=True, exist_ok=True)
     datasets = prepare(work / "data", args.synthetic, 2 if args.gloo else HIPPOCAMPUS_BATCH)
-    results = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "device": platform.processor() or platform.machine() if args.gloo else torch.cuda.get_device_name(),
-        "backend": "gloo" if args.gloo else "nccl",
-        "versions": {name: version(name) for name in ("torch", "nnunetv2", "nnunet-lgms") if has(name)},
-        "epochs": args.epochs,
-        "iterations": args.iterations,
-        "datasets": {},
-    }
+    about = {**provenance("cpu" if args.gloo else "cuda"), "epochs": args.epochs, "iterations": args.iterations}
+    results = {"backend": "gloo" if args.gloo else "nccl", "datasets": {}}
     file = args.output / ("ddp_gloo.json" if args.gloo else "ddp.json")
     benches = [Bench(dataset, work / "runs", args.epochs, args.iterations, args.gloo) for dataset in datasets]
     before = json.loads(file.read_text())["datasets"] if file.is_file() else {}
@@ -290,6 +281,7 @@ def main() -> int:
             result = measure(bench)
         except (RuntimeError, OSError) as error:
             result = {"failed": str(error)}
+        result |= {"run": about}  # a part of its own, as parts may be run on different days
         with one_writes:
             found[bench.name][measure.__name__] = result
             with written_whole(file) as temporary:
@@ -301,13 +293,6 @@ def main() -> int:
     with ThreadPoolExecutor(1 if args.gloo else None) as side_by_side:
         good += side_by_side.map(do, [part for name, part in SIDE_BY_SIDE.items() if name in args.parts])
     return int(not all(good))
-
-
-def has(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except ModuleNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

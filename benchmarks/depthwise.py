@@ -16,11 +16,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from provenance import provenance
 from torch import Tensor
 from tqdm import tqdm
 
@@ -158,7 +158,8 @@ def markdown(result: dict) -> str:
     lines = [
         "# Multi-kernel depthwise convolution against PyTorch's",
         "",
-        f"{result['date']}, {result['device']}, torch {result['torch']}, triton {result['triton']}, {result['dtype']}, "
+        f"{result['date']}, {result['device']}, torch {result['versions']['torch']}, "
+        f"triton {result['versions']['triton']}, {result['dtype']}, "
         f"device copy {result['copy_gbs']:.0f} GB/s. Medians of CUDA graph replays; step = forward and all gradients. "
         "GB/s counts the bytes that must move; errors are forward / input gradient / weight gradient against float64.",
         "",
@@ -185,7 +186,6 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "This benchmark needs a CUDA device, and PyTorch sees none on this machine.\n")
-    import triton
 
     copy = copy_bandwidth()
     rows = {}
@@ -193,10 +193,7 @@ def main() -> None:
         rows[name] = measure(*ROWS[name], getattr(torch, args.dtype), copy)
         torch.cuda.empty_cache()
     result = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **provenance(),
         "dtype": args.dtype,
         "copy_gbs": copy,
         "rows": rows,

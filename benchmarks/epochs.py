@@ -19,11 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from provenance import provenance
 from training_sets import CONFIGURATION, TRAIN, prepare, timings
 
 from nnunet_lgms.files import written_whole
@@ -126,9 +125,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     environment = {"MEASURED_EPOCHS": str(args.epochs), "MEASURED_ITERATIONS": str(args.iterations)}
     results = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": {name: version(name) for name in ("torch", "nnunetv2")},
+        **provenance(device),
         "epochs": args.epochs,
         "iterations": args.iterations,
         "datasets": {},

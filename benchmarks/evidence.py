@@ -136,14 +136,13 @@ def loading(args: argparse.Namespace) -> int:
 
 
 def _write_with_provenance(args: argparse.Namespace, name: str, content: dict) -> int:
-    from evidence_parts.provenance import commit_of, provenance
+    from provenance import provenance
 
     from nnunet_lgms.files import written_whole
 
-    about = provenance()
     (args.results / "evidence").mkdir(parents=True, exist_ok=True)
     with written_whole(args.results / "evidence" / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(content | about | {"commit": commit_of(about["code"])}, indent=1) + "\n")
+        temporary.write_text(json.dumps(content | provenance(), indent=1) + "\n")
     return 0
 
 

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from networks import NETWORKS, build, loss_function, parameters
+from provenance import provenance
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -148,9 +149,8 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         "mode": mode,
         "input": shape,
         "parameters": parameters(network),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
         "first_step_s": time.perf_counter() - begin,
+        **provenance(),
     }
     row["train_gib"] = peak_gib(train, device)
     optimizer.zero_grad(set_to_none=True)
@@ -352,7 +352,7 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
 
 def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     done = [row for row in rows if "failed" not in row]
-    device = f"{done[0]['device']}, torch {done[0]['torch']}" if done else "no row"
+    device = f"{done[0]['device']}, torch {done[0]['versions']['torch']}" if done else "no row"
     heading = f"{max(row['run'] for row in rows)}, {device}, float16 autocast\n\n"
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
     contents = {".json": json.dumps(rows, indent=1) + "\n", ".md": heading + (sweep_table if sweep else table)(rows)}

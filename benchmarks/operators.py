@@ -12,7 +12,6 @@ bottleneck also multiply, so theirs is a bound that arithmetic may forbid.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from provenance import provenance
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -176,9 +176,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bytes_per_ms = bandwidth(device)
     about = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        **provenance(),
         "terabytes_per_s": bytes_per_ms / 1e9,
     }
     jobs = [(case, operator) for case in MAPS for operator in operators(int(case[0]), device)]

@@ -22,12 +22,11 @@ import shutil
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import provenance
 
 from nnunet_lgms.files import written_whole
 
@@ -130,9 +129,7 @@ def main() -> int:
     rises = growth(held)
     grew = [key for key, rise in rises.items() if rise > (args.tolerance if key.endswith("mib") else 0.5)]
     results = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "versions": {name: version(name) for name in ("torch", "nnunetv2", "numpy")},
+        **provenance(args.device),
         "epochs": args.epochs,
         "iterations": args.iterations,
         "workers": args.workers,

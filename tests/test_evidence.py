@@ -21,7 +21,8 @@ from dataset_replicas import disc, grey, picture, save
 from tiny_model import dataset_json
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from evidence_parts import packs, pictures, provenance, report, scheduler  # noqa: E402
+import provenance  # noqa: E402
+from evidence_parts import packs, pictures, report, scheduler  # noqa: E402
 from evidence_parts.runs import BUSI, PUBLISHED, STAGES, STU, Run, file_of, runs_of, with_equal_time  # noqa: E402
 from evidence_parts.turnstile import Turnstile  # noqa: E402
 
@@ -86,7 +87,7 @@ def write_results(folder: Path, *results: dict) -> report.Results:
 
 def test_without_results_everything_is_not_run(tmp_path):
     text = report.evidence_md(report.Results(tmp_path))
-    assert text.count("Not run.") == 9 and "IoU 0.673 to 0.681" in text
+    assert text.count("Not run.") == 10 and "IoU 0.673 to 0.681" in text
     assert "not measured yet" in report.readme_section(report.Results(tmp_path))
     assert not pictures.draw(tmp_path)
 
@@ -239,6 +240,10 @@ def test_the_code_of_a_commit_is_found(tmp_path):
     head = provenance._digest_at("HEAD")
     assert provenance.commit_of(head) is not None
     assert provenance.commit_of("0" * 64) is None
+    missing, known = {"code": head, "commit": None}, {"code": head, "commit": "of then"}
+    assert provenance.fill({"rows": [missing, known], "unknown": {"code": "0" * 64, "commit": None}})
+    assert missing["commit"] == provenance.commit_of(head) and known["commit"] == "of then"
+    assert not provenance.fill([missing, known])
 
 
 def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):

@@ -139,10 +139,10 @@ def _seeds(runs: Sequence[dict]) -> str:
 
 
 def scores_table(results: Results, stage: str, epochs: int, scores: str, digits: int = 3) -> list[str]:
-    """A line a model: scores without mirroring, Dice with it, and the difference to nnU-Net's U-Net."""
+    """A line a model: scores without mirroring, Dice with it, and the differences to nnU-Net's U-Net."""
     unit = next((r["scores"][scores]["unit"] for r in results.runs if r["run"]["stage"] == stage), "")
     heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}", "Dice, mirrored"]
-    heads += ["Dice against nnU-Net", "", "step, ms"]
+    heads += ["Dice against nnU-Net", "", "the same, mirrored", "", "step, ms"]
     rows = []
     baseline = results.of(stage, "nnunet", epochs)
     for name, model in models_of(stage).items():
@@ -154,16 +154,23 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str, digits:
         cells += [with_interval(interval(runs, scores, metric), digits) for metric in ("IoU", "Dice")]
         cells += [with_interval(interval(runs, scores, "HD95"), 1 if unit == "pixels" else 2)]
         mirrored = f"{scores}-mirrored"
-        there = all(mirrored in run["scores"] for run in runs)
+        there = _have(runs, mirrored)
         cells += [with_interval(interval(runs, mirrored, "Dice"), digits) if there else NOT_RUN]
-        if baseline and name != "nnunet":
-            diff = difference(runs, baseline, scores, "Dice")
-            spreads = spread(runs, scores, "Dice"), spread(baseline, scores, "Dice")
-            cells += [signed(diff, digits), noise(diff, *spreads)]
-        else:
-            cells += ["", ""]
+        for way in (scores, mirrored):
+            compared = name != "nnunet" and _have(runs, way) and baseline and _have(baseline, way)
+            cells += against(runs, baseline, way, digits) if compared else ["", ""]
         rows.append([*cells, _step(runs)])
     return table(heads, rows)
+
+
+def _have(runs: Sequence[dict], scores: str) -> bool:
+    return all(scores in run["scores"] for run in runs)
+
+
+def against(ours: Sequence[dict], theirs: Sequence[dict], scores: str, digits: int = 3) -> list[str]:
+    """The difference of Dice in two cells: mean with interval, and what it is worth."""
+    diff = difference(ours, theirs, scores, "Dice")
+    return [signed(diff, digits), noise(diff, spread(ours, scores, "Dice"), spread(theirs, scores, "Dice"))]
 
 
 def reference_line(results: Results, data: str, scores: str, stage: str = "busi") -> list[str]:
@@ -216,11 +223,7 @@ def ablations_table(results: Results, stage: str, epochs: int) -> list[str]:
         sd = spread(runs, "validation", "Dice")
         cells = [ABLATIONS[name], millions(runs[0]["parameters"]), gmac, _step(runs)]
         cells += [with_interval(interval(runs, "validation", "Dice")), f"{sd:.3f}" if len(runs) > 1 else ""]
-        if default and name != "default":
-            diff = difference(runs, default, "validation", "Dice")
-            cells += [signed(diff), noise(diff, sd, spread(default, "validation", "Dice"))]
-        else:
-            cells += ["", ""]
+        cells += against(runs, default, "validation") if default and name != "default" else ["", ""]
         rows.append([*cells, _seeds(runs)])
     return table(heads, rows)
 
@@ -231,8 +234,7 @@ def ablations_words(results: Results, stage: str, epochs: int) -> str:
     others = [(name, results.of(stage, name, epochs)) for name in ABLATIONS if name != "default"]
     for name, runs in others if default else []:
         if runs:
-            spreads = (spread(r, "validation", "Dice") for r in (runs, default))
-            verdict = noise(difference(runs, default, "validation", "Dice"), *spreads)
+            verdict = against(runs, default, "validation")[1]
             found.setdefault(verdict, []).append(ABLATIONS[name])
     said = "; ".join(f"{v}: {' / '.join(found.get(v, ['none']))}" for v in ("better", "worse", "within noise"))
     words = f"Dice against the default: {said}."
@@ -242,6 +244,31 @@ def ablations_words(results: Results, stage: str, epochs: int) -> str:
             "in its interval, so a small difference is no finding there."
         )
     return words
+
+
+def recipe_lines(results: Results) -> list[str]:
+    """nnU-Net's augmentation in place of the paper's, on the same plans; with mirroring, as nnU-Net predicts."""
+    rows = []
+    for stage, scores in (
+        ("busi", "validation"),
+        ("busi", STU),
+        ("hippocampus", "validation"),
+        ("hippocampus_equal_time", "validation"),
+    ):
+        for epochs in results.schedules(stage):
+            ours, plain = (results.of(stage, name, epochs) for name in ("lgmsnet_nnunetda", "lgmsnet"))
+            mirrored = f"{scores}-mirrored"
+            if ours and plain and _have([*ours, *plain], mirrored):
+                cells = [*against(ours, plain, scores), *against(ours, plain, mirrored)]
+                where = stage if scores == "validation" else f"{stage}, {scores}"
+                rows.append([where, _schedule(ours[0]), *cells])
+    if not rows:
+        return [f"{NOT_RUN.capitalize()}."]
+    better, worse = (sum(verdict in row for row in rows) for verdict in ("better", "worse"))
+    words = f"It stands out as better in {better} of {len(rows)} rows and as worse in {worse}"
+    words += "." if better else ", so no other recipe is recommended beside the paper's."
+    heads = ["", "epochs × steps", "Dice against the paper's augmentation", "", "the same, mirrored", ""]
+    return [*table(heads, rows), "", words]
 
 
 NETWORK_NAMES = {
@@ -308,7 +335,7 @@ is evaluated, nothing is chosen on the validation cases. In 2D all models have t
 sample in place of nnU-Net's batch of 32 and Dice per batch. Scores are without mirroring at prediction unless the
 column says so. Intervals are 95 % bootstrap intervals over cases, differences are paired by case; "within noise" is a
 difference whose interval holds 0, or that is less than two standard deviations over seeds. Step times are medians of
-steps that had the GPU to themselves."""
+steps that had the GPU to themselves, of the package as it was at the run's commit."""
 
 
 PICTURES = {
@@ -348,6 +375,7 @@ def evidence_md(results: Results) -> str:
         for epochs in results.schedules(stage):
             lines += [f"{epochs} epochs.", ""]
             lines += [*ablations_table(results, stage, epochs), "", ablations_words(results, stage, epochs), ""]
+    lines += ["## Is there a better recipe?", "", *recipe_lines(results), ""]
     lines += ["## Cost", "", *costs_table(results), "", "On a GPU:", "", *gpu_table(results), ""]
     lines += ["## Data loading, one process on one core", "", *loading_table(results), ""]
     lines += ["## What was run, and what was left", ""]
@@ -425,17 +453,21 @@ def _readme_busi(results: Results, epochs: int) -> list[str]:
 
 
 def _readme_hippocampus(results: Results, stage: str, epochs: int, what: str) -> list[str]:
-    rows = []
+    rows, baseline = [], results.of(stage, "nnunet", epochs)
     for name, model in models_of(stage).items():
         if runs := results.of(stage, name, epochs):
             cells = [
                 with_interval(interval(runs, "validation", "Dice")),
                 with_interval(interval(runs, "validation", "HD95"), 2),
             ]
+            mirrored = "validation-mirrored"
+            there = _have([*runs, *baseline], mirrored)
+            cells += [with_interval(interval(runs, mirrored, "Dice")) if there else NOT_RUN]
+            cells += [" ".join(against(runs, baseline, mirrored)) if there and baseline and name != "nnunet" else ""]
             rows.append([model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), *cells])
         else:
-            rows.append([model.title, NOT_RUN, *[""] * 3])
-    heads = ["", "parameters", "epochs × steps", "Dice", "HD95, mm"]
+            rows.append([model.title, NOT_RUN, *[""] * 5])
+    heads = ["", "parameters", "epochs × steps", "Dice", "HD95, mm", "Dice, mirrored", "mirrored, against nnU-Net"]
     return [f"Hippocampus (3D, fold 0, {what}):", "", *table(heads, rows)]
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from provenance import commit_of
 
 from nnunet_lgms.evaluation.evaluate import evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
@@ -16,7 +17,6 @@ from nnunet_lgms.evaluation.metrics import METRICS
 from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.files import read_json, written_whole
 
-from .provenance import commit_of
 from .runs import Run, file_of
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import provenance
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.files import read_json, written_whole
 
-from .provenance import provenance
 from .runs import ALONE_AT, Run, file_of
 from .turnstile import Turnstile
 
@@ -191,7 +191,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         "seconds": sum(e - b for b, e in zip(begins, ends)),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
         **curve,
-        **provenance(),
+        **provenance(device),
     }
     with written_whole(folder / "record.json") as temporary:
         temporary.write_text(json.dumps(record) + "\n")

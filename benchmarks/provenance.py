@@ -1,35 +1,52 @@
-"""Where a result comes from: machine, versions, code."""
+"""Where a result comes from: machine, versions, code.
+
+    python benchmarks/provenance.py
+
+Writes the commit into the results that were measured before there was one, or where there is no git.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nnunet_lgms.files import written_whole  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("nnunet_lgms", "trainers", "plans")
 COMMITS = 40  # that are looked through
 
 
-def provenance() -> dict:
-    """Command, date, device, versions, and a digest of the code (`commit_of` finds its commit)."""
-    import torch
-
+def provenance(device: str = "cuda") -> dict:
+    """Command, date, device (a CPU where there is no GPU), versions, a digest of the code, and its commit."""
     files = [path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".json")]
+    code = digest((path.relative_to(ROOT).as_posix(), path.read_bytes()) for path in files)
     return {
         "command": " ".join(["python", *map(_short, sys.argv)]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "triton", "numpy", "nnunetv2", "batchgeneratorsv2")},
-        "code": digest((path.relative_to(ROOT).as_posix(), path.read_bytes()) for path in files),
+        "code": code,
+        "commit": commit_of(code),
     }
 
 
@@ -42,7 +59,9 @@ def digest(files: Iterable[tuple[str, bytes]]) -> str:
 
 
 def commit_of(code: str) -> str | None:
-    """The newest commit whose code has this digest; None if it was never committed."""
+    """The newest commit whose code has this digest; None if it was not committed lately, or there is no git."""
+    if shutil.which("git") is None:
+        return None
     listed = subprocess.run(["git", "rev-list", f"-{COMMITS}", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     for commit in listed.stdout.split():
         if _digest_at(commit) == code:
@@ -50,6 +69,7 @@ def commit_of(code: str) -> str | None:
     return None
 
 
+@cache
 def _digest_at(commit: str) -> str:
     archive = subprocess.run(["git", "archive", commit, *CODE], cwd=ROOT, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -70,3 +90,28 @@ def _short(word: str) -> str:
     if not path.is_absolute():
         return word
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def fill(content: Any) -> bool:
+    """Finds the missing commits of a result, at any depth; whether there were any."""
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    filled = [fill(part) for part in parts]
+    if isinstance(content, dict) and content.get("code") and content.get("commit", "") is None:
+        content["commit"] = commit_of(content["code"])
+        filled.append(content["commit"] is not None)
+    return any(filled)
+
+
+def main() -> None:
+    for file in sorted(RESULTS.rglob("*.json")):
+        text = file.read_text("utf-8")
+        content = json.loads(text)
+        if fill(content):
+            indented = re.match(r"[\[{]\n( +)", text)
+            with written_whole(file) as temporary:
+                temporary.write_text(json.dumps(content, indent=len(indented[1]) if indented else None) + "\n", "utf-8")
+            print(file.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
