@@ -244,12 +244,13 @@ def earlier_rows(path: Path, jobs: list[tuple]) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Markdown, with ratios to nnU-Net's own U-Net, compiled."""
     lines = [
-        "| case | network | | parameters | train ms (5 to 95 %) | × | infer ms (5 to 95 %) | × | GiB | × | first s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | network | | parameters | train ms (5 to 95 %) | × | infer ms (5 to 95 %) | × | GiB | × | first s "
+        "| run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['failed']} |" + " |" * 7)
+            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['failed']} |" + " |" * 8)
             continue
         peers = [r for r in rows if (r["network"], r["mode"]) == REFERENCE and "failed" not in r]
         peers = [r for r in peers if (r["case"], r["run"]) == (row["case"], row["run"])]
@@ -263,7 +264,7 @@ def table(rows: list[dict]) -> str:
             ]
         cells += [f"{row['train_gib']:.2f}" if row["train_gib"] else ""]
         cells += [f"{row['train_gib'] / reference['train_gib']:.2f}" if reference and row["train_gib"] else ""]
-        lines.append("| " + " | ".join([*cells, f"{row['first_step_s']:.0f}"]) + " |")
+        lines.append("| " + " | ".join([*cells, f"{row['first_step_s']:.0f}", row["run"]]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -353,7 +354,7 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
 def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     done = [row for row in rows if "failed" not in row]
     device = f"{done[0]['device']}, torch {done[0]['versions']['torch']}" if done else "no row"
-    heading = f"{max(row['run'] for row in rows)}, {device}, float16 autocast\n\n"
+    heading = f"{device}, float16 autocast; latest run {max(row['run'] for row in rows)}, × within a run\n\n"
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
     contents = {".json": json.dumps(rows, indent=1) + "\n", ".md": heading + (sweep_table if sweep else table)(rows)}
     out.mkdir(parents=True, exist_ok=True)

@@ -104,8 +104,9 @@ def test_tables_hold_means_intervals_and_what_is_within_noise(tmp_path):
     )
     lines = {line.split(" | ")[0]: line for line in report.scores_table(results, "busi", 10, "validation")}
     ours = lines["| LGMSNet, the five published levels"]
-    assert "0.675 [" in ours and "2.32 M" in ours and "better" in ours and "| 20.0 |" in ours
+    assert "0.675 [" in ours and "2.32 M" in ours and "better on these cases" in ours and "| 20.0 |" in ours
     assert "within noise" in lines["| plain U-Net of LGMSNet's widths"]
+    assert "better" not in lines["| LGMSNet, nnU-Net's planned levels"]
     assert "not run" in lines["| LGMSNet, planned levels, nnU-Net's augmentation"]
     text = report.evidence_md(results)
     assert "IoU 0.675, inside that range." in text and "IoU 0.575, below that range." in text
@@ -150,6 +151,17 @@ def test_one_seed_is_said_to_be_one(tmp_path):
     words = report.ablations_words(write_results(tmp_path, *runs, other), "ablations_busi", 60)
     assert "worse: GMS alone;" in words and "A variant with one seed" in words
     assert words in report.evidence_md(report.Results(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "gain, said",
+    [(0.0, "as better in 0 of 2 rows and as worse in 0, so no other recipe"), (0.1, "as better in 2 of 2")],
+)
+def test_a_recipe_is_recommended_only_if_it_stands_out(tmp_path, gain, said):
+    values = np.linspace(0.3, 0.8, 30)
+    runs = result("lgmsnet", list(values)), result("lgmsnet_nnunetda", list(values + gain))
+    lines = report.recipe_lines(write_results(tmp_path, *runs))
+    assert said in lines[-1] and ("no other recipe" in lines[-1]) == (gain == 0)
 
 
 def test_equal_time_stands_beside_the_unet_whose_time_it_is(tmp_path):
