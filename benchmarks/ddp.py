@@ -271,17 +271,16 @@ def main() -> int:
     file = args.output / ("ddp_gloo.json" if args.gloo else "ddp.json")
     benches = [Bench(dataset, work / "runs", args.epochs, args.iterations, args.gloo) for dataset in datasets]
     before = json.loads(file.read_text())["datasets"] if file.is_file() else {}
-    found = results["datasets"] = {bench.name: before.get(bench.name, {}) for bench in benches}
+    found = results["datasets"] = {**before, **{bench.name: before.get(bench.name, {}) for bench in benches}}
     one_writes = Lock()
 
     def do(part: tuple[int, Callable[[Bench], dict]]) -> bool:
         dataset, measure = part
         bench = benches[dataset]
         try:
-            result = measure(bench)
-        except (RuntimeError, OSError) as error:
-            result = {"failed": str(error)}
-        result |= {"run": about}  # a part of its own, as parts may be run on different days
+            result = {**measure(bench), "run": about}  # a part's own, as parts may be run on different days
+        except Exception as error:  # the other parts go on, and what the part gave before stays
+            result = {**found[bench.name].get(measure.__name__, {}), "failed": {"error": str(error), "run": about}}
         with one_writes:
             found[bench.name][measure.__name__] = result
             with written_whole(file) as temporary:

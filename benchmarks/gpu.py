@@ -353,8 +353,10 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
 
 def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     done = [row for row in rows if "failed" not in row]
-    device = f"{done[0]['device']}, torch {done[0]['versions']['torch']}" if done else "no row"
-    heading = f"{device}, float16 autocast; latest run {max(row['run'] for row in rows)}, × within a run\n\n"
+    devices = sorted({f"{row['device']}, torch {row['versions']['torch']}" for row in done}) or ["no row"]
+    heading = (
+        f"{'; '.join(devices)}; float16 autocast; latest run {max(row['run'] for row in rows)}, × within a run\n\n"
+    )
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
     contents = {".json": json.dumps(rows, indent=1) + "\n", ".md": heading + (sweep_table if sweep else table)(rows)}
     out.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,11 @@ def fill(content: Any) -> bool:
 def main() -> None:
     for file in sorted(RESULTS.rglob("*.json")):
         text = file.read_text("utf-8")
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            print(f"{file.relative_to(ROOT)} is left out: {error}", file=sys.stderr)
+            continue
         if fill(content):
             indented = re.match(r"[\[{]\n( +)", text)
             with written_whole(file) as temporary:

@@ -153,6 +153,18 @@ def test_one_seed_is_said_to_be_one(tmp_path):
     assert words in report.evidence_md(report.Results(tmp_path))
 
 
+def test_what_has_no_case_in_common_is_not_compared(tmp_path):
+    ours, theirs = result("lgmsnet", [0.5, 0.6]), result("nnunet", [0.5, 0.6])
+    scores = theirs["scores"]["validation"]
+    theirs["scores"] = {
+        name: scores | {"cases": {f"other_{case}": v for case, v in scores["cases"].items()}}
+        for name in theirs["scores"]
+    }
+    table = report.scores_table(write_results(tmp_path, ours, theirs), "busi", 10, "validation")
+    (line,) = [line for line in table if line.startswith("| LGMSNet, nnU-Net's planned levels")]
+    assert line.count(report.NOT_COMPARABLE) == 2 and "on these cases" not in line
+
+
 @pytest.mark.parametrize(
     "gain, said",
     [(0.0, "as better in 0 of 2 rows and as worse in 0, so no other recipe"), (0.1, "as better in 2 of 2")],

@@ -63,6 +63,14 @@ def test_skipped_first_step_leaves_no_trace(device):
     assert not any(state["momentum_buffer"].any() for state in optimizer.state.values())
 
 
+def test_parameters_that_come_later_begin_with_zeros_as_well():
+    first, later = network("cpu"), network("cpu")
+    optimizer = FusedSGD(first.parameters(), **SETTINGS)
+    optimizer.add_param_group({"params": later.parameters()})
+    assert all(not optimizer.state[p]["momentum_buffer"].any() for p in later.parameters())
+    assert len(optimizer.state) == len(weights(first)) + len(weights(later))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("before", ["trained", "skipped its only step"])
 def test_goes_on_from_a_checkpoint_of_sgd(device, before):

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- evidence: made by benchmarks/evidence.py report; a test compa
 NOT_RUN = "not run"
 REFERENCES = Path(__file__).with_name("references.json")
 MINUS = "\N{MINUS SIGN}"
-WITHIN_NOISE = "within noise"
+WITHIN_NOISE, NOT_COMPARABLE = "within noise", "not comparable"
 ONE_TRAINING = " on these cases"  # what another training would give is not in the interval
 
 
@@ -94,6 +94,8 @@ def spread(runs: Sequence[dict], scores: str, metric: str) -> float:
 
 def noise(diff: tuple[float, float, float], *spreads: float) -> str:
     """Whether a difference stands out from cases and seeds."""
+    if not np.isfinite(diff).all():
+        return NOT_COMPARABLE
     inside = diff[1] <= 0 <= diff[2] or abs(diff[0]) <= 2 * max(spreads, default=0.0)
     return WITHIN_NOISE if inside else ("better" if diff[0] > 0 else "worse")
 
@@ -173,7 +175,7 @@ def against(ours: Sequence[dict], theirs: Sequence[dict], scores: str, digits: i
     """The difference of Dice in two cells: mean with interval, and what it is worth."""
     diff = difference(ours, theirs, scores, "Dice")
     verdict = noise(diff, spread(ours, scores, "Dice"), spread(theirs, scores, "Dice"))
-    if verdict != WITHIN_NOISE and min(len(ours), len(theirs)) == 1:
+    if verdict not in (WITHIN_NOISE, NOT_COMPARABLE) and min(len(ours), len(theirs)) == 1:
         verdict += ONE_TRAINING
     return [signed(diff, digits), verdict]
 
@@ -408,7 +410,15 @@ def _runs_table(results: Results) -> list[str]:
         rows.append([f"`{_name(run)}`", *about])
     done = {_name(run) for run in results.runs}
     rows += [[f"`{name}`", what, *[""] * 5] for name, what in results.state.items() if name not in done]
-    heads = ["run", "date", "device", "versions", "commit", "s of training beside others", "waiting for batches"]
+    heads = [
+        "run",
+        "date",
+        "device",
+        "versions",
+        "commit",
+        "s of training beside others",
+        "waiting for batches, at most",
+    ]
     return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
 
 

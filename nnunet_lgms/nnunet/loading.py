@@ -27,13 +27,21 @@ class LoadedAhead:
         self.waited = 0.0  # seconds that the loader took to answer, while the GPU may have been busy
         self._copying = torch.cuda.Stream(device)
         self._batch: dict[str, Any] | None = None
+        self._error: Exception | None = None
 
     def fetch(self, *_: Any) -> None:
-        """The next batch, unless it is there; as a hook, it takes whatever it is called with."""
-        if self._batch is not None:
+        """The next batch, unless it is there; as a hook, it takes whatever it is called with.
+
+        An error of the loader is kept for when the batch is asked for: the step that is being taken needs it not.
+        """
+        if self._batch is not None or self._error is not None:
             return
         begin = time.perf_counter()
-        batch = next(self.loader)
+        try:
+            batch = next(self.loader)
+        except Exception as error:
+            self._error = error
+            return
         self.waited += time.perf_counter() - begin
         with torch.cuda.stream(self._copying):
             self._batch = tree_map_only(Tensor, partial(Tensor.to, device=self.device, non_blocking=True), batch)
@@ -44,6 +52,9 @@ class LoadedAhead:
     def __next__(self) -> dict[str, Any]:
         self.fetch()
         batch, self._batch = self._batch, None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         stream = torch.cuda.current_stream(self.device)
         stream.wait_stream(self._copying)
         for leaf in tree_leaves(batch):
@@ -51,7 +62,8 @@ class LoadedAhead:
                 leaf.record_stream(stream)  # or its memory would be free for the next copy before the step is done
         return batch
 
-    def _finish(self) -> None:
-        """As nnU-Net's loaders with processes: ends them."""
-        if hasattr(self.loader, "_finish"):
-            self.loader._finish()
+    def __getattr__(self, name: str) -> Any:
+        """Of the loader, such as what ends its processes."""
+        if name == "loader":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.loader, name)

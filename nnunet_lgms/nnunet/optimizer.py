@@ -17,7 +17,8 @@ class FusedSGD(torch.optim.SGD):
     first gradient is added: the same numbers.
 
     Args:
-        params: on one of nnU-Net's devices.
+        params: in the place and type in which they will be trained, float32 or float64 (of 16 bits, PyTorch's fused SGD
+            gives other numbers on a CPU, seen in 2.13).
         lr: learning rate.
         momentum: above 0.
         weight_decay: L2 penalty.
@@ -25,6 +26,10 @@ class FusedSGD(torch.optim.SGD):
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
         super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As PyTorch's, which calls it for the first parameters as well."""
+        super().add_param_group(param_group)
         self._begin_momentum()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

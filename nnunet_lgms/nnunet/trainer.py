@@ -88,6 +88,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.steps_without_loss = 0  # in a row
         self.training_ended = threading.Event()
         self.training_ended.set()  # it has not begun
+        self.fetching = None  # the hook that fetches batches ahead
 
     def initialize(self):
         with said_in_one_sentence():
@@ -214,6 +215,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             raise TrainingError(PROCESS_ENDED) from error
         finally:
             self.training_ended.set()
+            self._fetch_no_more()
             if self.network is not None and self._trains_on_graphs():
                 # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
                 self._own_network().forget_graphs()
@@ -232,15 +234,21 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         if self._trains_on_graphs():
             self._record_step()
         super().on_train_start()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and isinstance(self.optimizer, torch.optim.Optimizer):
             self.dataloader_train = LoadedAhead(self.dataloader_train, self.device)
+            # behind the step's last launch, before nnU-Net waits for its loss
             self.fetching = self.optimizer.register_step_post_hook(self.dataloader_train.fetch)
 
     def on_train_end(self):
-        if isinstance(self.dataloader_train, LoadedAhead):
-            self.fetching.remove()
-            self.dataloader_train = self.dataloader_train.loader  # nnU-Net ends those that it knows
+        self._fetch_no_more()
         super().on_train_end()
+
+    def _fetch_no_more(self):
+        if self.fetching is not None:
+            self.fetching.remove()
+            self.fetching = None
+        if isinstance(self.dataloader_train, LoadedAhead):
+            self.dataloader_train = self.dataloader_train.loader  # nnU-Net ends those that it knows
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         try:
