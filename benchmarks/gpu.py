@@ -5,11 +5,12 @@
     python benchmarks/gpu.py --sweep              how the cost grows with the size
     python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
 
-A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD. Networks run
-as nnU-Net's trainer runs them ("compiled"), as LGMSNet's trainers do on one GPU ("graphs": recorded as CUDA graphs),
-or as they are ("eager"). Times are medians of CUDA events after warm-up, with the 5th and 95th percentile; the memory
-is what PyTorch allocated at the peak of a step, with what graphs hold; the first step includes all that comes before
-it, compiling or recording; x is the ratio to PlainConvUNet, compiled.
+A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD (in "graphs"
+that of LGMSNet's trainers, else nnU-Net's). Networks run as nnU-Net's trainer runs them ("compiled"), as LGMSNet's
+trainers do on one GPU ("graphs": recorded as CUDA graphs), or as they are ("eager"). Times are medians of CUDA events
+after warm-up, with the 5th and 95th percentile; the memory is what PyTorch allocated at the peak of a step, with what
+graphs hold; the first step includes all that comes before it, compiling or recording; x is the ratio to PlainConvUNet,
+compiled.
 
 Every row runs in a process of its own with empty compiler caches. The rows of a batch (--jobs) compile side by side;
 when all of them have, they are timed one after the other, so nothing else uses the GPU or the CPU then. The table is

@@ -21,7 +21,6 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,6 +32,7 @@ from nnunet_lgms.files import written_whole  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("nnunet_lgms", "trainers", "plans")
 COMMITS = 40  # that are looked through
+MISSING = re.compile(r'(?P<before>"code": "(?P<code>[0-9a-f]{64})",\s*"commit": )null')
 
 
 def provenance(device: str = "cuda") -> dict:
@@ -92,28 +92,17 @@ def _short(word: str) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
-def fill(content: Any) -> bool:
-    """Finds the missing commits of a result, at any depth; whether there were any."""
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    filled = [fill(part) for part in parts]
-    if isinstance(content, dict) and content.get("code") and content.get("commit", "") is None:
-        content["commit"] = commit_of(content["code"])
-        filled.append(content["commit"] is not None)
-    return any(filled)
+def fill(text: str) -> str:
+    """A result, as its file holds it, with the commits that it lacked and that are known by now."""
+    return MISSING.sub(lambda found: found["before"] + json.dumps(commit_of(found["code"])), text)
 
 
 def main() -> None:
     for file in sorted(RESULTS.rglob("*.json")):
         text = file.read_text("utf-8")
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            print(f"{file.relative_to(ROOT)} is left out: {error}", file=sys.stderr)
-            continue
-        if fill(content):
-            indented = re.match(r"[\[{]\n( +)", text)
+        if (filled := fill(text)) != text:
             with written_whole(file) as temporary:
-                temporary.write_text(json.dumps(content, indent=len(indented[1]) if indented else None) + "\n", "utf-8")
+                temporary.write_text(filled, "utf-8")
             print(file.relative_to(ROOT))
 
 

@@ -264,10 +264,13 @@ def test_the_code_of_a_commit_is_found(tmp_path):
     head = provenance._digest_at("HEAD")
     assert provenance.commit_of(head) is not None
     assert provenance.commit_of("0" * 64) is None
-    missing, known = {"code": head, "commit": None}, {"code": head, "commit": "of then"}
-    assert provenance.fill({"rows": [missing, known], "unknown": {"code": "0" * 64, "commit": None}})
-    assert missing["commit"] == provenance.commit_of(head) and known["commit"] == "of then"
-    assert not provenance.fill([missing, known])
+    rows = [{"code": head, "commit": None}, {"code": head, "commit": "of then"}]
+    for indent in (None, 1):
+        text = json.dumps({"rows": rows, "unknown": {"code": "0" * 64, "commit": None}}, indent=indent)
+        filled = provenance.fill(text)
+        (missing, known), unknown = json.loads(filled).values()
+        assert missing["commit"] == provenance.commit_of(head) and known["commit"] == "of then"
+        assert unknown["commit"] is None and provenance.fill(filled) == filled != text
 
 
 def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):

@@ -161,8 +161,7 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str, digits:
         there = _have(runs, mirrored)
         cells += [with_interval(interval(runs, mirrored, "Dice"), digits) if there else NOT_RUN]
         for way in (scores, mirrored):
-            compared = name != "nnunet" and _have(runs, way) and baseline and _have(baseline, way)
-            cells += against(runs, baseline, way, digits) if compared else ["", ""]
+            cells += against(runs, baseline, way, digits)
         rows.append([*cells, _step(runs)])
     return table(heads, rows)
 
@@ -172,7 +171,12 @@ def _have(runs: Sequence[dict], scores: str) -> bool:
 
 
 def against(ours: Sequence[dict], theirs: Sequence[dict], scores: str, digits: int = 3) -> list[str]:
-    """The difference of Dice in two cells: mean with interval, and what it is worth."""
+    """The difference of Dice in two cells: mean with interval, and what it is worth.
+
+    Empty where one of them has no such scores, and against themselves.
+    """
+    if not (ours and theirs and _have([*ours, *theirs], scores)) or ours == theirs:
+        return ["", ""]
     diff = difference(ours, theirs, scores, "Dice")
     verdict = noise(diff, spread(ours, scores, "Dice"), spread(theirs, scores, "Dice"))
     if verdict not in (WITHIN_NOISE, NOT_COMPARABLE) and min(len(ours), len(theirs)) == 1:
@@ -235,7 +239,7 @@ def ablations_table(results: Results, stage: str, epochs: int) -> list[str]:
         sd = spread(runs, "validation", "Dice")
         cells = [ABLATIONS[name], millions(runs[0]["parameters"]), gmac, _step(runs)]
         cells += [with_interval(interval(runs, "validation", "Dice")), f"{sd:.3f}" if len(runs) > 1 else ""]
-        cells += against(runs, default, "validation") if default and name != "default" else ["", ""]
+        cells += against(runs, default, "validation")
         rows.append([*cells, _seeds(runs)])
     return table(heads, rows)
 
@@ -410,15 +414,8 @@ def _runs_table(results: Results) -> list[str]:
         rows.append([f"`{_name(run)}`", *about])
     done = {_name(run) for run in results.runs}
     rows += [[f"`{name}`", what, *[""] * 5] for name, what in results.state.items() if name not in done]
-    heads = [
-        "run",
-        "date",
-        "device",
-        "versions",
-        "commit",
-        "s of training beside others",
-        "waiting for batches, at most",
-    ]
+    heads = ["run", "date", "device", "versions", "commit"]
+    heads += ["s of training beside others", "waiting for batches, at most"]
     return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
 
 
@@ -435,15 +432,13 @@ def readme_section(results: Results) -> str:
     """What stands between the README's two markers."""
     lines = []
     schedules = results.schedules("busi")
-    if schedules:
-        lines += [*_readme_how(results), ""]
     if not schedules:
         lines += [
             "On real data: **not measured yet.** `benchmarks/evidence.py` trains and compares; its tables go here.",
             "",
         ]
     else:
-        lines += [*_readme_busi(results, schedules[0]), ""]
+        lines += [*_readme_how(results), "", *_readme_busi(results, schedules[0]), ""]
     for stage, what in (("hippocampus", "equal epochs"), ("hippocampus_equal_time", "equal time of steps")):
         for epochs in results.schedules(stage)[:1]:
             lines += [*_readme_hippocampus(results, stage, epochs, what), ""]
@@ -500,8 +495,7 @@ def _readme_hippocampus(results: Results, stage: str, epochs: int, what: str) ->
                 with_interval(interval(runs, "validation", "HD95"), 2),
             ]
             for way in ("validation", "validation-mirrored"):
-                compared = baseline and name != "nnunet" and _have([*runs, *baseline], way)
-                cells += [" ".join(against(runs, baseline, way)) if compared else ""]
+                cells += [" ".join(against(runs, baseline, way)).strip()]
             rows.append([model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), *cells])
         else:
             rows.append([model.title, NOT_RUN, *[""] * 4])
