@@ -72,27 +72,23 @@ class Watch:
         self.last = time.perf_counter()
 
     def train_step(self, batch: dict) -> dict:
-        begin, waited = time.perf_counter(), self._waited()
+        begin = time.perf_counter()
         result = self.original["train_step"](batch)
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
-        end, waited = time.perf_counter(), self._waited() - waited
+        end = time.perf_counter()
         if not self.compiled:
             self.progress["first_steps_s"].append(end - begin)
             self.compiled = True
             self.room.enter_context(self.turnstile.shared())
             end = time.perf_counter()
         else:
-            self.progress["waiting_s"] += begin - self.last + waited
-            self.progress["steps_s"] += end - begin - waited
+            self.progress["waiting_s"] += begin - self.last
+            self.progress["steps_s"] += end - begin
             if self.alone:
                 self.progress["alone_s"].append(end - begin)
         self.last = end
         return result
-
-    def _waited(self) -> float:
-        """Seconds that steps waited for the batches after them: LGMSNet's trainers fetch those within the step."""
-        return getattr(self.trainer.dataloader_train, "waited", 0.0)
 
     def validation_step(self, batch: dict) -> dict:
         with torch.compiler.set_stance("force_eager"):  # compiling it as well is not worth one batch an epoch

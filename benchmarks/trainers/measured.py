@@ -54,15 +54,9 @@ class Measured:
 
     def train_step(self, batch: dict) -> dict:
         self.waiting[-1] += time.perf_counter() - self.end_of_step  # for the batch
-        waited = self._waited()
-        result = super().train_step(batch)  # ends when the loss is on the CPU
-        self.waiting[-1] += self._waited() - waited  # for the next batch
+        result = super().train_step(batch)
         self.end_of_step = time.perf_counter()
         return result
-
-    def _waited(self) -> float:
-        """Seconds that a step of LGMSNet's trainers waited for batches so far."""
-        return getattr(self.dataloader_train, "waited", 0.0)
 
     def on_train_epoch_end(self, train_outputs):
         self.seconds.append(self._now() - self.begin)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,12 @@ from torch import nn
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.files import written_whole
+from nnunet_lgms.nnunet.ahead import StepResult, copied_ahead
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
 from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel, in_all_processes
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
-from nnunet_lgms.nnunet.loading import LoadedAhead
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
@@ -36,6 +37,7 @@ from nnunet_lgms.ops.backend import use_kernels
 
 # A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
 MAX_STEPS_WITHOUT_LOSS = 20
+MAX_GRADIENT_NORM = 12  # nnU-Net's, for each of its trainers
 # bytes of a disk that a file has just not found room on
 NO_ROOM_LEFT = 2**20
 
@@ -88,7 +90,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.steps_without_loss = 0  # in a row
         self.training_ended = threading.Event()
         self.training_ended.set()  # it has not begun
-        self.fetching = None  # the hook that fetches batches ahead
+        self.steps_ahead = int(device.type == "cuda")  # that Python may be, and the GPU not
+        self.launched: deque[tuple[dict, StepResult]] = deque()  # steps whose loss was not looked at
 
     def initialize(self):
         with said_in_one_sentence():
@@ -215,7 +218,6 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             raise TrainingError(PROCESS_ENDED) from error
         finally:
             self.training_ended.set()
-            self._fetch_no_more()
             if self.network is not None and self._trains_on_graphs():
                 # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
                 self._own_network().forget_graphs()
@@ -234,21 +236,6 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         if self._trains_on_graphs():
             self._record_step()
         super().on_train_start()
-        if self.device.type == "cuda" and isinstance(self.optimizer, torch.optim.Optimizer):
-            self.dataloader_train = LoadedAhead(self.dataloader_train, self.device)
-            # behind the step's last launch, before nnU-Net waits for its loss
-            self.fetching = self.optimizer.register_step_post_hook(self.dataloader_train.fetch)
-
-    def on_train_end(self):
-        self._fetch_no_more()
-        super().on_train_end()
-
-    def _fetch_no_more(self):
-        if self.fetching is not None:
-            self.fetching.remove()
-            self.fetching = None
-        if isinstance(self.dataloader_train, LoadedAhead):
-            self.dataloader_train = self.dataloader_train.loader  # nnU-Net ends those that it knows
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         try:
@@ -324,19 +311,44 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         super().on_train_epoch_start()
         self.iteration = 0
 
-    def train_step(self, batch: dict) -> dict:
-        """One step on ``{"data": (B, C, *patch), "target": (B, 1, *patch) or a list of them}``.
+    def train_step(self, batch: dict) -> StepResult:
+        """nnU-Net's step on ``{"data": (B, C, *patch), "target": (B, 1, *patch) or a list of them}``.
+
+        It ends when the step before it has: on a GPU, this one is being computed while nnU-Net gets the next batch.
 
         Raises:
-            TrainingError: the loss is no number, so going on would only lose time: images hold NaN or infinity, or the
-                network diverged.
+            TrainingError: the loss is no number, on a GPU that of the step before, so going on would only lose time:
+                images hold NaN or infinity, or the network diverged.
         """
         self.lr_scheduler.step(self.current_epoch + self.iteration / self.num_iterations_per_epoch)
         self.iteration += 1
-        result = super().train_step(batch)
+        data, target = copied_ahead((batch["data"], batch["target"]), self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", enabled=self.device.type == "cuda"):
+            loss = self.loss(self.network(data), target)
+        self._descend(loss)
+        result = StepResult(loss)
+        self.launched.append((batch, result))
+        self._look_at_losses(self.steps_ahead)
+        return result
+
+    def _descend(self, loss: torch.Tensor):
+        scaler = torch.amp.GradScaler(enabled=False) if self.grad_scaler is None else self.grad_scaler
+        scaler.scale(loss).backward()
+        scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRADIENT_NORM)
+        scaler.step(self.optimizer)
+        scaler.update()
+
+    def _look_at_losses(self, but: int):
+        """Those of all steps so far but the latest."""
+        while len(self.launched) > but:
+            self._look_at_loss(*self.launched.popleft())
+
+    def _look_at_loss(self, batch: dict, result: StepResult):
         if np.isfinite(result["loss"]):
             self.steps_without_loss = 0
-            return result
+            return
         with said_in_one_sentence():
             check_images(batch)
         self.steps_without_loss += 1
@@ -347,7 +359,10 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
                 "training diverged; continue from the last checkpoint with --c, and with a lower initial_lr if it "
                 "happens again."
             )
-        return result
+
+    def on_train_epoch_end(self, train_outputs: list[StepResult]):
+        self._look_at_losses(0)
+        super().on_train_epoch_end(train_outputs)
 
     def validation_step(self, batch: dict) -> dict:
         """As nnU-Net's.

@@ -1,0 +1,144 @@
+"""Python a step ahead of the GPU; on the CPU, streams are stand-ins and only the order of things is looked at."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from test_trainer import make_batch, make_trainer
+
+from nnunet_lgms.nnunet.ahead import StepResult, copied_ahead
+from nnunet_lgms.nnunet.errors import TrainingError
+
+N = 2**22  # numbers of a batch: its copy takes longer than a launch
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def nnunet_folders(tmp_path, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def make_numbers(i: int, device: str) -> dict:
+    data = torch.full((N,), float(i))
+    data = data.pin_memory() if device == "cuda" else data
+    return {"data": data, "target": [data[: N // 2], data[:1]], "keys": [f"case_{i}"]}
+
+
+def keep_busy(device: str) -> None:
+    """For longer than a copy of `make_numbers` takes."""
+    if device == "cuda":
+        torch.cuda._sleep(100_000_000)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_come_whole(device):
+    """Each is summed up by work that is queued behind longer work: its memory must not go to the next batch before."""
+    sums = []
+    for i in range(6):
+        batch = copied_ahead(make_numbers(i, device), torch.device(device))
+        assert batch["keys"] == [f"case_{i}"] and batch["data"].device.type == device
+        keep_busy(device)
+        sums.append(torch.stack([batch["data"].mean(), batch["target"][0].mean(), batch["target"][1][0]]))
+        del batch
+    assert torch.stack(sums).tolist() == [[i, i, i] for i in range(6)]
+
+
+@pytest.mark.gpu
+def test_copies_do_not_wait_for_what_the_gpu_computes():
+    done = torch.cuda.Event()
+    copied_ahead(make_numbers(0, "cuda"), torch.device("cuda"))  # memory and stream are there
+    torch.cuda.synchronize()
+    keep_busy("cuda")
+    done.record()
+    computing = torch.cuda.current_stream()
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        batch = copied_ahead(make_numbers(1, "cuda"), torch.device("cuda"))
+        assert batch["data"][-1].item() == 1  # waits for the copy
+    assert not done.query()
+    computing.synchronize()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_are_what_nnunet_collates(device):
+    losses = torch.arange(5.0, device=device, requires_grad=True)
+    keep_busy(device)
+    results = [StepResult(loss) for loss in losses * 2]
+    collated = collate_outputs(results)
+    assert list(collated) == ["loss"] and collated["loss"].dtype == np.float32
+    np.testing.assert_array_equal(collated["loss"], np.arange(0, 10, 2, dtype=np.float32)[:, None])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("read", [lambda r: r["loss"], lambda r: r.get("loss"), lambda r: dict(r)["loss"]])
+def test_whoever_reads_a_loss_waits_for_it(device, read):
+    loss = torch.zeros((), device=device)
+    keep_busy(device)
+    loss.add_(3)
+    result = StepResult(loss)
+    loss.fill_(5)  # as a graph does with the next step
+    assert result._copied is None or not result._copied.query()
+    assert read(result) == 3 and read(result) == 3
+
+
+def ahead():
+    """A trainer on the CPU that is a step ahead, as on a GPU."""
+    trainer = make_trainer()
+    trainer.steps_ahead = 1
+    return trainer, make_batch(trainer)
+
+
+def with_nan(batch: dict) -> dict:
+    data = batch["data"].clone()
+    data[1, 0, 3] = float("nan")
+    return {"data": data, "target": batch["target"], "keys": ["case_0", "case_1"]}
+
+
+def test_an_unreadable_image_is_named_a_step_later():
+    trainer, batch = ahead()
+    trainer.on_train_epoch_start()
+    trainer.train_step(batch)
+    trainer.train_step(with_nan(batch))
+    with pytest.raises(TrainingError, match="The preprocessed image of case_1 holds NaN or infinity"):
+        trainer.train_step(batch)
+
+
+def test_an_epoch_ends_when_all_its_losses_were_looked_at():
+    trainer, batch = ahead()
+    trainer.on_train_epoch_start()
+    results = [trainer.train_step(batch), trainer.train_step(with_nan(batch))]
+    with pytest.raises(TrainingError, match="case_1 holds NaN or infinity"):
+        trainer.on_train_epoch_end(results)
+    assert not trainer.logger.get_value("train_losses", step=None)
+
+
+def test_losses_are_those_of_a_trainer_that_waits():
+    (trainer, batch), waits = ahead(), make_trainer()
+    waits.network.load_state_dict(trainer.network.state_dict())
+    losses = []
+    for one in (trainer, waits):
+        one.on_train_epoch_start()
+        results = [one.train_step(batch) for _ in range(3)]
+        assert len(one.launched) == one.steps_ahead
+        one.on_train_epoch_end(results)
+        assert not one.launched
+        losses.append(one.logger.get_value("train_losses", step=0))
+    assert losses[0] == losses[1]
+
+
+def test_copies_have_their_own_stream(monkeypatch):
+    """What the CPU can show of it: the computing stream waits for the copies, and memory is kept for it."""
+    said = []
+    stream = SimpleNamespace(wait_stream=lambda other: said.append(("waits for", other)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copying")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: said.append(("in", stream)) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: said.append(("keeps", tensor.numel())))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)
+    copied_ahead((torch.zeros(2), [torch.zeros(3)]), torch.device("cuda", 7))
+    assert said == [("in", "copying"), ("waits for", "copying"), ("keeps", 2), ("keeps", 3)]
