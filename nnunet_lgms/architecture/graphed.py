@@ -189,7 +189,7 @@ class _Prediction:
     def __init__(self, forward: Callable, x: Tensor):
         self._input = _memory_for(x)
         self._graph = torch.cuda.CUDAGraph()
-        with _autocast_without_cache(), _recording(self._graph, torch.cuda.Stream()):
+        with _autocast_without_cache(), recording(self._graph, torch.cuda.Stream()):
             self._output = forward(self._input)
 
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -224,9 +224,9 @@ class _TrainingStep:
                     self._differentiate(outputs)
                 # once for all, so that the libraries have chosen their algorithms
                 self._differentiate(forward(self._input, self._weights))
-            with _recording(self._forward, stream):
+            with recording(self._forward, stream):
                 outputs = forward(self._input, self._weights)
-            with _recording(self._backward, stream, self._forward.pool()):
+            with recording(self._backward, stream, self._forward.pool()):
                 self._gradients = self._differentiate(outputs)
         self._outputs = tree_map(torch.detach, outputs)
 
@@ -287,8 +287,8 @@ def _memory_for(x: Tensor) -> Tensor:
         return torch.empty_like(x).copy_(x)
 
 
-def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.graph:
-    """Other threads, such as those that prepare the next batch, may go on using the GPU meanwhile."""
+def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.graph:
+    """Records what is launched within; other threads, such as those that prepare the next batch, may go on using the GPU meanwhile."""
     return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
 
 

@@ -32,12 +32,12 @@ from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel, in_all_process
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.nnunet.update import RecordedUpdate, update_weights
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
 from nnunet_lgms.ops.backend import use_kernels
 
 # A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
 MAX_STEPS_WITHOUT_LOSS = 20
-MAX_GRADIENT_NORM = 12  # nnU-Net's, for each of its trainers
 # bytes of a disk that a file has just not found room on
 NO_ROOM_LEFT = 2**20
 
@@ -90,6 +90,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.steps_without_loss = 0  # in a row
         self.training_ended = threading.Event()
         self.training_ended.set()  # it has not begun
+        self.update_weights = self._update_weights
         self.steps_ahead = int(device.type == "cuda")  # that Python may be, and the GPU not
         self.launched: deque[tuple[dict, StepResult]] = deque()  # steps whose loss was not looked at
 
@@ -133,6 +134,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             network.forget_graphs()
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
+            return
+        self.update_weights = RecordedUpdate(self._update_weights, self.optimizer)
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
@@ -221,6 +224,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             if self.network is not None and self._trains_on_graphs():
                 # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
                 self._own_network().forget_graphs()
+                self.update_weights = self._update_weights
 
     def on_train_start(self):
         if not self.was_initialized:
@@ -326,19 +330,15 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", enabled=self.device.type == "cuda"):
             loss = self.loss(self.network(data), target)
-        self._descend(loss)
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+        self.update_weights()
         result = StepResult(loss)
         self.launched.append((batch, result))
         self._look_at_losses(self.steps_ahead)
         return result
 
-    def _descend(self, loss: torch.Tensor):
-        scaler = torch.amp.GradScaler(enabled=False) if self.grad_scaler is None else self.grad_scaler
-        scaler.scale(loss).backward()
-        scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRADIENT_NORM)
-        scaler.step(self.optimizer)
-        scaler.update()
+    def _update_weights(self):
+        update_weights(self.optimizer, self.grad_scaler)
 
     def _look_at_losses(self, but: int):
         """Those of all steps so far but the latest."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lgms.architecture.graphed import GraphedLGMSNet
+from nnunet_lgms.nnunet.update import update_weights
 from nnunet_lgms.planning.memory import label_manager
 
 
@@ -53,16 +54,8 @@ class TrainingStep:
             output = self.network(data)
             outputs = output if isinstance(output, (list, tuple)) else [output]
             loss = sum(self.loss(o, self._target(o)) for o in outputs)
-        if self.scaler is None:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.optimizer.step()
-            return
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        update_weights(self.optimizer, self.scaler)
 
     def _target(self, output: Tensor) -> Tensor:
         shape = (output.shape[0], 1, *output.shape[2:])

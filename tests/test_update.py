@@ -1,0 +1,155 @@
+"""The recorded update of the weights: what is launched without, also where rates change and steps are skipped."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnunet_lgms.nnunet import update
+from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.nnunet.update import RecordedUpdate, update_weights
+
+RATES = (0.02, 0.02, 0.013, 0.013, 0.4, 0.001, 0.001)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last))
+
+
+def with_gradients(device: str, second_group: bool = False) -> tuple[list[nn.Parameter], FusedSGD]:
+    """Parameters whose gradients stay where they are, as those of a recorded backward pass."""
+    parameters = list(network().to(device).parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    first = parameters[:2] if second_group else parameters
+    optimizer = FusedSGD(first, 0.02, momentum=0.9, weight_decay=1e-4)
+    if second_group:
+        optimizer.add_param_group({"params": parameters[2:], "lr": 0.1})
+    return parameters, optimizer
+
+
+# --- when it records --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> SimpleNamespace:
+    """A `RecordedUpdate` with a stand-in for graphs, and what it did."""
+    did = []
+    graph = SimpleNamespace(replay=lambda: did.append(("replay", rates())))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(update, "recording", lambda graph, stream: nullcontext())
+    parameters, optimizer = with_gradients("cpu", second_group=True)
+
+    def launch() -> None:
+        given = [group["lr"] for group in optimizer.param_groups]
+        did.append(("record" if isinstance(given[0], Tensor) else "launch", list(map(float, given))))
+
+    def rates() -> list[float]:
+        return [float(rate) for rate in step._rates]
+
+    step = RecordedUpdate(launch, optimizer)
+    return SimpleNamespace(step=step, did=did, parameters=parameters, optimizer=optimizer)
+
+
+def what_was_done(recorded: SimpleNamespace) -> list[str]:
+    recorded.did.clear()
+    recorded.step()
+    return [what for what, _ in recorded.did]
+
+
+def test_the_second_step_is_recorded_and_rates_are_those_of_the_step(recorded):
+    groups = recorded.optimizer.param_groups
+    assert what_was_done(recorded) == ["launch"]
+    assert what_was_done(recorded) == ["record", "replay"]
+    assert [group["lr"] for group in groups] == [0.02, 0.1]
+    groups[0]["lr"], groups[1]["lr"] = 0.5, 0.25
+    assert what_was_done(recorded) == ["replay"]
+    assert recorded.did == [("replay", [0.5, 0.25])]
+
+
+def move_a_gradient(recorded: SimpleNamespace) -> None:
+    recorded.parameters[1].grad = recorded.parameters[1].grad.clone()
+
+
+def drop_a_gradient(recorded: SimpleNamespace) -> None:
+    recorded.parameters[1].grad = None
+
+
+def load_a_checkpoint(recorded: SimpleNamespace) -> None:
+    recorded.optimizer.load_state_dict(copy.deepcopy(recorded.optimizer.state_dict()))
+
+
+def change_weight_decay(recorded: SimpleNamespace) -> None:
+    recorded.optimizer.param_groups[1]["weight_decay"] = 0.5
+
+
+@pytest.mark.parametrize("change", [move_a_gradient, drop_a_gradient, load_a_checkpoint, change_weight_decay])
+def test_what_changed_is_launched_once_and_recorded_anew(recorded, change):
+    for _ in range(3):
+        recorded.step()
+    before = [p.data_ptr() for p in recorded.parameters], recorded.parameters[1].grad  # the memory is not given away
+    change(recorded)
+    assert what_was_done(recorded) == ["launch"]
+    assert what_was_done(recorded) == ["record", "replay"]
+    assert what_was_done(recorded) == ["replay"]
+    assert before[0] == [p.data_ptr() for p in recorded.parameters]
+
+
+def test_rates_are_numbers_again_if_recording_fails(recorded, monkeypatch):
+    def fails(graph, stream):
+        raise RuntimeError("no memory")
+
+    recorded.step()
+    monkeypatch.setattr(update, "recording", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        recorded.step()
+    assert [group["lr"] for group in recorded.optimizer.param_groups] == [0.02, 0.1]
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+def trained(recorded: bool, overflow: tuple[int, ...]) -> tuple[list[Tensor], float]:
+    """Weights and momentum after steps with gradients of many sizes, those in ``overflow`` infinite; the last scale."""
+    parameters, optimizer = with_gradients("cuda", second_group=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=3)
+    scaler.scale(torch.zeros((), device="cuda"))
+    step = (lambda: update_weights(optimizer, scaler)) if not recorded else None
+    step = step or RecordedUpdate(lambda: update_weights(optimizer, scaler), optimizer)
+    for i, rate in enumerate(RATES):
+        torch.manual_seed(i)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for p in parameters:
+            gradient = torch.randn(p.shape, device="cuda") * 10.0 ** (i - 2)  # from some that are not clipped on
+            p.grad.copy_(gradient * scaler.get_scale() * (float("inf") if i in overflow else 1))
+        step()
+    assert not recorded or step._graph is not None
+    return [*parameters, *(optimizer.state[p]["momentum_buffer"] for p in parameters)], scaler.get_scale()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overflow", [(), (0,), (1, 3), (0, 1, 4)])
+def test_steps_are_those_that_are_launched(overflow):
+    (replayed, scale), (launched, scale_launched) = trained(True, overflow), trained(False, overflow)
+    assert scale == scale_launched
+    for a, b in zip(replayed, launched, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_without_a_scaler_it_is_clipping_and_sgd():
+    parameters, optimizer = with_gradients("cpu")
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad.fill_(3.0)
+    norm = 3.0 * sum(p.numel() for p in parameters) ** 0.5
+    update_weights(optimizer, None)
+    for p, old in zip(parameters, before, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.02 * (3.0 * 12 / norm + 1e-4 * old))
