@@ -54,16 +54,16 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))  # what is known by then is written, too
     said = []
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                said.append(line.rstrip())
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line.rstrip())
     finally:
+        process.terminate()  # if this one is, or it would be waited for
         with written_whole(args.output / "gpu_tests.txt") as temporary:
             temporary.write_text(report(said, about))
+        process.wait()
     return process.returncode
 
 

@@ -1,6 +1,7 @@
 """CUDA graphs of training and prediction: the same numbers as without, and gone when the weights move."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,35 @@ def test_parameters_by_name_take_the_place_of_the_networks_own():
     for gradient, parameter in zip(gradients, other.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
     assert all(p.grad is None for p in network.parameters())
+
+
+def test_autograd_keeps_the_gradients_of_a_graph_where_they_are():
+    """Whatever the strides of weights and gradients, so that an update of the weights finds them in the same place."""
+    torch.manual_seed(0)
+    weights = [
+        torch.randn(8, 4, 3, 3),
+        torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(8, 1, 3, 3, 3).to(memory_format=torch.channels_last_3d),
+        torch.randn(6, 5).t(),
+        torch.randn(8, 4)[:, :3],  # not dense
+        torch.randn(7),
+    ]
+    parameters = [torch.nn.Parameter(weight) for weight in weights]
+    gradients = [torch.randn(weight.shape) for weight in weights]
+    gradients[0] = gradients[0].to(memory_format=torch.channels_last)
+    together, parts = graphed._together(gradients, parameters)
+    assert together.shape == (sum(weight.numel() for weight in weights),)
+    step = SimpleNamespace(
+        replay_forward=lambda: (torch.ones(3),),
+        replay_backward=lambda output_gradients: tuple(part.detach() for part in parts),
+    )
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        graphed._Replay.apply(step, *parameters)[0].sum().backward()
+        for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+            assert parameter.grad.data_ptr() == part.data_ptr()
 
 
 class Recorder:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_trainer import make_batch, make_trainer
 from torch import Tensor, nn
 
 from nnunet_lgms.nnunet import update
@@ -15,6 +16,7 @@ from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.nnunet.update import RecordedUpdate, update_weights
 
 RATES = (0.02, 0.02, 0.013, 0.013, 0.4, 0.001, 0.001)
+BEFORE_RECORDING = 2  # for tests
 
 
 def network() -> nn.Module:
@@ -32,6 +34,11 @@ def with_gradients(device: str, second_group: bool = False) -> tuple[list[nn.Par
     if second_group:
         optimizer.add_param_group({"params": parameters[2:], "lr": 0.1})
     return parameters, optimizer
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(update, "BEFORE_RECORDING", BEFORE_RECORDING)
 
 
 # --- when it records --------------------------------------------------------------------------------------------------
@@ -64,8 +71,9 @@ def what_was_done(recorded: SimpleNamespace) -> list[str]:
     return [what for what, _ in recorded.did]
 
 
-def test_the_second_step_is_recorded_and_rates_are_those_of_the_step(recorded):
+def test_steps_are_recorded_when_all_has_stayed_and_rates_are_those_of_the_step(recorded):
     groups = recorded.optimizer.param_groups
+    assert what_was_done(recorded) == ["launch"]
     assert what_was_done(recorded) == ["launch"]
     assert what_was_done(recorded) == ["record", "replay"]
     assert [group["lr"] for group in groups] == [0.02, 0.1]
@@ -91,22 +99,31 @@ def change_weight_decay(recorded: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("change", [move_a_gradient, drop_a_gradient, load_a_checkpoint, change_weight_decay])
-def test_what_changed_is_launched_once_and_recorded_anew(recorded, change):
-    for _ in range(3):
+def test_what_changed_is_launched_and_recorded_anew(recorded, change):
+    for _ in range(4):
         recorded.step()
     before = [p.data_ptr() for p in recorded.parameters], recorded.parameters[1].grad  # the memory is not given away
     change(recorded)
+    assert what_was_done(recorded) == ["launch"]
     assert what_was_done(recorded) == ["launch"]
     assert what_was_done(recorded) == ["record", "replay"]
     assert what_was_done(recorded) == ["replay"]
     assert before[0] == [p.data_ptr() for p in recorded.parameters]
 
 
+def test_gradients_that_move_all_the_time_are_never_recorded(recorded):
+    for i in range(9):
+        if i % BEFORE_RECORDING == 0:
+            move_a_gradient(recorded)
+        assert what_was_done(recorded) == ["launch"]
+
+
 def test_rates_are_numbers_again_if_recording_fails(recorded, monkeypatch):
     def fails(graph, stream):
         raise RuntimeError("no memory")
 
-    recorded.step()
+    for _ in range(BEFORE_RECORDING):
+        recorded.step()
     monkeypatch.setattr(update, "recording", fails)
     with pytest.raises(RuntimeError, match="no memory"):
         recorded.step()
@@ -142,6 +159,28 @@ def test_steps_are_those_that_are_launched(overflow):
     assert scale == scale_launched
     for a, b in zip(replayed, launched, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("patch_size", [(64, 48), (32, 24, 32)], ids=["2D", "3D"])
+def test_a_training_on_graphs_records_its_update_once(patch_size, tmp_path, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    torch.manual_seed(0)
+    trainer = make_trainer(patch_size=patch_size)
+    trainer.device, trainer.num_input_channels, trainer.steps_ahead = torch.device("cuda"), 1, 1
+    trainer.network.cuda()
+    trainer.grad_scaler = torch.amp.GradScaler("cuda")
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    trainer._record_step()
+    batch, graphs, losses = make_batch(trainer), [], []
+    trainer.on_train_epoch_start()
+    for _ in range(BEFORE_RECORDING + 8):
+        losses.append(trainer.train_step(batch))
+        graphs.append(trainer.update_weights._graph)
+    assert graphs[:BEFORE_RECORDING] == [None] * BEFORE_RECORDING
+    assert graphs[BEFORE_RECORDING] is not None and len(set(map(id, graphs[BEFORE_RECORDING:]))) == 1
+    assert float(losses[-1]["loss"]) < float(losses[0]["loss"])
 
 
 def test_without_a_scaler_it_is_clipping_and_sgd():

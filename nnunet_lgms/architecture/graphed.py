@@ -231,8 +231,12 @@ class _TrainingStep:
         self._outputs = tree_map(torch.detach, outputs)
 
     def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
-        gradients = torch.autograd.grad(tree_leaves(outputs), list(self._weights.values()), self._output_gradients)
-        return gradients if self._group is None else _averaged(gradients, self._group)
+        weights = list(self._weights.values())
+        gradients = torch.autograd.grad(tree_leaves(outputs), weights, self._output_gradients)
+        together, gradients = _together(gradients, weights)
+        if self._group is not None:
+            dist.all_reduce(together, dist.ReduceOp.AVG, self._group)
+        return gradients
 
     def end(self) -> None:
         """Destroys the graphs, whoever holds this step. NCCL ends no exchange while a graph has it recorded."""
@@ -255,16 +259,18 @@ class _TrainingStep:
         return tuple(gradient.detach() for gradient in self._gradients)
 
 
-def _averaged(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """The mean over processes, in one exchange of one piece of memory; in the strides of the gradients."""
-    together = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
-    parts = together.split([gradient.numel() for gradient in gradients])
-    # strides of the gradient, made dense
-    strides = (torch.empty_like(gradient, device="meta").stride() for gradient in gradients)
-    means = [part.as_strided(g.shape, s) for part, g, s in zip(parts, gradients, strides, strict=True)]
-    torch._foreach_copy_(means, gradients)
-    dist.all_reduce(together, dist.ReduceOp.AVG, group)
-    return tuple(means)
+def _together(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradients in one piece of memory, which processes exchange at once, and as parts of it.
+
+    They have the strides of their weights: autograd keeps such as they are, and copies others to new memory.
+    """
+    sizes = [weight.numel() for weight in weights]
+    together = gradients[0].new_empty(sum(sizes))
+    strides = (torch.empty_like(weight, device="meta").stride() for weight in weights)  # made dense
+    parts = zip(together.split(sizes), weights, strides, strict=True)
+    parts = tuple(part.as_strided(weight.shape, stride) for part, weight, stride in parts)
+    torch._foreach_copy_(parts, gradients)
+    return together, parts
 
 
 class _Replay(torch.autograd.Function):
@@ -288,7 +294,7 @@ def _memory_for(x: Tensor) -> Tensor:
 
 
 def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.graph:
-    """Records what is launched within; other threads, such as those that prepare the next batch, may go on using the GPU meanwhile."""
+    """Records what this thread launches; others, such as those that prepare the next batch, may go on using the GPU."""
     return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from nnunet_lgms.architecture.graphed import recording
 
 MAX_GRADIENT_NORM = 12  # nnU-Net's, in each of its trainers
+# Steps in a row with everything in its place before one is recorded, which takes as long as some ten.
+BEFORE_RECORDING = 10
 
 
 def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
@@ -30,9 +32,9 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 class RecordedUpdate:
     """An update of weights as a CUDA graph, for gradients that are in the same memory in every step.
 
-    Those of a recorded backward pass are. On an H100 Python takes 2.8 ms to launch the update of 113 tensors, for which
+    Those of a recorded backward pass are. On an H100 Python takes 2.8 ms to launch the update of 109 tensors, for which
     the GPU takes 0.13. Whenever weights, gradients, momentum or settings are not what they were, the update is launched
-    as usual, and recorded by the next step.
+    as usual, until they have stayed for a while.
 
     Args:
         update: reads ``p.grad`` and changes weights and momentum, and the state of a scaler, in place.
@@ -43,12 +45,13 @@ class RecordedUpdate:
         self._update, self._optimizer = update, optimizer
         self._graph: torch.cuda.CUDAGraph | None = None
         self._state: Any = None  # in the step before
+        self._stayed = 0  # for so many steps
         self._rates: list[Tensor] = []
 
     def __call__(self) -> None:
         state, before = self._what_a_graph_holds(), self._state
-        self._state = state
-        if state != before:
+        self._state, self._stayed = state, self._stayed + 1 if state == before else 0
+        if self._stayed < BEFORE_RECORDING:
             self._graph = None
             self._update()
             return
@@ -67,9 +70,7 @@ class RecordedUpdate:
         """With learning rates that are tensors meanwhile, so that the graph reads what they are in its step."""
         graph, groups = torch.cuda.CUDAGraph(), self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
-        self._rates = [
-            torch.tensor(rate, device=group["params"][0].device) for rate, group in zip(rates, groups, strict=True)
-        ]
+        self._rates = [torch.tensor(group["lr"], device=group["params"][0].device) for group in groups]
         try:
             for group, rate in zip(groups, self._rates, strict=True):
                 group["lr"] = rate
