@@ -59,11 +59,11 @@ def main() -> int:
         for line in process.stdout:
             print(line, end="", flush=True)
             said.append(line.rstrip())
+        process.wait()
     finally:
-        process.terminate()  # if this one is, or it would be waited for
+        process.terminate()  # where this one is, too, or nothing would be written before the tests end
         with written_whole(args.output / "gpu_tests.txt") as temporary:
             temporary.write_text(report(said, about))
-        process.wait()
     return process.returncode
 
 

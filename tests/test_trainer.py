@@ -22,6 +22,8 @@ from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.nnunet import trainer as trainers
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.nnunet.update import RecordedUpdate
 
 NAMES = [
     "nnUNetTrainerLGMSNet",
@@ -431,6 +433,17 @@ def test_the_step_that_is_recorded_is_the_training_step(monkeypatch):
     trainer.set_deep_supervision_enabled(False)
     trainer._record_step()
     assert recorded == [((trainer.batch_size, 1, 8, 12, 8), True, True)]
+
+
+@pytest.mark.parametrize(("optimizer", "recorded"), [(FusedSGD, True), (torch.optim.SGD, False)])
+def test_only_the_update_of_the_own_optimiser_is_recorded(optimizer, recorded, monkeypatch):
+    trainer = make_trainer()
+    trainer.num_input_channels = 1
+    trainer.optimizer = optimizer(trainer.network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    monkeypatch.setattr(trainer.network, "record_training", lambda x, group: None)
+    trainer._record_step()
+    assert isinstance(trainer.update_weights, RecordedUpdate) == recorded
+    assert np.isfinite(trainer.train_step(make_batch(trainer))["loss"])
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_without(monkeypatch, capsys):

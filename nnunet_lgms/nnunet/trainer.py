@@ -135,7 +135,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
             return
-        self.update_weights = RecordedUpdate(self._update_weights, self.optimizer)
+        if isinstance(self.optimizer, FusedSGD):  # others may count their steps in Python
+            self.update_weights = RecordedUpdate(self._update_weights, self.optimizer)
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
