@@ -4,9 +4,9 @@
 
 Both train on the hippocampus cases of the demo and on noise with planned patches of 128^3, one after the other, with
 batches from nnU-Net's worker processes. The first epoch, which compiles or records, is told apart; of the others the
-median. "waiting" is the share of their time in which the training waited for a batch, and the utilisation of the GPU is
-what nvidia-smi says during them, several times a second. Writes epochs.json and epochs.md. A CPU will do for a
-rehearsal.
+median. "waiting" is the share of their time in which the training waited for a batch; of LGMSNet's trainers at most, as
+the GPU may still work meanwhile. The utilisation of the GPU is what nvidia-smi says during them, several times a
+second. Writes epochs.json and epochs.md. A CPU will do for a rehearsal.
 """
 
 from __future__ import annotations

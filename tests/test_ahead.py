@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from test_trainer import make_batch, make_trainer
 
-from nnunet_lgms.nnunet.ahead import StepResult, copied_ahead
+from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.errors import TrainingError
+from nnunet_lgms.nnunet.trainer import MAX_STEPS_WITHOUT_LOSS
 
 N = 2**22  # numbers of a batch: its copy takes longer than a launch
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -68,23 +73,43 @@ def test_copies_do_not_wait_for_what_the_gpu_computes():
 def test_results_are_what_nnunet_collates(device):
     losses = torch.arange(5.0, device=device, requires_grad=True)
     keep_busy(device)
-    results = [StepResult(loss) for loss in losses * 2]
+    results = [StepResult(loss=LossOfAStep(loss)) for loss in losses * 2]
     collated = collate_outputs(results)
     assert list(collated) == ["loss"] and collated["loss"].dtype == np.float32
     np.testing.assert_array_equal(collated["loss"], np.arange(0, 10, 2, dtype=np.float32)[:, None])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("read", [lambda r: r["loss"], lambda r: r.get("loss"), lambda r: dict(r)["loss"]])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda result: result["loss"],
+        lambda result: result.get("loss"),
+        lambda result: dict(result)["loss"],
+        lambda result: (result | {"more": 1})["loss"],
+        lambda result: copy.deepcopy(result)["loss"],
+        lambda result: pickle.loads(pickle.dumps(result))["loss"],
+        lambda result: float(re.search(r"array\((\d)", repr(result)).group(1)),
+        lambda result: result.copy().pop("loss"),
+    ],
+    ids=["item", "get", "dict", "or", "copy", "pickle", "repr", "pop"],
+)
 def test_whoever_reads_a_loss_waits_for_it(device, read):
     loss = torch.zeros((), device=device)
-    StepResult(loss.add_(0))  # loads kernels, which the GPU waits for
+    LossOfAStep(loss.add_(0))  # loads kernels, which the GPU waits for
     keep_busy(device)
     loss.add_(3)
-    result = StepResult(loss)
+    arriving = LossOfAStep(loss)
+    result = StepResult(loss=arriving)
     loss.fill_(5)  # as a graph does with the next step
-    assert result._copied is None or not result._copied.query()
+    assert arriving._copied is None or not arriving._copied.query()
     assert read(result) == 3 and read(result) == 3
+
+
+def test_what_is_written_into_a_result_stays():
+    result = StepResult(loss=LossOfAStep(torch.ones(())))
+    result["loss"], result["more"] = 42.0, 3
+    assert dict(result) == {"loss": 42.0, "more": 3}
 
 
 def ahead():
@@ -118,6 +143,29 @@ def test_an_epoch_ends_when_all_its_losses_were_looked_at():
     assert not trainer.logger.get_value("train_losses", step=None)
 
 
+def test_a_training_begins_with_nothing_of_the_one_before(monkeypatch):
+    """Whose last step was not looked at, as the one before it ended it."""
+    trainer, batch = ahead()
+    trainer.on_train_epoch_start()
+    trainer.train_step(with_nan(batch))
+    with pytest.raises(TrainingError, match="case_1"):
+        trainer.train_step(with_nan(batch))
+    trainer.steps_without_loss = MAX_STEPS_WITHOUT_LOSS
+    assert trainer.launched
+    monkeypatch.setattr(nnUNetTrainer, "run_training", lambda self: None)
+    trainer.run_training()
+    assert not trainer.launched and trainer.steps_without_loss == 0
+
+
+def test_a_subclass_may_rename_what_a_step_gives():
+    trainer, batch = ahead()
+    trainer.on_train_epoch_start()
+    for _ in range(3):
+        result = trainer.train_step(batch)
+        result["total"] = result.pop("loss")
+    assert np.isfinite(result["total"])
+
+
 def test_losses_are_those_of_a_trainer_that_waits():
     (trainer, batch), waits = ahead(), make_trainer()
     waits.network.load_state_dict(trainer.network.state_dict())
@@ -135,7 +183,9 @@ def test_losses_are_those_of_a_trainer_that_waits():
 def test_copies_have_their_own_stream(monkeypatch):
     """What the CPU can show of it: the computing stream waits for the copies, and memory is kept for it."""
     said = []
-    stream = SimpleNamespace(wait_stream=lambda other: said.append(("waits for", other)))
+    stream = SimpleNamespace(
+        wait_stream=lambda other: said.append(("waits for", other)), device=torch.device("cuda", 7)
+    )
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copying")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: said.append(("in", stream)) or nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)

@@ -54,10 +54,7 @@ def test_autograd_keeps_the_gradients_of_a_graph_where_they_are():
     gradients[0] = gradients[0].to(memory_format=torch.channels_last)
     together, parts = graphed._together(gradients, parameters)
     assert together.shape == (sum(weight.numel() for weight in weights),)
-    step = SimpleNamespace(
-        replay_forward=lambda: (torch.ones(3),),
-        replay_backward=lambda output_gradients: tuple(part.detach() for part in parts),
-    )
+    step = replayed(parameters, parts)
     for _ in range(2):
         for parameter in parameters:
             parameter.grad = None
@@ -65,6 +62,30 @@ def test_autograd_keeps_the_gradients_of_a_graph_where_they_are():
         for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
             assert torch.equal(parameter.grad, gradient)
             assert parameter.grad.data_ptr() == part.data_ptr()
+
+
+def replayed(parameters, gradients, values=None) -> graphed._TrainingStep:
+    """A step whose graphs are stand-ins; the backward one writes the next of the values to all gradients."""
+    step = object.__new__(graphed._TrainingStep)
+    step._parameters, step._gradients, step._output_gradients = parameters, gradients, [torch.zeros(3)]
+    step._outputs, step._forward = torch.ones(3), SimpleNamespace(replay=lambda: None)
+    write = (lambda: None) if values is None else lambda: [g.fill_(v) for v in [next(values)] for g in gradients]
+    step._backward = SimpleNamespace(replay=write)
+    return step
+
+
+@pytest.mark.parametrize(("in_place", "expected"), [(None, 11.0), (True, 10.0), (False, 10.0)])
+def test_backward_passes_of_a_graph_add_up(in_place, expected):
+    """As PyTorch's do, though the gradients that parameters hold are the memory of the graph."""
+    parameters = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+    _, gradients = graphed._together([torch.zeros(4, 3), torch.zeros(5)], parameters)
+    step = replayed(parameters, gradients, iter([1.0, 10.0]))
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    for i in range(2):
+        if i and in_place is not None:
+            optimizer.zero_grad(set_to_none=not in_place)
+        graphed._Replay.apply(step, *parameters)[0].sum().backward()
+    assert all((p.grad == expected).all() for p in parameters)
 
 
 class Recorder:

@@ -435,15 +435,37 @@ def test_the_step_that_is_recorded_is_the_training_step(monkeypatch):
     assert recorded == [((trainer.batch_size, 1, 8, 12, 8), True, True)]
 
 
-@pytest.mark.parametrize(("optimizer", "recorded"), [(FusedSGD, True), (torch.optim.SGD, False)])
+class CountingSGD(FusedSGD):
+    """What is more in its step would be left out by a graph."""
+
+
+@pytest.mark.parametrize(("optimizer", "recorded"), [(FusedSGD, True), (CountingSGD, False), (torch.optim.SGD, False)])
 def test_only_the_update_of_the_own_optimiser_is_recorded(optimizer, recorded, monkeypatch):
     trainer = make_trainer()
     trainer.num_input_channels = 1
     trainer.optimizer = optimizer(trainer.network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     monkeypatch.setattr(trainer.network, "record_training", lambda x, group: None)
     trainer._record_step()
-    assert isinstance(trainer.update_weights, RecordedUpdate) == recorded
+    assert isinstance(trainer.recorded_update, RecordedUpdate) == recorded
     assert np.isfinite(trainer.train_step(make_batch(trainer))["loss"])
+
+
+@pytest.mark.parametrize("replaced", ["optimizer", "grad_scaler", "nothing"])
+def test_a_replaced_optimiser_is_the_one_that_steps(replaced, monkeypatch):
+    trainer, recorded = make_trainer(), []
+    trainer.num_input_channels = 1
+    monkeypatch.setattr(trainer.network, "record_training", lambda x, group: None)
+    trainer._record_step()
+    monkeypatch.setattr(RecordedUpdate, "__call__", lambda update: recorded.append(update))
+    if replaced == "optimizer":
+        trainer.optimizer = torch.optim.SGD(trainer.network.parameters(), 0.5)
+    elif replaced == "grad_scaler":
+        trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    trainer.train_step(make_batch(trainer))
+    assert bool(recorded) == (replaced == "nothing")
+    moved = any(not torch.equal(p, old) for p, old in zip(trainer.network.parameters(), before, strict=True))
+    assert moved != bool(recorded)
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_without(monkeypatch, capsys):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import make_batch, make_trainer
@@ -24,16 +26,17 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last))
 
 
-def with_gradients(device: str, second_group: bool = False) -> tuple[list[nn.Parameter], FusedSGD]:
-    """Parameters whose gradients stay where they are, as those of a recorded backward pass."""
-    parameters = list(network().to(device).parameters())
+def with_gradients(device: str, second_group: bool = False) -> tuple[nn.Module, list[nn.Parameter], FusedSGD]:
+    """A network, its parameters, whose gradients stay where they are, as those of a recorded backward pass, and SGD."""
+    net = network().to(device)
+    parameters = list(net.parameters())
     for p in parameters:
         p.grad = torch.zeros_like(p)
     first = parameters[:2] if second_group else parameters
     optimizer = FusedSGD(first, 0.02, momentum=0.9, weight_decay=1e-4)
     if second_group:
         optimizer.add_param_group({"params": parameters[2:], "lr": 0.1})
-    return parameters, optimizer
+    return net, parameters, optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -50,19 +53,24 @@ def recorded(monkeypatch) -> SimpleNamespace:
     did = []
     graph = SimpleNamespace(replay=lambda: did.append(("replay", rates())))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(update, "recording", lambda graph, stream: nullcontext())
-    parameters, optimizer = with_gradients("cpu", second_group=True)
+    net, parameters, optimizer = with_gradients("cpu", second_group=True)
+    optimizer.add_param_group({"params": [], "lr": 0.3})  # nothing forbids it
 
-    def launch() -> None:
+    def launch(*of: object) -> None:
+        assert of == (net, optimizer, scaler)
         given = [group["lr"] for group in optimizer.param_groups]
         did.append(("record" if isinstance(given[0], Tensor) else "launch", list(map(float, given))))
 
     def rates() -> list[float]:
         return [float(rate) for rate in step._rates]
 
-    step = RecordedUpdate(launch, optimizer)
-    return SimpleNamespace(step=step, did=did, parameters=parameters, optimizer=optimizer)
+    monkeypatch.setattr(update, "update_weights", launch)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.ones(()))
+    step = RecordedUpdate(net, optimizer, scaler)
+    return SimpleNamespace(step=step, did=did, parameters=parameters, optimizer=optimizer, scaler=scaler)
 
 
 def what_was_done(recorded: SimpleNamespace) -> list[str]:
@@ -76,10 +84,10 @@ def test_steps_are_recorded_when_all_has_stayed_and_rates_are_those_of_the_step(
     assert what_was_done(recorded) == ["launch"]
     assert what_was_done(recorded) == ["launch"]
     assert what_was_done(recorded) == ["record", "replay"]
-    assert [group["lr"] for group in groups] == [0.02, 0.1]
+    assert [group["lr"] for group in groups] == [0.02, 0.1, 0.3]
     groups[0]["lr"], groups[1]["lr"] = 0.5, 0.25
     assert what_was_done(recorded) == ["replay"]
-    assert recorded.did == [("replay", [0.5, 0.25])]
+    assert recorded.did == [("replay", pytest.approx([0.5, 0.25, 0.3]))]
 
 
 def move_a_gradient(recorded: SimpleNamespace) -> None:
@@ -98,7 +106,13 @@ def change_weight_decay(recorded: SimpleNamespace) -> None:
     recorded.optimizer.param_groups[1]["weight_decay"] = 0.5
 
 
-@pytest.mark.parametrize("change", [move_a_gradient, drop_a_gradient, load_a_checkpoint, change_weight_decay])
+def change_the_scaler(recorded: SimpleNamespace) -> None:
+    recorded.scaler.set_growth_interval(7)
+
+
+@pytest.mark.parametrize(
+    "change", [change_the_scaler, move_a_gradient, drop_a_gradient, load_a_checkpoint, change_weight_decay]
+)
 def test_what_changed_is_launched_and_recorded_anew(recorded, change):
     for _ in range(4):
         recorded.step()
@@ -118,16 +132,49 @@ def test_gradients_that_move_all_the_time_are_never_recorded(recorded):
         assert what_was_done(recorded) == ["launch"]
 
 
-def test_rates_are_numbers_again_if_recording_fails(recorded, monkeypatch):
-    def fails(graph, stream):
-        raise RuntimeError("no memory")
+def test_hooks_of_a_step_are_called(recorded):
+    for _ in range(4):
+        recorded.step()
+    hook = recorded.optimizer.register_step_post_hook(lambda *_: None)
+    assert what_was_done(recorded) == ["launch"]
+    hook.remove()
+    assert what_was_done(recorded) == ["record", "replay"]
 
-    for _ in range(BEFORE_RECORDING):
+
+def test_rates_may_be_of_any_kind(recorded):
+    for group, rate in zip(recorded.optimizer.param_groups, (np.float64(0.5), 1, 0.25), strict=True):
+        group["lr"] = rate
+    for _ in range(3):
         recorded.step()
+    recorded.optimizer.param_groups[1]["lr"] = 0.02
+    recorded.step()
+    assert recorded.did[-1] == ("replay", pytest.approx([0.5, 0.02, 0.25]))
+    assert {rate.dtype for rate in recorded.step._rates} == {torch.float32}
+
+
+def test_an_update_that_cannot_be_recorded_is_launched(monkeypatch):
+    """And nothing is left of the attempt: neither rates that are tensors nor a scaler that has unscaled already."""
+    net, parameters, optimizer = with_gradients("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.ones(()))
+    step = RecordedUpdate(net, optimizer, scaler)
+
+    @contextmanager
+    def fails(graph, stream):
+        scaler.unscale_(optimizer)  # would only be recorded
+        raise RuntimeError("no memory")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(update, "recording", fails)
-    with pytest.raises(RuntimeError, match="no memory"):
-        recorded.step()
-    assert [group["lr"] for group in recorded.optimizer.param_groups] == [0.02, 0.1]
+    for _ in range(BEFORE_RECORDING):
+        step()
+    with pytest.warns(UserWarning, match="not recorded as a CUDA graph .no memory"):
+        step()
+    for _ in range(3):
+        step()  # not tried again
+    assert optimizer.param_groups[0]["lr"] == 0.02 and scaler.get_scale() == 64.0
 
 
 # --- what it computes -------------------------------------------------------------------------------------------------
@@ -135,11 +182,10 @@ def test_rates_are_numbers_again_if_recording_fails(recorded, monkeypatch):
 
 def trained(recorded: bool, overflow: tuple[int, ...]) -> tuple[list[Tensor], float]:
     """Weights and momentum after steps with gradients of many sizes, those in ``overflow`` infinite; the last scale."""
-    parameters, optimizer = with_gradients("cuda", second_group=True)
+    net, parameters, optimizer = with_gradients("cuda", second_group=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=3)
     scaler.scale(torch.zeros((), device="cuda"))
-    step = (lambda: update_weights(optimizer, scaler)) if not recorded else None
-    step = step or RecordedUpdate(lambda: update_weights(optimizer, scaler), optimizer)
+    step = RecordedUpdate(net, optimizer, scaler) if recorded else partial(update_weights, net, optimizer, scaler)
     for i, rate in enumerate(RATES):
         torch.manual_seed(i)
         for group in optimizer.param_groups:
@@ -177,18 +223,18 @@ def test_a_training_on_graphs_records_its_update_once(patch_size, tmp_path, monk
     trainer.on_train_epoch_start()
     for _ in range(BEFORE_RECORDING + 8):
         losses.append(trainer.train_step(batch))
-        graphs.append(trainer.update_weights._graph)
+        graphs.append(trainer.recorded_update._graph)
     assert graphs[:BEFORE_RECORDING] == [None] * BEFORE_RECORDING
     assert graphs[BEFORE_RECORDING] is not None and len(set(map(id, graphs[BEFORE_RECORDING:]))) == 1
     assert float(losses[-1]["loss"]) < float(losses[0]["loss"])
 
 
 def test_without_a_scaler_it_is_clipping_and_sgd():
-    parameters, optimizer = with_gradients("cpu")
+    net, parameters, optimizer = with_gradients("cpu")
     before = [p.detach().clone() for p in parameters]
     for p in parameters:
         p.grad.fill_(3.0)
     norm = 3.0 * sum(p.numel() for p in parameters) ** 0.5
-    update_weights(optimizer, None)
+    update_weights(net, optimizer)
     for p, old in zip(parameters, before, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.02 * (3.0 * 12 / norm + 1e-4 * old))

@@ -255,6 +255,9 @@ class _TrainingStep:
     def replay_backward(self, output_gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for memory, gradient in zip(self._output_gradients, output_gradients, strict=True):
             memory.copy_(gradient)
+        for parameter, memory in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is not None and parameter.grad.data_ptr() == memory.data_ptr():
+                parameter.grad = parameter.grad.clone()  # of the step before, to which autograd adds this one's
         self._backward.replay()
         return tuple(gradient.detach() for gradient in self._gradients)
 

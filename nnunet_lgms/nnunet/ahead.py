@@ -1,7 +1,7 @@
 """Python a step ahead of the GPU: batches are copied while it computes, and losses are read when they are there.
 
 nnU-Net waits for the loss of every step, and the GPU then waits for Python, which has the next batch to get and some
-hundred kernels to launch. On small patches that was a quarter of a step.
+hundred kernels to launch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import UserDict
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -23,10 +24,11 @@ def copied_ahead(batch: Any, device: torch.device) -> Any:
     copy = partial(tree_map_only, Tensor, partial(Tensor.to, device=device, non_blocking=True))
     if device.type != "cuda":
         return copy(batch)
-    with torch.cuda.stream(_copying(device)):
-        batch = copy(batch)
     computing = torch.cuda.current_stream(device)
-    computing.wait_stream(_copying(device))
+    copying = _copying(computing.device)
+    with torch.cuda.stream(copying):
+        batch = copy(batch)
+    computing.wait_stream(copying)
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
             leaf.record_stream(computing)  # or its memory would be free for the next copy before the step is done
@@ -38,18 +40,35 @@ def _copying(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class StepResult(UserDict):
-    """What nnU-Net keeps of a training step, ``{"loss": array of shape ()}``; whoever reads it waits for the GPU."""
+class LossOfAStep:
+    """A loss that may still be on its way from the GPU.
+
+    Args:
+        loss: (), on any device; it may be overwritten by the next step.
+    """
 
     def __init__(self, loss: Tensor):
-        super().__init__(loss=None)
-        self._copy: Tensor | None = loss.detach().to("cpu", non_blocking=loss.is_cuda, copy=True)
+        self._copy = loss.detach().to("cpu", non_blocking=loss.is_cuda, copy=True)
         self._copied = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
+    def read(self) -> np.ndarray:
+        """Waits for it; ()."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copy, self._copied = self._copy.clone(), None  # the pinned memory is for the next one
+        return self._copy.numpy()
+
+    def __reduce__(self):
+        """Copies and pickles are of what was read."""
+        return np.array, (self.read(),)
+
+
+class StepResult(UserDict):
+    """What nnU-Net keeps of a training step; whoever reads a :class:`LossOfAStep` in it gets its number."""
+
     def __getitem__(self, key: str) -> Any:
-        if self._copy is not None:
-            if self._copied is not None:
-                self._copied.synchronize()
-            self.data["loss"] = self._copy.numpy().copy()  # the pinned memory is for the next one
-            self._copy = self._copied = None
-        return super().__getitem__(key)
+        value = super().__getitem__(key)
+        return value.read() if isinstance(value, LossOfAStep) else value
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

@@ -24,7 +24,7 @@ from torch import nn
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.files import written_whole
-from nnunet_lgms.nnunet.ahead import StepResult, copied_ahead
+from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
@@ -90,9 +90,9 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.steps_without_loss = 0  # in a row
         self.training_ended = threading.Event()
         self.training_ended.set()  # it has not begun
-        self.update_weights = self._update_weights
+        self.recorded_update: RecordedUpdate | None = None
         self.steps_ahead = int(device.type == "cuda")  # that Python may be, and the GPU not
-        self.launched: deque[tuple[dict, StepResult]] = deque()  # steps whose loss was not looked at
+        self.launched: deque[tuple[dict, LossOfAStep]] = deque()  # steps whose loss was not looked at
 
     def initialize(self):
         with said_in_one_sentence():
@@ -135,8 +135,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
             return
-        if isinstance(self.optimizer, FusedSGD):  # others may count their steps in Python
-            self.update_weights = RecordedUpdate(self._update_weights, self.optimizer)
+        if type(self.optimizer) is FusedSGD:
+            self.recorded_update = RecordedUpdate(network, self.optimizer, self.grad_scaler)
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
@@ -211,6 +211,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             TrainingError: a process that prepares batches was killed or failed.
         """
         self.training_ended.clear()
+        self.launched.clear()
+        self.steps_without_loss = 0
         try:
             super().run_training()
         except RuntimeError as error:
@@ -225,7 +227,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             if self.network is not None and self._trains_on_graphs():
                 # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
                 self._own_network().forget_graphs()
-                self.update_weights = self._update_weights
+                self.recorded_update = None
 
     def on_train_start(self):
         if not self.was_initialized:
@@ -332,22 +334,26 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         with torch.autocast("cuda", enabled=self.device.type == "cuda"):
             loss = self.loss(self.network(data), target)
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-        self.update_weights()
-        result = StepResult(loss)
-        self.launched.append((batch, result))
+        self._update_weights()
+        loss = LossOfAStep(loss)
+        self.launched.append((batch, loss))
         self._look_at_losses(self.steps_ahead)
-        return result
+        return StepResult(loss=loss)
 
     def _update_weights(self):
-        update_weights(self.optimizer, self.grad_scaler)
+        recorded = self.recorded_update
+        if recorded is not None and recorded.optimizer is self.optimizer and recorded.scaler is self.grad_scaler:
+            recorded()
+        else:
+            update_weights(self.network, self.optimizer, self.grad_scaler)
 
     def _look_at_losses(self, but: int):
         """Those of all steps so far but the latest."""
         while len(self.launched) > but:
             self._look_at_loss(*self.launched.popleft())
 
-    def _look_at_loss(self, batch: dict, result: StepResult):
-        if np.isfinite(result["loss"]):
+    def _look_at_loss(self, batch: dict, loss: LossOfAStep):
+        if np.isfinite(loss.read()):
             self.steps_without_loss = 0
             return
         with said_in_one_sentence():
@@ -356,7 +362,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         # the gradient scaler of float16 leaves the weights alone in such a step, nothing else does
         if self.grad_scaler is None or self.steps_without_loss == MAX_STEPS_WITHOUT_LOSS:
             raise TrainingError(
-                f"The loss is {float(result['loss'])} in epoch {self.current_epoch}, for images that are finite: the "
+                f"The loss is {float(loss.read())} in epoch {self.current_epoch}, for images that are finite: the "
                 "training diverged; continue from the last checkpoint with --c, and with a lower initial_lr if it "
                 "happens again."
             )

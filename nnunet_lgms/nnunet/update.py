@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from itertools import chain
 from typing import Any
 
@@ -10,73 +10,92 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lgms.architecture.graphed import recording
+from nnunet_lgms.nnunet.optimizer import FusedSGD
 
 MAX_GRADIENT_NORM = 12  # nnU-Net's, in each of its trainers
 # Steps in a row with everything in its place before one is recorded, which takes as long as some ten.
 BEFORE_RECORDING = 10
 
 
-def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+def update_weights(
+    network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> None:
     """nnU-Net's: gradients are unscaled and clipped together, and the scaler, if there is one, may skip the step."""
     scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(parameters_of(optimizer), MAX_GRADIENT_NORM)
+    nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
     scaler.step(optimizer)
     scaler.update()
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
-
-
 class RecordedUpdate:
-    """An update of weights as a CUDA graph, for gradients that are in the same memory in every step.
+    """:func:`update_weights` as a CUDA graph, for gradients that are in the same memory in every step.
 
     Those of a recorded backward pass are. On an H100 Python takes 2.8 ms to launch the update of 109 tensors, for which
-    the GPU takes 0.13. Whenever weights, gradients, momentum or settings are not what they were, the update is launched
-    as usual, until they have stayed for a while.
+    the GPU takes 0.13. Whenever weights, gradients, momentum or settings are not what they were, or the optimiser has
+    hooks, the update is launched as usual, until they have stayed for a while.
 
     Args:
-        update: reads ``p.grad`` and changes weights and momentum, and the state of a scaler, in place.
-        optimizer: whose step it takes. Learning rates may change in every step.
+        network: on a GPU.
+        optimizer: learning rates may change in every step. No other class: Python that is part of a step, such as
+            counting steps, would be left out.
+        scaler: of the gradients.
     """
 
-    def __init__(self, update: Callable[[], None], optimizer: torch.optim.Optimizer):
-        self._update, self._optimizer = update, optimizer
+    def __init__(self, network: nn.Module, optimizer: FusedSGD, scaler: torch.amp.GradScaler | None = None):
+        self.network, self.optimizer, self.scaler = network, optimizer, scaler
+        self._parameters = list(network.parameters())
         self._graph: torch.cuda.CUDAGraph | None = None
         self._state: Any = None  # in the step before
         self._stayed = 0  # for so many steps
         self._rates: list[Tensor] = []
+        self._fails = False
 
     def __call__(self) -> None:
         state, before = self._what_a_graph_holds(), self._state
         self._state, self._stayed = state, self._stayed + 1 if state == before else 0
-        if self._stayed < BEFORE_RECORDING:
+        if self._stayed < BEFORE_RECORDING or self._has_hooks():
             self._graph = None
-            self._update()
-            return
+        elif self._graph is None and not self._fails:
+            self._record()
         if self._graph is None:
-            self._graph = self._record()
-        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+            self._launch()
+            return
+        for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
 
-    def _what_a_graph_holds(self) -> Any:
-        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self._optimizer.param_groups]
-        tensors = ((p, p.grad, *self._optimizer.state[p].values()) for p in parameters_of(self._optimizer))
-        return settings, [t.data_ptr() if isinstance(t, Tensor) else t for t in chain.from_iterable(tensors)]
+    def _launch(self) -> None:
+        update_weights(self.network, self.optimizer, self.scaler)
 
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def _what_a_graph_holds(self) -> Any:
+        groups, scaler = self.optimizer.param_groups, self.scaler
+        settings: list[Any] = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        if scaler is not None:
+            settings += scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
+        parameters = chain(self._parameters, *(group["params"] for group in groups))
+        tensors = chain.from_iterable((p, p.grad, *self.optimizer.state.get(p, {}).values()) for p in parameters)
+        return settings, [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
+
+    def _has_hooks(self) -> bool:
+        return bool(self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
+
+    def _record(self) -> None:
         """With learning rates that are tensors meanwhile, so that the graph reads what they are in its step."""
-        graph, groups = torch.cuda.CUDAGraph(), self._optimizer.param_groups
+        graph, groups, first = torch.cuda.CUDAGraph(), self.optimizer.param_groups, self._parameters[0]
         rates = [group["lr"] for group in groups]
-        self._rates = [torch.tensor(group["lr"], device=group["params"][0].device) for group in groups]
+        self._rates = [torch.zeros((), device=first.device) for _ in groups]  # float32, which the kernel reads
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate
         try:
-            for group, rate in zip(groups, self._rates, strict=True):
-                group["lr"] = rate
-            with recording(graph, torch.cuda.Stream()):
-                self._update()
+            with torch.cuda.device_of(first), recording(graph, torch.cuda.Stream(first.device)):
+                self._launch()
+            self._graph = graph
+        except RuntimeError as error:  # out of memory, most likely
+            self._fails = True
+            warnings.warn(f"The update of the weights is not recorded as a CUDA graph ({error}).", stacklevel=2)
+            if self.scaler is not None:
+                self.scaler.update(self.scaler.get_scale())  # it thinks that gradients are unscaled; nothing was done
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
-        return graph

@@ -55,7 +55,7 @@ class TrainingStep:
             outputs = output if isinstance(output, (list, tuple)) else [output]
             loss = sum(self.loss(o, self._target(o)) for o in outputs)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        update_weights(self.optimizer, self.scaler)
+        update_weights(self.network, self.optimizer, self.scaler)
 
     def _target(self, output: Tensor) -> Tensor:
         shape = (output.shape[0], 1, *output.shape[2:])
