@@ -44,7 +44,8 @@ class RecordedUpdate:
 
     def __init__(self, network: nn.Module, optimizer: FusedSGD, scaler: torch.amp.GradScaler | None = None):
         self.network, self.optimizer, self.scaler = network, optimizer, scaler
-        self._parameters = list(network.parameters())
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._others = [p for p in network.parameters() if id(p) not in own]  # are clipped, too
         self._graph: torch.cuda.CUDAGraph | None = None
         self._state: Any = None  # in the step before
         self._stayed = 0  # for so many steps
@@ -73,7 +74,7 @@ class RecordedUpdate:
         settings: list[Any] = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         if scaler is not None:
             settings += scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
-        parameters = chain(self._parameters, *(group["params"] for group in groups))
+        parameters = chain(self._others, *(group["params"] for group in groups))
         tensors = chain.from_iterable((p, p.grad, *self.optimizer.state.get(p, {}).values()) for p in parameters)
         return settings, [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
 
@@ -82,7 +83,8 @@ class RecordedUpdate:
 
     def _record(self) -> None:
         """With learning rates that are tensors meanwhile, so that the graph reads what they are in its step."""
-        graph, groups, first = torch.cuda.CUDAGraph(), self.optimizer.param_groups, self._parameters[0]
+        graph, groups = torch.cuda.CUDAGraph(), self.optimizer.param_groups
+        first = next(self.network.parameters())
         rates = [group["lr"] for group in groups]
         self._rates = [torch.zeros((), device=first.device) for _ in groups]  # float32, which the kernel reads
         for group, rate in zip(groups, self._rates, strict=True):
