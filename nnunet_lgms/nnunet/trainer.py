@@ -335,10 +335,10 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             loss = self.loss(self.network(data), target)
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
         self._update_weights()
-        loss = LossOfAStep(loss)
-        self.launched.append((batch, loss))
+        arriving = LossOfAStep(loss)
+        self.launched.append((batch, arriving))
         self._look_at_losses(self.steps_ahead)
-        return StepResult(loss=loss)
+        return StepResult(loss=arriving)
 
     def _update_weights(self):
         recorded = self.recorded_update
