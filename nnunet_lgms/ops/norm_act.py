@@ -30,6 +30,7 @@ from nnunet_lgms.ops import norm_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.norm_act_synced import norm_act_synced, spans_processes
 
 #: activation after the norm; "gelu_first" is GELU before it
 ACTIVATIONS = {
@@ -82,6 +83,12 @@ def norm_act(
         )
         update_running_statistics(norm, mean, variance, x, shift if cancels else None)
         return out
+    if kernels_fit_map(x, any_layout=True) and spans_processes(norm):
+        cancels = shift_cancels(norm, activation)
+        residual = None if residual is None else residual.to(x.dtype)
+        out, mean, unbiased = norm_act_synced(x, norm, activation, residual, list(partial), shift, cancels)
+        update_running_statistics(norm, mean, unbiased, x, shift if cancels else None, is_unbiased=True)
+        return out
     if shift is not None:
         x = x + shift.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
     if norm_cpu.fits(x, norm):
@@ -115,7 +122,8 @@ def statistics_known(norm: nn.Module) -> bool:
 
 def shift_cancels(norm: nn.Module, activation: str) -> bool:
     """Whether a number that is added to a whole channel makes no difference: the norm subtracts the channel's mean."""
-    return _from_this_batch(norm) and _cancels(NormSpec.of(norm).kind, activation)
+    from_batches = _from_this_batch(norm) or spans_processes(norm)
+    return from_batches and _cancels(NormSpec.of(norm).kind, activation)
 
 
 def _cancels(kind: str, activation: str) -> bool:
@@ -125,7 +133,7 @@ def _cancels(kind: str, activation: str) -> bool:
 def kernels_fit_norm(x: Tensor, norm: nn.Module, channels: int | None = None, any_layout: bool = False) -> bool:
     """Whether the kernels serve this norm of a map of the size of x (of ``channels`` channels, if not those of x).
 
-    They do for statistics of this very batch; the statistics of SyncBatchNorm span other processes.
+    They do for statistics of this very batch; those of SyncBatchNorm span other processes (`norm_act_synced.py`).
     """
     return _from_this_batch(norm) and kernels_fit_map(x, channels, any_layout) and x[0, 0].numel() > 1
 
@@ -135,12 +143,15 @@ def takes_any_layout(x: Tensor, norm: nn.Module) -> bool:
 
     A compiler plans layouts itself.
     """
-    return not torch.compiler.is_compiling() and kernels_fit_norm(x, norm)
+    return not torch.compiler.is_compiling() and (
+        kernels_fit_norm(x, norm) or (spans_processes(norm) and kernels_fit_map(x))
+    )
 
 
 def moments_wanted(norm: nn.Module, activation: str) -> tuple[str, int, str] | None:
     """What the kernels of a norm want to know of its map: kind, groups, activation; None where they do not serve it."""
-    return (*NormSpec.of(norm)[:2], activation) if _from_this_batch(norm) else None
+    served = _from_this_batch(norm) or spans_processes(norm)
+    return (*NormSpec.of(norm)[:2], activation) if served else None
 
 
 def _from_this_batch(norm: nn.Module) -> bool:
@@ -190,7 +201,12 @@ def _channel_means(x: Tensor) -> Tensor:
 
 
 def update_running_statistics(
-    norm: nn.Module, mean: Tensor, variance: Tensor, x: Tensor, shift: Tensor | None = None
+    norm: nn.Module,
+    mean: Tensor,
+    variance: Tensor,
+    x: Tensor,
+    shift: Tensor | None = None,
+    is_unbiased: bool = False,
 ) -> None:
     """What BatchNorm does to its buffers in training, nothing for others; the running variance is the unbiased one.
 
@@ -199,10 +215,10 @@ def update_running_statistics(
     if not (isinstance(norm, _BatchNorm) and norm.track_running_stats):
         return
     count = x.numel() // x.shape[1]
+    unbiased = 1.0 if is_unbiased else count / max(count - 1, 1)
     buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
     with torch.no_grad():
         if _kernel_fits_statistics(norm):
-            unbiased = count / max(count - 1, 1)
             _update_running_statistics(mean, variance, shift, *buffers, float(norm.momentum), unbiased)
             return
         if shift is not None:
@@ -210,7 +226,7 @@ def update_running_statistics(
         norm.num_batches_tracked.add_(1)
         momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean[0].to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_(variance[0].to(norm.running_var.dtype) * (count / max(count - 1, 1)), momentum)
+        norm.running_var.lerp_(variance[0].to(norm.running_var.dtype) * unbiased, momentum)
 
 
 def _kernel_fits_statistics(norm: nn.Module) -> bool:

@@ -14,6 +14,7 @@ The kernel that writes a map may take the moments of its slices at once (`conv_t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -168,6 +169,23 @@ def join_moments(partial: PartialMoments, kind: str, groups: int) -> tuple[Tenso
     return mean, variance
 
 
+def join_processes(everyones: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, variance and unbiased variance of all processes, (1, C), and the share of one in what they have, (1, 1).
+
+    Args:
+        everyones: (processes, 3, C): mean, variance and count of each, in float32.
+        rank: whose share.
+    """
+    processes, _, channels = everyones.shape
+    mean, variance, unbiased = (everyones.new_empty((1, channels)) for _ in range(3))
+    share = everyones.new_empty((1, 1))
+    lanes = triton.next_power_of_2(channels)
+    launch(wrap_triton(_join_processes))[(1,)](
+        everyones, mean, variance, unbiased, share, processes, rank, channels, LANES=lanes
+    )
+    return mean, variance, unbiased, share
+
+
 def apply(
     x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int, activation: str,
     shift: Tensor | None = None, beside: Tensor | None = None,
@@ -187,9 +205,19 @@ def apply(
 
 
 def backward(
-    grad: Tensor, x: Tensor, norm: Norm, kind: str, groups: int, activation: str, shift: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    norm: Norm,
+    kind: str,
+    groups: int,
+    activation: str,
+    shift: Tensor | None = None,
+    exchange: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; see `norm_act.py`."""
+    """Gradients of x, weight and bias; see `norm_act.py`.
+
+    Where statistics span processes, ``exchange`` makes the means of this one, (2, C), those of all, in place.
+    """
     plan = Plan(x, kind, groups)
     partial = plan.partial(x)
     launch(wrap_triton(_gradient_sums))[plan.slices_grid](
@@ -197,6 +225,10 @@ def backward(
         FIRST=channels_first(x), SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
     )  # fmt: skip
     grad_weight, grad_bias, *means = join_gradient_sums(plan, partial, norm)
+    if exchange is not None:
+        means = torch.cat(means)
+        exchange(means)
+        means = means.chunk(2)
     grad_x = apply_gradient(plan, grad, x, norm, *means, activation, shift)
     return grad_x, over_samples(grad_weight, norm), over_samples(grad_bias, norm)
 
@@ -354,6 +386,30 @@ def _join_moments(
     group_variance = _over_group(centred, channel, channels, GROUP) / (count * GROUP)
     tl.store(mean + statistic * channels + channel, group_mean, mask=channel < channels)
     tl.store(variance + statistic * channels + channel, group_variance, mask=channel < channels)
+
+
+@triton.jit(do_not_specialize=["processes", "rank", "channels"])
+def _join_processes(
+    everyones, mean, variance, unbiased, share, processes, rank, channels, LANES: tl.constexpr
+):  # fmt: skip
+    channel = tl.arange(0, LANES)
+    inside = channel < channels
+    count = tl.zeros((LANES,), tl.float32)
+    joined = tl.zeros((LANES,), tl.float32)
+    centred = tl.zeros((LANES,), tl.float32)
+    mine = tl.zeros((LANES,), tl.float32)
+    for process in range(processes):
+        row = everyones + process * 3 * channels + channel
+        more = tl.load(row + 2 * channels, mask=inside, other=1.0)
+        away = tl.load(row, mask=inside, other=0.0) - joined
+        count += more
+        joined += away * more / count
+        centred += more * (tl.load(row + channels, mask=inside, other=0.0) + away * away * (count - more) / count)
+        mine = tl.where(process == rank, more, mine)
+    tl.store(mean + channel, joined, mask=inside)
+    tl.store(variance + channel, centred / count, mask=inside)
+    tl.store(unbiased + channel, centred / tl.maximum(count - 1.0, 1.0), mask=inside)
+    tl.store(share + channel, mine / count, mask=channel == 0)
 
 
 @triton.jit(do_not_specialize=["voxels", "sample_stride"])

@@ -1,0 +1,136 @@
+"""Norm and activation with statistics of several processes: two of them on the CPU, in Triton's interpreter.
+
+Each has a part of the batch, of different sizes; together they must give what PyTorch gives for the whole in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreter import run_interpreted
+from torch import distributed as dist
+from torch import nn
+
+from nnunet_lgms.ops import norm_act as ops
+from nnunet_lgms.ops.norm_act import ACTIVATIONS, norm_act
+
+LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
+SAMPLES = (1, 2)  # of each process
+CASES = {  # shape of the whole, activation, affine, residual, shift, contiguous, mean
+    "2d_silu": ((3, 12, 9, 10), "silu", True, False, False, False, 1),
+    "3d_relu": ((3, 5, 4, 5, 6), "relu", True, False, False, True, 1),
+    "3d_none_residual": ((3, 8, 3, 5, 7), "none", True, True, False, False, 1),
+    "2d_large_mean": ((3, 4, 6, 7), "relu", True, False, False, False, 1000),
+    "2d_gelu_first_shifted": ((3, 20, 5, 6), "gelu_first", True, False, True, False, 0),
+    "2d_gelu_shifted": ((3, 6, 5, 6), "gelu", True, True, True, False, 1),
+    "2d_not_affine": ((3, 7, 5, 6), "silu", False, False, False, True, 1),
+}
+NAMES = "out", "x", "residual", "shift", "weight", "bias", "running_mean", "running_var"
+
+
+def make(case: tuple) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A norm, and input, residual, shift and gradient of the output, all in float64."""
+    shape, activation, affine, _, _, _, mean = case
+    torch.manual_seed(0)
+    norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1], affine=affine).double()
+    for p in norm.parameters():
+        nn.init.normal_(p, 1, 0.5)
+    x, residual, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    x = (x + mean * torch.linspace(0.5, 1.5, shape[1], dtype=torch.float64).view(-1, *[1] * (len(shape) - 2))).float()
+    return norm, {"x": x.double(), "residual": residual, "shift": torch.randn(shape[1]).double(), "grad": grad}
+
+
+def reference(case: tuple) -> dict[str, torch.Tensor]:
+    shape, activation, _, has_residual, has_shift, _, _ = case
+    norm, tensors = make(case)
+    x, residual, shift = (tensors[name].requires_grad_() for name in ("x", "residual", "shift"))
+    value = x + shift.view(-1, *[1] * (len(shape) - 2)) if has_shift else x
+    out = norm(F.gelu(value)) if activation == "gelu_first" else ACTIVATIONS[activation](norm(value))
+    (out + residual if has_residual else out).backward(tensors["grad"])
+    out = out + residual if has_residual else out
+    found = {"out": out, "x": x.grad, "residual": residual.grad, "shift": shift.grad}
+    return collected(found, norm)
+
+
+def part(case: tuple, rank: int) -> dict[str, torch.Tensor]:
+    """What a process computes, in float32."""
+    shape, activation, _, has_residual, has_shift, contiguous, _ = case
+    norm, tensors = make(case)
+    norm = nn.SyncBatchNorm.convert_sync_batchnorm(norm.float())
+    mine = slice(sum(SAMPLES[:rank]), sum(SAMPLES[: rank + 1]))
+    x, residual, grad = (
+        tensors[n].float()[mine].contiguous(memory_format=LAYOUT[len(shape)]) for n in ("x", "residual", "grad")
+    )
+    x = (x.contiguous() if contiguous else x).requires_grad_()
+    residual, shift = residual.requires_grad_(), tensors["shift"].float().requires_grad_()
+    out = norm_act(x, norm, activation, residual if has_residual else None, shift=shift if has_shift else None)
+    out.backward(grad)
+    return collected({"out": out, "x": x.grad, "residual": residual.grad, "shift": shift.grad}, norm)
+
+
+def collected(found: dict[str, torch.Tensor | None], norm: nn.Module) -> dict[str, torch.Tensor]:
+    if norm.affine:
+        found |= {"weight": norm.weight.grad, "bias": norm.bias.grad}
+    found |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+
+
+def process(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(SAMPLES))
+    with (
+        patch.object(ops, "use_kernels", lambda x: True),
+        patch.object(nn.SyncBatchNorm, "forward", side_effect=AssertionError("PyTorch's own was asked")),
+    ):
+        torch.save({name: part(case, rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def differences(case: tuple, parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Of everything from float64, relative to its largest number; parts are joined, sums of processes added."""
+    found = {}
+    for name, expected in reference(case).items():
+        if name in ("out", "x", "residual"):
+            actual = torch.cat([p[name] for p in parts])
+        elif name in ("running_mean", "running_var"):
+            actual = parts[0][name]
+            assert torch.equal(actual, parts[1][name])
+        else:
+            actual = sum(p[name] for p in parts)
+        found[name] = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    return run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_norm_as_one(interpreted, case):
+    limit = 2e-3 if CASES[case][-1] == 1000 else 2e-5
+    assert {"out", "x", "running_mean", "running_var"} <= set(interpreted[case])
+    assert max(interpreted[case].values()) < limit, interpreted[case]
+
+
+def main() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(process, (port, folder), nprocs=len(SAMPLES))
+        parts = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(len(SAMPLES))]
+    print(json.dumps({name: differences(case, [p[name] for p in parts]) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(__file__))
+    main()
