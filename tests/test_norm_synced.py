@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -25,54 +26,70 @@ from nnunet_lgms.ops.norm_act import ACTIVATIONS, norm_act
 
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 SAMPLES = (1, 2)  # of each process
-CASES = {  # shape of the whole, activation, affine, residual, shift, contiguous, mean
-    "2d_silu": ((3, 12, 9, 10), "silu", True, False, False, False, 1),
-    "3d_relu": ((3, 5, 4, 5, 6), "relu", True, False, False, True, 1),
-    "3d_none_residual": ((3, 8, 3, 5, 7), "none", True, True, False, False, 1),
-    "2d_large_mean": ((3, 4, 6, 7), "relu", True, False, False, False, 1000),
-    "2d_gelu_first_shifted": ((3, 20, 5, 6), "gelu_first", True, False, True, False, 0),
-    "2d_gelu_shifted": ((3, 6, 5, 6), "gelu", True, True, True, False, 1),
-    "2d_not_affine": ((3, 7, 5, 6), "silu", False, False, False, True, 1),
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]  # of the whole batch
+    activation: str
+    affine: bool = True
+    residual: bool = False
+    shift: bool = False
+    contiguous: bool = False  # the input
+    mean: float = 1.0
+
+
+CASES = {
+    "2d_silu": Case((3, 12, 9, 10), "silu"),
+    "3d_relu": Case((3, 5, 4, 5, 6), "relu", contiguous=True),
+    "3d_none_residual": Case((3, 8, 3, 5, 7), "none", residual=True),
+    "2d_large_mean": Case((3, 4, 6, 7), "relu", mean=1000.0),
+    "2d_gelu_first_shifted": Case((3, 20, 5, 6), "gelu_first", shift=True, mean=0.0),
+    "2d_gelu_shifted": Case((3, 6, 5, 6), "gelu", residual=True, shift=True),
+    "2d_not_affine": Case((3, 7, 5, 6), "silu", affine=False, contiguous=True),
 }
-NAMES = "out", "x", "residual", "shift", "weight", "bias", "running_mean", "running_var"
 
 
-def make(case: tuple) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def make(case: Case) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A norm, and input, residual, shift and gradient of the output, all in float64."""
-    shape, activation, affine, _, _, _, mean = case
+    shape = case.shape
     torch.manual_seed(0)
-    norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1], affine=affine).double()
+    norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1], affine=case.affine).double()
     for p in norm.parameters():
         nn.init.normal_(p, 1, 0.5)
     x, residual, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
-    x = (x + mean * torch.linspace(0.5, 1.5, shape[1], dtype=torch.float64).view(-1, *[1] * (len(shape) - 2))).float()
-    return norm, {"x": x.double(), "residual": residual, "shift": torch.randn(shape[1]).double(), "grad": grad}
+    x += case.mean * over_channels(torch.linspace(0.5, 1.5, shape[1]), x)
+    # numbers that float32 has, too
+    return norm, {"x": x.float().double(), "residual": residual, "shift": torch.randn(shape[1]).double(), "grad": grad}
 
 
-def reference(case: tuple) -> dict[str, torch.Tensor]:
-    shape, activation, _, has_residual, has_shift, _, _ = case
+def over_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, *[1] * (x.ndim - 2))
+
+
+def reference(case: Case) -> dict[str, torch.Tensor]:
     norm, tensors = make(case)
     x, residual, shift = (tensors[name].requires_grad_() for name in ("x", "residual", "shift"))
-    value = x + shift.view(-1, *[1] * (len(shape) - 2)) if has_shift else x
-    out = norm(F.gelu(value)) if activation == "gelu_first" else ACTIVATIONS[activation](norm(value))
-    (out + residual if has_residual else out).backward(tensors["grad"])
-    out = out + residual if has_residual else out
+    value = x + over_channels(shift, x) if case.shift else x
+    first = case.activation == "gelu_first"
+    out = norm(F.gelu(value)) if first else ACTIVATIONS[case.activation](norm(value))
+    out = out + residual if case.residual else out
+    out.backward(tensors["grad"])
     found = {"out": out, "x": x.grad, "residual": residual.grad, "shift": shift.grad}
     return collected(found, norm)
 
 
-def part(case: tuple, rank: int) -> dict[str, torch.Tensor]:
+def part(case: Case, rank: int) -> dict[str, torch.Tensor]:
     """What a process computes, in float32."""
-    shape, activation, _, has_residual, has_shift, contiguous, _ = case
     norm, tensors = make(case)
     norm = nn.SyncBatchNorm.convert_sync_batchnorm(norm.float())
     mine = slice(sum(SAMPLES[:rank]), sum(SAMPLES[: rank + 1]))
     x, residual, grad = (
-        tensors[n].float()[mine].contiguous(memory_format=LAYOUT[len(shape)]) for n in ("x", "residual", "grad")
+        tensors[n].float()[mine].contiguous(memory_format=LAYOUT[len(case.shape)]) for n in ("x", "residual", "grad")
     )
-    x = (x.contiguous() if contiguous else x).requires_grad_()
+    x = (x.contiguous() if case.contiguous else x).requires_grad_()
     residual, shift = residual.requires_grad_(), tensors["shift"].float().requires_grad_()
-    out = norm_act(x, norm, activation, residual if has_residual else None, shift=shift if has_shift else None)
+    added, left = residual if case.residual else None, shift if case.shift else None
+    out = norm_act(x, norm, case.activation, added, shift=left)
     out.backward(grad)
     return collected({"out": out, "x": x.grad, "residual": residual.grad, "shift": shift.grad}, norm)
 
@@ -94,7 +111,7 @@ def process(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def differences(case: tuple, parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+def differences(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Of everything from float64, relative to its largest number; parts are joined, sums of processes added."""
     found = {}
     for name, expected in reference(case).items():
@@ -116,7 +133,7 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_norm_as_one(interpreted, case):
-    limit = 2e-3 if CASES[case][-1] == 1000 else 2e-5
+    limit = 2e-3 if CASES[case].mean == 1000 else 2e-5
     assert {"out", "x", "running_mean", "running_var"} <= set(interpreted[case])
     assert max(interpreted[case].values()) < limit, interpreted[case]
 
