@@ -435,6 +435,26 @@ def test_the_step_that_is_recorded_is_the_training_step(monkeypatch):
     assert recorded == [((trainer.batch_size, 1, 8, 12, 8), True, True)]
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "scaled"])
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_step_is_nnunets(labels, dim, scaled):
+    """To the last bit, so that a change of nnU-Net's own step is noticed here."""
+    stepped = []
+    for step in (trainers.nnUNetTrainerLGMSNet.train_step, nnUNetTrainer.train_step):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        trainer = make_trainer(labels=labels, patch_size=PATCH[dim], lgmsnet={"deep_supervision": True})
+        trainer.grad_scaler = torch.amp.GradScaler("cpu") if scaled else None
+        trainer.lr_scheduler = SimpleNamespace(step=lambda epoch: None)  # nnU-Net sets the rate once an epoch
+        batch = make_batch(trainer)
+        losses = [step(trainer, batch)["loss"] for _ in range(3)]
+        assert all(isinstance(loss, np.ndarray) and loss.shape == () for loss in losses)
+        stepped.append([*losses, *(p.detach() for p in trainer.network.parameters())])
+    for ours, theirs in zip(*stepped, strict=True):
+        assert (ours == theirs).all()
+
+
 class CountingSGD(FusedSGD):
     """What is more in its step would be left out by a graph."""
 
