@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from networks import build, loss_function, parameters
 from provenance import provenance
-from torch import nn
 from tqdm import tqdm
 
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.nnunet.update import update_weights
 
 ROWS = {
     "training step, 3D 2 x 32^3": {"input": (2, 1, 32, 32, 32), "classes": 3, "n_stages": 4, "train": True},
@@ -54,8 +54,7 @@ class Step:
         if self.train:
             self.optimizer.zero_grad(set_to_none=True)
             loss_function(self.network(self.data), self.target).backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.optimizer.step()
+            update_weights(self.network, self.optimizer)
         else:
             with torch.inference_mode():
                 self.network(self.data)

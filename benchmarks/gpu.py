@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nnunet_lgms.architecture.graphed import GraphedLGMSNet
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.nnunet.update import update_weights
 from nnunet_lgms.planning.training_step import fast_steps, peak_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -131,10 +132,7 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         with torch.autocast(device.type, enabled=device.type == "cuda"):
             loss = loss_function(model(data), target)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
-        scaler.step(optimizer)
-        scaler.update()
+        update_weights(network, optimizer, scaler)
 
     def infer():
         with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.library import triton_op
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -30,7 +31,6 @@ from nnunet_lgms.ops import norm_cpu
 from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.norm_act_synced import norm_act_synced, spans_processes
 
 #: activation after the norm; "gelu_first" is GELU before it
 ACTIVATIONS = {
@@ -73,21 +73,21 @@ def norm_act(
             x, shift, norm.running_mean, norm.running_var, norm.weight, norm.bias,
             None if residual is None else residual.to(x.dtype), beside, norm.eps, activation,
         )  # fmt: skip
-    if kernels_fit_norm(x, norm, any_layout=True):
+    synced = spans_processes(norm) and kernels_fit_map(x, any_layout=True)
+    if synced or kernels_fit_norm(x, norm, any_layout=True):
         residual = None if residual is None else residual.to(x.dtype)
         cancels = shift_cancels(norm, activation)
         if shift is not None and not cancels:
             partial = ()  # are those of x
-        out, mean, variance = _norm_act_forward(
-            x, list(partial), shift, norm.weight, norm.bias, residual, beside, *NormSpec.of(norm), activation
-        )
-        update_running_statistics(norm, mean, variance, x, shift if cancels else None)
-        return out
-    if kernels_fit_map(x, any_layout=True) and spans_processes(norm):
-        cancels = shift_cancels(norm, activation)
-        residual = None if residual is None else residual.to(x.dtype)
-        out, mean, unbiased = norm_act_synced(x, norm, activation, residual, list(partial), shift, cancels)
-        update_running_statistics(norm, mean, unbiased, x, shift if cancels else None, is_unbiased=True)
+        if synced:
+            from nnunet_lgms.ops.norm_act_synced import norm_act_synced
+
+            out, mean, variance = norm_act_synced(x, list(partial), shift, norm, residual, activation, cancels)
+        else:
+            out, mean, variance = _norm_act_forward(
+                x, list(partial), shift, norm.weight, norm.bias, residual, beside, *NormSpec.of(norm), activation
+            )
+        update_running_statistics(norm, mean, variance, x, shift if cancels else None, is_unbiased=synced)
         return out
     if shift is not None:
         x = x + shift.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
@@ -122,8 +122,7 @@ def statistics_known(norm: nn.Module) -> bool:
 
 def shift_cancels(norm: nn.Module, activation: str) -> bool:
     """Whether a number that is added to a whole channel makes no difference: the norm subtracts the channel's mean."""
-    from_batches = _from_this_batch(norm) or spans_processes(norm)
-    return from_batches and _cancels(NormSpec.of(norm).kind, activation)
+    return _from_batches(norm) and _cancels(NormSpec.of(norm).kind, activation)
 
 
 def _cancels(kind: str, activation: str) -> bool:
@@ -150,8 +149,23 @@ def takes_any_layout(x: Tensor, norm: nn.Module) -> bool:
 
 def moments_wanted(norm: nn.Module, activation: str) -> tuple[str, int, str] | None:
     """What the kernels of a norm want to know of its map: kind, groups, activation; None where they do not serve it."""
-    served = _from_this_batch(norm) or spans_processes(norm)
-    return (*NormSpec.of(norm)[:2], activation) if served else None
+    return (*NormSpec.of(norm)[:2], activation) if _from_batches(norm) else None
+
+
+def _from_batches(norm: nn.Module) -> bool:
+    return _from_this_batch(norm) or spans_processes(norm)
+
+
+def spans_processes(norm: nn.Module) -> bool:
+    """Whether a norm takes statistics of the batches of all processes, of which there is more than one."""
+    return (
+        isinstance(norm, nn.SyncBatchNorm)
+        and norm.training
+        and not torch.compiler.is_compiling()
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size(norm.process_group) > 1
+    )
 
 
 def _from_this_batch(norm: nn.Module) -> bool:
@@ -357,14 +371,21 @@ def _backward(ctx, grad, _grad_mean, _grad_variance):
     grad_x, grad_weight, grad_bias = _norm_act_backward(
         to_channels_last(grad), x, None if ctx.cancels else shift, weight, bias, mean, variance, *ctx.spec
     )
+    gradients = gradients_of_others(ctx, grad, grad_x, grad_weight, grad_bias)
+    return grad_x, [None] * ctx.n_partial, *gradients, *[None] * (1 + len(ctx.spec))
+
+
+def gradients_of_others(
+    ctx, grad: Tensor, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of shift, weight, bias and residual; None of what is not there. The third input is the shift."""
+    _, shift, weight, bias, *_ = ctx.saved_tensors
     grad_shift = None
     if shift is not None and ctx.needs_input_grad[2]:
         grad_shift = torch.zeros_like(shift) if ctx.cancels else channel_sums(grad_x).to(shift.dtype)
     grad_weight = None if weight is None else grad_weight.to(weight.dtype)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-    grad_residual = grad if ctx.has_residual else None
-    no_gradients = [None] * (1 + len(ctx.spec))
-    return grad_x, [None] * ctx.n_partial, grad_shift, grad_weight, grad_bias, grad_residual, *no_gradients
+    return grad_shift, grad_weight, grad_bias, grad if ctx.has_residual else None
 
 
 _norm_act_forward.register_autograd(_backward, setup_context=_setup)

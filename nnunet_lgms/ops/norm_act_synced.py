@@ -15,30 +15,19 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.norm_act import batch_moments, gradients_of_others
 
 # its name since PyTorch 2.13, and before
 _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def spans_processes(norm: nn.Module) -> bool:
-    """Whether a norm takes statistics of the batches of all processes, of which there is more than one."""
-    return (
-        isinstance(norm, nn.SyncBatchNorm)
-        and norm.training
-        and not torch.compiler.is_compiling()
-        and dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size(norm.process_group) > 1
-    )
-
-
 def norm_act_synced(
     x: Tensor,
-    norm: nn.SyncBatchNorm,
-    activation: str,
-    residual: Tensor | None,
     partial: list[Tensor],
     shift: Tensor | None,
+    norm: nn.SyncBatchNorm,
+    residual: Tensor | None,
+    activation: str,
     cancels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(activation(norm(x + shift)) + residual, mean, unbiased variance), both (1, C), as of `norm_act.norm_act`.
@@ -47,18 +36,16 @@ def norm_act_synced(
     that of x.
     """
     return _Synced.apply(
-        x, shift, norm.weight, norm.bias, residual, partial, norm.process_group, norm.eps, activation, cancels
+        x, partial, shift, norm.weight, norm.bias, residual, norm.process_group, norm.eps, activation, cancels
     )
 
 
 class _Synced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, weight, bias, residual, partial, group, eps, activation, cancels):
+    def forward(ctx, x, partial, shift, weight, bias, residual, group, eps, activation, cancels):
         from nnunet_lgms.ops import norm_act_triton as kernels
-        from nnunet_lgms.ops.norm_act import batch_moments
 
         added = None if cancels else shift
-        partial = partial if added is None else []  # is of x
         moments = batch_moments(x, partial, "batch", 1, activation, added)
         everyones = _gathered(*moments, x.numel() // x.shape[1], group)
         mean, variance, unbiased, share = kernels.join_processes(everyones, dist.get_rank(group))
@@ -75,24 +62,18 @@ class _Synced(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         from nnunet_lgms.ops import norm_act_triton as kernels
-        from nnunet_lgms.ops.norm_act import channel_sums
 
         x, shift, weight, bias, mean, variance, share = ctx.saved_tensors
-        added = None if ctx.cancels else shift
         norm = kernels.Norm(mean, variance, weight, bias, ctx.eps)
 
         def exchange(means: Tensor) -> None:
             dist.all_reduce(means.mul_(share), group=ctx.group)
 
-        grad_x, grad_weight, grad_bias = kernels.backward(
+        added = None if ctx.cancels else shift
+        grad_x, *of_parameters = kernels.backward(
             to_channels_last(grad), x, norm, "batch", 1, ctx.activation, added, exchange
         )
-        grad_shift = None
-        if shift is not None and ctx.needs_input_grad[1]:
-            grad_shift = torch.zeros_like(shift) if ctx.cancels else channel_sums(grad_x).to(shift.dtype)
-        grad_weight = None if weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_x, grad_shift, grad_weight, grad_bias, grad if ctx.has_residual else None, *[None] * 5
+        return grad_x, None, *gradients_of_others(ctx, grad, grad_x, *of_parameters), *[None] * 4
 
 
 def _gathered(mean: Tensor, variance: Tensor, count: int, group: dist.ProcessGroup | None) -> Tensor:
