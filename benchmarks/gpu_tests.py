@@ -48,7 +48,7 @@ def main() -> int:
         f"Tests marked gpu, {datetime.date.today()}: {torch.cuda.get_device_name()}, Python "
         f"{platform.python_version()}, {packages}."
     )
-    workers = max(1, min(8, (os.cpu_count() or 1) // 4))  # each compiles with threads of its own
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))  # each compiles with threads of its own
     options = ["-m", "gpu", "-v", "--durations", "15", "--numprocesses", str(workers)]
     command = [sys.executable, "-m", "pytest", *options, *args.tests]
     args.output.mkdir(parents=True, exist_ok=True)

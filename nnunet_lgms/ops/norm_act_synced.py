@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd.function import once_differentiable
 
 from nnunet_lgms.ops.layout import to_channels_last
@@ -40,8 +41,13 @@ def norm_act_synced(
     )
 
 
+# Kernels as they are, which triton_op does for those inside it: what a compiler would see of them takes 1 ms a launch.
+_not_traced = set_wrap_triton_enabled(False)
+
+
 class _Synced(torch.autograd.Function):
     @staticmethod
+    @_not_traced
     def forward(ctx, x, partial, shift, weight, bias, residual, group, eps, activation, cancels):
         from nnunet_lgms.ops import norm_act_triton as kernels
 
@@ -60,6 +66,7 @@ class _Synced(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_not_traced
     def backward(ctx, grad, *_):
         from nnunet_lgms.ops import norm_act_triton as kernels
 
