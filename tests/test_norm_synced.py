@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from interpreter import run_interpreted
 from torch import distributed as dist
 from torch import nn
+from torch._library.triton import is_wrap_triton_enabled
 
 from nnunet_lgms.ops import norm_act as ops
+from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.norm_act import ACTIVATIONS, norm_act
 
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -101,10 +103,19 @@ def collected(found: dict[str, torch.Tensor | None], norm: nn.Module) -> dict[st
     return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
 
 
+def as_it_is(kernel: object) -> object:
+    """`launch`, for kernels that are not wrapped for a compiler: those cannot be compiled ahead, and are slow."""
+    assert not is_wrap_triton_enabled(), kernel
+    return launch(kernel)
+
+
 def process(rank: int, port: int, folder: str) -> None:
+    from nnunet_lgms.ops import norm_act_triton as kernels
+
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(SAMPLES))
     with (
         patch.object(ops, "use_kernels", lambda x: True),
+        patch.object(kernels, "launch", as_it_is),
         patch.object(nn.SyncBatchNorm, "forward", side_effect=AssertionError("PyTorch's own was asked")),
     ):
         torch.save({name: part(case, rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
