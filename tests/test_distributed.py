@@ -222,7 +222,7 @@ def test_ddp_averages_gradients_where_no_graph_does(two_processes):
 
 @pytest.mark.gpu
 def test_two_processes_share_a_gpu(folders, tmp_path):
-    """gloo with CUDA tensors, as NCCL wants a GPU for each process; batch norms are PyTorch's SyncBatchNorm."""
+    """gloo with CUDA tensors, as NCCL wants a GPU for each process; SyncBatchNorm by our kernels, or compiled."""
     results = run_two_processes(tmp_path, "cuda")
     for name, case in CASES.items():
         expected = trained({key: value for key, value in case.items() if key != "compiled"}, "cuda")
