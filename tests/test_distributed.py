@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_trainer import LABELS, REGIONS, make_batch, make_trainer
 from torch import distributed as dist
 from torch import nn
@@ -25,6 +29,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_lgms.architecture import graphed
 from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -122,22 +127,71 @@ def shares(global_batch: int) -> tuple[int, float]:
     return trainer.batch_size, trainer.oversample_foreground_percent
 
 
-def graphs_left(rank: int) -> int:
-    """Whether a process keeps its graphs if the step cannot be recorded in the second one."""
+class FailingStep:
+    """A recorded step for which the second process has not enough memory in one of its parts."""
+
+    fails_in = ""
+
+    def __init__(self, x, parameters, group):
+        pass
+
+    def rehearse(self, forward):
+        self.do("rehearse")
+
+    def record(self, forward):
+        all_reduce(torch.ones(()))  # in step with the other process
+        self.do("record")
+
+    def do(self, part: str) -> None:
+        if dist.get_rank() == 1 and part == self.fails_in:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def end(self):
+        pass
+
+
+def graphs_left() -> dict[str, bool]:
+    """Whether a process keeps its graph if the other fails in a part of the recording."""
     trainer = make_trainer(batch_size=BATCH_SIZE)
     trainer.num_input_channels, network = 1, trainer.network
-    graphs = []
-    network.forget_graphs = graphs.clear
+    trainer.network, found = DistributedDataParallel(network), {}
+    with patch.object(graphed, "_TrainingStep", FailingStep):
+        for part in ("rehearse", "record", "nowhere"):
+            FailingStep.fails_in = part
+            trainer._record_step()
+            found[part] = network._training_step is not None
+    return found
 
-    def record(x, group):
-        if rank:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        graphs.append(x)
 
-    network.record_training = record
-    trainer.network = DistributedDataParallel(network)
-    trainer._record_step()
-    return len(graphs)
+def read_of_split(rank: int, folder: Path) -> str:
+    """What a process finds of a file that the making of the split leaves, at its end."""
+    trainer, file = make_trainer(), folder / "split"
+
+    def split() -> str:
+        if rank == 0:
+            time.sleep(0.5)
+            file.write_text("whole")
+        return file.read_text()
+
+    trainer._split_checked = split
+    return trainer.do_split()
+
+
+def validated_without_a_case(rank: int) -> bool:
+    """Only the first process has one; nnU-Net's processes meet at the end of the validation."""
+    trainer = make_trainer(patch_size=PATCH[3], strides=DEEP)
+    network = trainer.network = DistributedDataParallel(trainer.network)
+    assert list(network.buffers())
+
+    def predict(*_):
+        if rank == 0:
+            with torch.no_grad():
+                network.eval()(torch.zeros(1, 1, *PATCH[3]))
+        dist.barrier()
+
+    with patch.object(nnUNetTrainer, "perform_actual_validation", predict):
+        trainer.perform_actual_validation()
+    return True
 
 
 class Replaying(nn.Linear):
@@ -169,7 +223,8 @@ def process(rank: int, port: int, folder: str, device: str) -> None:
     gloo.start(rank, N_PROCESSES, port)
     result = {name: trained(case, device) for name, case in CASES.items()}
     result = {"parameters": result, "shares": [shares(n) for n in GLOBAL_BATCHES]}
-    result |= {"graphs": graphs_left(rank), "by_ddp": gradients_by_ddp(rank)}
+    result |= {"graphs": graphs_left(), "by_ddp": gradients_by_ddp(rank)}
+    result |= {"split": read_of_split(rank, Path(folder)), "validated": validated_without_a_case(rank)}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -213,7 +268,44 @@ def assert_close(parameters: list[torch.Tensor], expected: list[torch.Tensor], n
 
 
 def test_graphs_are_in_all_processes_or_in_none(two_processes):
-    assert [result["graphs"] for result in two_processes] == [0, 0]
+    """Whatever one of them exchanges with others, it does so when all have shown that they can."""
+    for result in two_processes:
+        assert result["graphs"] == {"rehearse": False, "record": False, "nowhere": True}
+
+
+def test_one_process_splits_and_the_others_read(two_processes):
+    assert [result["split"] for result in two_processes] == ["whole", "whole"]
+
+
+def test_a_process_without_a_case_to_predict_keeps_none_waiting(two_processes):
+    assert [result["validated"] for result in two_processes] == [True, True]
+
+
+ENDS_WITH_ITS_PARENT = """
+import multiprocessing, os, signal, sys, time
+from nnunet_lgms.nnunet.workers import end_with_parent
+
+def child():
+    end_with_parent(os.getpid())
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+multiprocessing.get_context("fork").Process(target=child).start()
+time.sleep(60)
+"""
+
+
+def test_processes_end_with_the_command():
+    """Also where it was started in the background of a script, and they ignore the system's interrupt."""
+    with subprocess.Popen([sys.executable, "-c", ENDS_WITH_ITS_PARENT], stdout=subprocess.PIPE, text=True) as command:
+        child = Path("/proc", command.stdout.readline().strip(), "cmdline")
+        assert child.read_bytes()
+        command.kill()
+    end = time.monotonic() + 10
+    while child.is_file() and child.read_bytes():  # empty where it ended and nobody asked for that
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_ddp_averages_gradients_where_no_graph_does(two_processes):
@@ -222,7 +314,7 @@ def test_ddp_averages_gradients_where_no_graph_does(two_processes):
 
 @pytest.mark.gpu
 def test_two_processes_share_a_gpu(folders, tmp_path):
-    """gloo with CUDA tensors, as NCCL wants a GPU for each process; SyncBatchNorm by our kernels, or compiled."""
+    """gloo with CUDA tensors, as NCCL wants a GPU for each process; batch norms of float64 are PyTorch's."""
     results = run_two_processes(tmp_path, "cuda")
     for name, case in CASES.items():
         expected = trained({key: value for key, value in case.items() if key != "compiled"}, "cuda")

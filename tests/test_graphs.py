@@ -1,14 +1,17 @@
 """CUDA graphs of training and prediction: the same numbers as without, and gone when the weights move."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed as dist
 
 from nnunet_lgms import LGMSNet
 from nnunet_lgms.architecture import graphed
 from nnunet_lgms.architecture.graphed import GraphedLGMSNet
+from nnunet_lgms.ops import norm_act_synced
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
 
@@ -86,6 +89,54 @@ def test_backward_passes_of_a_graph_add_up(in_place, expected):
             optimizer.zero_grad(set_to_none=not in_place)
         graphed._Replay.apply(step, *parameters)[0].sum().backward()
     assert all((p.grad == expected).all() for p in parameters)
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    """What is recorded is computed, at once."""
+    graph = SimpleNamespace(pool=lambda: None, reset=lambda: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (("CUDAGraph", graph), ("Stream", stream), ("current_stream", stream)):
+        monkeypatch.setattr(torch.cuda, name, lambda stand_in=stand_in: stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(graphed, "recording", lambda *_: nullcontext())
+
+
+def test_processes_exchange_nothing_before_all_have_rehearsed(without_cuda, monkeypatch):
+    """Then twice, of which the second time is recorded, and each time in between they ask whether all could do it."""
+    network, group = GraphedLGMSNet.paper(1, 2, dim=2), SimpleNamespace()
+    statistics, exchanged, computed = [b.clone() for b in network.buffers()], [], []
+    compute = network._with_converted_weights
+
+    def computes(x, parameters):
+        computed.append(norm_act_synced._exchanges)
+        return compute(x, parameters)
+
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: exchanged.append(tensor.numel()))
+    monkeypatch.setattr(network, "_with_converted_weights", computes)
+    network.record_training(torch.zeros(2, 1, 16, 24), group)
+    weights = sum(p.numel() for p in network.parameters())
+    assert exchanged == [1, weights, weights, 1]
+    assert computed == [False, False, True, True]
+    gradients = zip(network.parameters(), network._training_step._gradients, strict=True)
+    assert all(gradient.shape == p.shape and gradient.stride() == p.stride() for p, gradient in gradients)
+    assert all(torch.equal(b, before) for b, before in zip(network.buffers(), statistics, strict=True))
+
+
+def test_a_step_that_was_not_recorded_leaves_nothing(without_cuda, monkeypatch):
+    network = GraphedLGMSNet.paper(1, 2, dim=2)
+    statistics = [b.clone() for b in network.buffers()]
+    compute, computed = network._with_converted_weights, []
+
+    def runs_out_of_memory(x, parameters):
+        computed.append(compute(x, parameters))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(network, "_with_converted_weights", runs_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        network.record_training(torch.ones(2, 1, 16, 24))
+    assert computed and network._training_step is None and network._training_kind is None
+    assert all(torch.equal(b, before) for b, before in zip(network.buffers(), statistics, strict=True))
 
 
 class Recorder:

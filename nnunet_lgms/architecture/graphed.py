@@ -12,7 +12,8 @@ Nothing here is computed in another way, and `torch.compile`, export, the CPU an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.launch import only_compiling
+from nnunet_lgms.ops.norm_act_synced import without_exchange
 
 # Predictions of one kind that are computed before one is recorded: a graph takes as long as these to make.
 BEFORE_RECORDING = 2
@@ -82,14 +84,22 @@ class GraphedLGMSNet(LGMSNet):
             group: processes over which the gradients are averaged, by NCCL; each of them records at the same time.
 
         Raises:
-            RuntimeError: the GPU has not enough memory, or something in the step cannot be recorded.
+            RuntimeError: the GPU has not enough memory, or something in the step cannot be recorded, here or in another
+                process of the group: with and without a graph they would exchange different things.
         """
         self.forget_graphs()
         statistics = [b.clone() for b in self.buffers()]
         parameters = {name: p for name, p in _WithoutGraphs(self).named_parameters() if p.requires_grad}
         try:
-            self._training_step = _TrainingStep(self._with_converted_weights, x, parameters, group)
+            with _in_all_or_none(group, x.device):
+                self._training_step = _TrainingStep(x, parameters, group)
+                self._training_step.rehearse(self._with_converted_weights)
+            with _in_all_or_none(group, x.device):
+                self._training_step.record(self._with_converted_weights)
             self._training_kind = self._kind(x)
+        except RuntimeError:
+            self.forget_graphs()
+            raise
         finally:
             for buffer, before in zip(self.buffers(), statistics, strict=True):
                 buffer.copy_(before)
@@ -199,41 +209,46 @@ class _Prediction:
 
 
 class _TrainingStep:
-    """A recorded forward and backward pass, for batches like x."""
+    """A forward and backward pass, for batches like x, to be recorded."""
 
-    def __init__(
-        self,
-        forward: Callable,
-        x: Tensor,
-        parameters: Mapping[str, nn.Parameter],
-        group: dist.ProcessGroup | None = None,
-    ):
+    def __init__(self, x: Tensor, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None = None):
         self._input, self._parameters, self._group = _memory_for(x), list(parameters.values()), group
         # The same memory under other names: DDP holds on to where gradients of parameters are gathered, which is on a
         # stream that a recording cannot wait for.
         self._weights = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # The backward pass stays in this thread, which is the one that records.
-        with _autocast_without_cache(), torch.autograd.set_multithreading_enabled(False):
-            with torch.cuda.stream(stream):
-                with only_compiling():
-                    outputs = forward(self._input, self._weights)
-                    self._output_gradients = [torch.zeros_like(out) for out in tree_leaves(outputs)]
-                    self._differentiate(outputs)
-                # once for all, so that the libraries have chosen their algorithms
-                self._differentiate(forward(self._input, self._weights))
-            with recording(self._forward, stream):
+        self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+
+    def rehearse(self, forward: Callable) -> None:
+        """Compiles the kernels and takes the step once, so that libraries have chosen their algorithms.
+
+        Nothing is exchanged, so that a process that has not enough memory leaves no other one waiting.
+        """
+        with without_exchange(), torch.cuda.stream(self._stream), _as_recorded():
+            with only_compiling():
                 outputs = forward(self._input, self._weights)
-            with recording(self._backward, stream, self._forward.pool()):
-                self._gradients = self._differentiate(outputs)
+                self._output_gradients = [torch.zeros_like(out) for out in tree_leaves(outputs)]
+                self._differentiate(outputs)
+            self._differentiate(forward(self._input, self._weights))
+
+    def record(self, forward: Callable) -> None:
+        with _as_recorded():
+            if self._group is not None:
+                with torch.cuda.stream(self._stream):  # once for NCCL, in the memory of the rehearsal
+                    self._exchange(*self._differentiate(forward(self._input, self._weights)))
+            with recording(self._forward, self._stream):
+                outputs = forward(self._input, self._weights)
+            with recording(self._backward, self._stream, self._forward.pool()):
+                self._gradients = self._exchange(*self._differentiate(outputs))
         self._outputs = tree_map(torch.detach, outputs)
 
-    def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
+    def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         weights = list(self._weights.values())
         gradients = torch.autograd.grad(tree_leaves(outputs), weights, self._output_gradients)
-        together, gradients = _together(gradients, weights)
+        return _together(gradients, weights)
+
+    def _exchange(self, together: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._group is not None:
             dist.all_reduce(together, dist.ReduceOp.AVG, self._group)
         return gradients
@@ -288,6 +303,30 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.step.replay_backward(output_gradients)
+
+
+@contextmanager
+def _in_all_or_none(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
+    """What fails in one process fails in all of them, once each has done it."""
+    failure = None
+    try:
+        yield
+    except RuntimeError as error:
+        failure = error
+    if group is not None:
+        done = torch.tensor(float(failure is None), device=device)
+        dist.all_reduce(done, dist.ReduceOp.MIN, group)
+        if failure is None and not done:
+            failure = RuntimeError("it failed in another process")
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def _as_recorded() -> Iterator[None]:
+    """The backward pass stays in this thread, which is the one that records."""
+    with _autocast_without_cache(), torch.autograd.set_multithreading_enabled(False):
+        yield
 
 
 def _memory_for(x: Tensor) -> Tensor:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -20,10 +18,3 @@ class GraphedDataParallel(DistributedDataParallel):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         with self.no_sync() if self.module.replays(x) else nullcontext():
             return super().forward(x)
-
-
-def in_all_processes(done: bool, device: torch.device) -> bool:
-    """Whether it is done in each of them; they ask at the same time."""
-    flag = torch.tensor(float(done), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag)

@@ -19,6 +19,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed as dist
 from torch import nn
 
 from nnunet_lgms.checkpoint import read_checkpoint
@@ -28,12 +29,12 @@ from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
-from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel, in_all_processes
+from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.nnunet.update import RecordedUpdate, update_weights
-from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends
+from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends, end_with_parent
 from nnunet_lgms.ops.backend import use_kernels
 
 # A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
@@ -97,6 +98,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
     def initialize(self):
         with said_in_one_sentence():
             check_preprocessed(Path(self.preprocessed_dataset_folder), self._preprocessing())
+        if self.is_ddp:
+            end_with_parent(os.getpid())
         super().initialize()
         if self._trains_on_graphs():  # nothing is compiled before its first step
             if self.is_ddp:
@@ -128,10 +131,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
                 network.record_training(x, group)
         except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
             reason = " ".join(str(error).split())[:120]
-        if self.is_ddp and not in_all_processes(reason is None, self.device):
-            reason = reason or "not in another process"  # with and without a graph, processes exchange different things
         if reason is not None:
-            network.forget_graphs()
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
             return
@@ -160,7 +160,18 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             )
 
     def do_split(self):
-        """The cases of training and validation, as nnU-Net splits them, after a look at their files."""
+        """The cases of training and validation, as nnU-Net splits them, after a look at their files.
+
+        Of several processes the first makes the split, the others read it.
+        """
+        if self.is_ddp and self.local_rank != 0:
+            dist.barrier()
+        cases = self._split_checked()
+        if self.is_ddp and self.local_rank == 0:
+            dist.barrier()
+        return cases
+
+    def _split_checked(self):
         base, folder = Path(self.preprocessed_dataset_folder_base), Path(self.preprocessed_dataset_folder)
         references, ending = base / "gt_segmentations", self.dataset_json["file_ending"]
         splits, again = base / "splits_final.json", self._preprocessing()
@@ -245,6 +256,9 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         super().on_train_start()
 
     def perform_actual_validation(self, save_probabilities: bool = False):
+        if self.is_ddp:
+            # A process that has no case to predict makes no forward pass, so there is nothing to wait for in one.
+            self.network.broadcast_buffers = False
         try:
             super().perform_actual_validation(save_probabilities)
         except (OSError, RuntimeError) as error:  # SimpleITK leaves out what does not fit, and fails to read it again

@@ -1,8 +1,10 @@
-"""The processes that prepare nnU-Net's batches: they end with their training, and it does not outlive one of them.
+"""The processes that nnU-Net starts: they end with their training, and it does not outlive one that prepares batches.
 
-nnU-Net starts them with its data loaders and leaves two things open. A training that is killed leaves its processes
-behind, which wait for ever for somebody to take their batches and keep their memory. And a process that is killed can
-hold a lock that the training waits for: about once in a thousand kills it then hangs.
+Those that prepare batches come with the data loaders, and nnU-Net leaves two things open. A training that is killed
+leaves them behind, and they wait for ever for somebody to take their batches and keep their memory. And one that is
+killed can hold a lock that the training waits for: about once in a thousand kills it then hangs. Those of several GPUs
+are ended by the system with the command that started them, but by an interrupt, which they ignore if that was started
+in the background of a script.
 """
 
 from __future__ import annotations
@@ -42,14 +44,16 @@ class SharedDataset:
 
     def load_case(self, identifier: str) -> Any:
         if multiprocessing.current_process().daemon:  # as nnU-Net's are
-            _end_with_parent(os.getpid())
+            end_with_parent(os.getpid())
         return self.dataset.load_case(identifier)
 
 
 @cache
-def _end_with_parent(pid: int) -> None:
-    """Once in every process: a forked one has its parent's cache."""
+def end_with_parent(pid: int) -> None:
+    """Once in every process: a forked one has its parent's cache. Nothing in one that multiprocessing did not start."""
     parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def end() -> None:
         parent.join()

@@ -9,6 +9,9 @@ Nothing here is seen by a compiler, for which PyTorch's module remains.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -39,6 +42,24 @@ def norm_act_synced(
     return _Synced.apply(
         x, partial, shift, norm.weight, norm.bias, residual, norm.process_group, norm.eps, activation, cancels
     )
+
+
+_exchanges = True  # what processes have, with each other
+
+
+@contextmanager
+def without_exchange() -> Iterator[None]:
+    """Inside, a process is by itself: it takes what the others have to be the same as what it has.
+
+    So it can find out whether it has memory for a step, while no other one waits for it. PyTorch's SyncBatchNorm, where
+    it serves a map that the kernels do not, exchanges all the same.
+    """
+    global _exchanges
+    _exchanges = False
+    try:
+        yield
+    finally:
+        _exchanges = True
 
 
 # Kernels as they are, which triton_op does for those inside it: what a compiler would see of them takes 1 ms a launch.
@@ -74,7 +95,11 @@ class _Synced(torch.autograd.Function):
         norm = kernels.Norm(mean, variance, weight, bias, ctx.eps)
 
         def exchange(means: Tensor) -> None:
-            dist.all_reduce(means.mul_(share), group=ctx.group)
+            means.mul_(share)
+            if _exchanges:
+                dist.all_reduce(means, group=ctx.group)
+            else:
+                means.mul_(dist.get_world_size(ctx.group))
 
         added = None if ctx.cancels else shift
         grad_x, *of_parameters = kernels.backward(
@@ -86,6 +111,9 @@ class _Synced(torch.autograd.Function):
 def _gathered(mean: Tensor, variance: Tensor, count: int, group: dist.ProcessGroup | None) -> Tensor:
     """(processes, 3, C): mean, variance and count of each process, in float32."""
     mine = torch.cat([mean, variance, torch.full_like(mean, count)])
-    everyones = mine.new_empty(dist.get_world_size(group) * len(mine), mine.shape[1])
+    processes = dist.get_world_size(group)
+    if not _exchanges:
+        return mine.repeat(processes, 1, 1)
+    everyones = mine.new_empty(processes * len(mine), mine.shape[1])
     _all_gather(everyones, mine, group)
-    return everyones.view(-1, *mine.shape)
+    return everyones.view(processes, *mine.shape)
