@@ -263,6 +263,8 @@ def main() -> int:
     if args.epochs < 3:
         parser.error("--epochs must be 3 or more: the first one compiles, and half of them come before a stop")
     work = args.work.resolve()
+    if work.exists() and any(work.iterdir()) and not (work / "data" / "prepared.json").is_file():
+        parser.error(f"--work: {args.work} holds other things, some of which would be removed: name an empty folder")
     shutil.rmtree(work / "runs", ignore_errors=True)
     args.output.mkdir(parents=True, exist_ok=True)
     datasets = prepare(work / "data", args.synthetic, 2 if args.gloo else HIPPOCAMPUS_BATCH)

@@ -36,6 +36,7 @@ def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> lis
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (folder / name).mkdir(parents=True)
+    prepared.write_text("{}")  # nothing yet, but the folder is ours
     shutil.copytree(ROOT / "demo" / "data" / "hippocampus", folder / "nnUNet_raw" / HIPPOCAMPUS)
     subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
     file = folder / "nnUNet_preprocessed" / HIPPOCAMPUS / "nnUNetPlans.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed as dist
 
 from nnunet_lgms.files import written_whole
 from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
@@ -86,6 +87,8 @@ class Measured:
     def perform_actual_validation(self, save_probabilities: bool = False):
         if os.environ.get("MEASURED_VALIDATION") == "1":
             super().perform_actual_validation(save_probabilities)
+        elif self.is_ddp:  # as nnU-Net's validation ends: a process that goes before an exchange is over may hang
+            dist.barrier()
 
 
 class nnUNetTrainerLGMSNet_measured(Measured, nnUNetTrainerLGMSNet):
