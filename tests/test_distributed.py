@@ -312,6 +312,23 @@ def test_ddp_averages_gradients_where_no_graph_does(two_processes):
     assert [result["by_ddp"] for result in two_processes] == [{False: 1.5, True: 1.0}, {False: 1.5, True: 2.0}]
 
 
+def test_the_benchmark_removes_nothing_that_is_not_its_own(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("mine")
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "ddp.py",
+        "--gloo",
+        "--work",
+        tmp_path,
+        "--output",
+        tmp_path / "out",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "holds other things" in ended.stderr
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
+
+
 @pytest.mark.gpu
 def test_two_processes_share_a_gpu(folders, tmp_path):
     """gloo with CUDA tensors, as NCCL wants a GPU for each process; batch norms of float64 are PyTorch's."""
