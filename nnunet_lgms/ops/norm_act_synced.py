@@ -44,7 +44,7 @@ def norm_act_synced(
     )
 
 
-_exchanges = True  # what processes have, with each other
+_exchanges = True  # False where a process rehearses by itself
 
 
 @contextmanager
