@@ -308,18 +308,18 @@ class _Replay(torch.autograd.Function):
 @contextmanager
 def _in_all_or_none(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
     """What fails in one process fails in all of them, once each has done it."""
-    failure = None
+    if group is None:
+        yield
+        return
+    done = torch.ones((), device=device)  # as long as there is memory for it
     try:
         yield
-    except RuntimeError as error:
-        failure = error
-    if group is not None:
-        done = torch.tensor(float(failure is None), device=device)
-        dist.all_reduce(done, dist.ReduceOp.MIN, group)
-        if failure is None and not done:
-            failure = RuntimeError("it failed in another process")
-    if failure is not None:
-        raise failure
+    except RuntimeError:
+        dist.all_reduce(done.zero_(), dist.ReduceOp.MIN, group)
+        raise
+    dist.all_reduce(done, dist.ReduceOp.MIN, group)
+    if not done:
+        raise RuntimeError("it failed in another process")
 
 
 @contextmanager
