@@ -155,7 +155,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks/results/amp_soundness.json")
     args = parser.parse_args()
 
-    from nnunet_lgms.files import written_whole
+    from nnunet_lgms.files import atomic_write
 
     trainings = {"mri": (mri(args.mri), (args.patch or 64,) * 3, args.batch or 2, 3)}
     if args.ultrasound:
@@ -167,7 +167,7 @@ def main() -> int:
         results[name] = train(pairs, patch, batch, classes, args.steps, args.eager)
     content = {**provenance(), "scale_floor": SCALE_FLOOR, "rate": RATE, "trainings": results}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(args.output) as temporary:
+    with atomic_write(args.output) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     for name, result in results.items():
         print(name, "sound:" if is_sound(result) else "NOT SOUND:", {k: v for k, v in result.items() if k != "losses"})

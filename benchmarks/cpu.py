@@ -22,7 +22,7 @@ from networks import build, loss_function, parameters
 from provenance import provenance
 from tqdm import tqdm
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.nnunet.update import update_weights
 
@@ -124,9 +124,9 @@ def main() -> None:
         "rows": {name: measure(row, args.rounds) for name, row in tqdm(ROWS.items(), unit="row")},
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    with written_whole(args.output / "cpu.json") as temporary:
+    with atomic_write(args.output / "cpu.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    with written_whole(args.output / "cpu.md") as temporary:
+    with atomic_write(args.output / "cpu.md") as temporary:
         temporary.write_text(markdown(result))
     print(markdown(result))
 

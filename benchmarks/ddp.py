@@ -40,7 +40,7 @@ import torch
 from provenance import provenance
 from training_sets import CONFIGURATION, HIPPOCAMPUS_BATCH, TRAIN, prepare, timings
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 TRAINER = "nnUNetTrainerLGMSNet_measured"
@@ -63,7 +63,7 @@ class Bench:
         for batch in (self.batch, 2 * self.batch):  # the preprocessed data is the same
             plans["plans_name"] = self.plans(batch)
             plans["configurations"][CONFIGURATION]["batch_size"] = batch
-            with written_whole(folder / f"{plans['plans_name']}.json") as temporary:
+            with atomic_write(folder / f"{plans['plans_name']}.json") as temporary:
                 temporary.write_text(json.dumps(plans))
 
     def plans(self, batch: int) -> str:
@@ -285,7 +285,7 @@ def main() -> int:
             result = {**found[bench.name].get(measure.__name__, {}), "failed": {"error": str(error), "run": about}}
         with one_writes:
             found[bench.name][measure.__name__] = result
-            with written_whole(file) as temporary:
+            with atomic_write(file) as temporary:
                 temporary.write_text(json.dumps(results, indent=2) + "\n")
         print(f"{bench.name}: {measure.__name__}: {json.dumps(result)}", flush=True)
         return "failed" not in result

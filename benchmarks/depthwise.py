@@ -24,7 +24,7 @@ from provenance import provenance
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.ops import multi_kernel_depthwise
 
 CONV = {2: F.conv2d, 3: F.conv3d}
@@ -200,9 +200,9 @@ def main() -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     stem = "depthwise" if args.dtype == "float16" else f"depthwise_{args.dtype}"
-    with written_whole(args.output / f"{stem}.json") as temporary:
+    with atomic_write(args.output / f"{stem}.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    with written_whole(args.output / f"{stem}.md") as temporary:
+    with atomic_write(args.output / f"{stem}.md") as temporary:
         temporary.write_text(markdown(result))
     print(markdown(result))
 

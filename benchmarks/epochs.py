@@ -25,7 +25,7 @@ import torch
 from provenance import provenance
 from training_sets import CONFIGURATION, TRAIN, prepare, timings
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 TRAINERS = {"LGMSNet": "nnUNetTrainerLGMSNet_measured", "nnU-Net's U-Net": "nnUNetTrainer_measured"}
@@ -142,9 +142,9 @@ def main() -> int:
             for network, trainer in TRAINERS.items():
                 runs[network] = train(dataset, trainer, folder, environment, device)
                 print(f"{plans.parent.name}, {network}: {runs[network]['epoch_s']:.2f} s an epoch", flush=True)
-                with written_whole(args.output / "epochs.json") as temporary:
+                with atomic_write(args.output / "epochs.json") as temporary:
                     temporary.write_text(json.dumps(results, indent=1) + "\n")
-                with written_whole(args.output / "epochs.md") as temporary:
+                with atomic_write(args.output / "epochs.md") as temporary:
                     temporary.write_text(markdown(results))
     return 0
 

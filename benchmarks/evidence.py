@@ -114,10 +114,10 @@ def scores(args: argparse.Namespace) -> int:
 
 def _add_to(file: Path, new: dict) -> None:
     """What became of runs, beside that of runs before."""
-    from nnunet_lgms.files import read_json, written_whole
+    from nnunet_lgms.files import read_json, atomic_write
 
     before = read_json(file) if file.is_file() else {}
-    with written_whole(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(before | new, indent=1) + "\n")
 
 
@@ -138,10 +138,10 @@ def loading(args: argparse.Namespace) -> int:
 def _write_with_provenance(args: argparse.Namespace, name: str, content: dict) -> int:
     from provenance import provenance
 
-    from nnunet_lgms.files import written_whole
+    from nnunet_lgms.files import atomic_write
 
     (args.results / "evidence").mkdir(parents=True, exist_ok=True)
-    with written_whole(args.results / "evidence" / f"{name}.json") as temporary:
+    with atomic_write(args.results / "evidence" / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(content | provenance(), indent=1) + "\n")
     return 0
 
@@ -150,14 +150,14 @@ def report(args: argparse.Namespace) -> int:
     from evidence_parts.pictures import draw, draw_worst_cases
     from evidence_parts.report import readme_with, write_report
 
-    from nnunet_lgms.files import written_whole
+    from nnunet_lgms.files import atomic_write
 
     draw(args.results)
     if args.predictions:
         draw_worst_cases(args.predictions, Path(os.environ["nnUNet_raw"]), args.results)
     write_report(args.results)
     readme = HERE.parent / "README.md"
-    with written_whole(readme) as temporary:
+    with atomic_write(readme) as temporary:
         temporary.write_text(readme_with(readme.read_text("utf-8"), args.results), "utf-8")
     return 0
 

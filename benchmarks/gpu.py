@@ -43,7 +43,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.architecture.graphed import GraphedLGMSNet
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.nnunet.optimizer import FusedSGD
 from nnunet_lgms.nnunet.update import update_weights
 from nnunet_lgms.planning.training_step import fast_steps, peak_memory
@@ -360,10 +360,10 @@ def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     contents = {".json": json.dumps(rows, indent=1) + "\n", ".md": heading + (sweep_table if sweep else table)(rows)}
     out.mkdir(parents=True, exist_ok=True)
     for ending, text in contents.items():
-        with written_whole(out / f"{name}{ending}") as temporary:
+        with atomic_write(out / f"{name}{ending}") as temporary:
             temporary.write_text(text, "utf-8")
     if done:
-        with written_whole(out / f"{name}.png") as temporary:
+        with atomic_write(out / f"{name}.png") as temporary:
             (draw_sweep if sweep else draw)(rows, temporary)
 
 

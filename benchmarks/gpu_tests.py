@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDED = re.compile(r"\[gw\d+\] \[ *\d+%\] (\w+ \S+)")  # what pytest -v says when a test has
@@ -62,7 +62,7 @@ def main() -> int:
         process.wait()
     finally:
         process.terminate()  # where this one is, too, or nothing would be written before the tests end
-        with written_whole(args.output / "gpu_tests.txt") as temporary:
+        with atomic_write(args.output / "gpu_tests.txt") as temporary:
             temporary.write_text(report(said, about))
     return process.returncode
 

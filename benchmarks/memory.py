@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("trained", "eager")
@@ -312,12 +312,12 @@ def with_estimates(report: dict, file: Path) -> None:
     for row in report["rows"]:
         row.update(estimate(row))
     _write(file, report)
-    with written_whole(file.with_suffix(".md")) as temporary:
+    with atomic_write(file.with_suffix(".md")) as temporary:
         temporary.write_text(table(report), "utf-8")
 
 
 def _write(file: Path, report: dict) -> None:
-    with written_whole(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.ops.backend import CHANNELS_LAST
 from nnunet_lgms.ops.bottleneck import inverted_bottleneck
 from nnunet_lgms.ops.channels import join_channels
@@ -188,7 +188,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     contents = {".json": json.dumps({**about, "rows": rows}, indent=1) + "\n", ".md": heading + table(rows)}
     for ending, text in contents.items():
-        with written_whole(args.out / f"operators{ending}") as temporary:
+        with atomic_write(args.out / f"operators{ending}") as temporary:
             temporary.write_text(text, "utf-8")
     return 0
 

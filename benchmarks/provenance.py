@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nnunet_lgms.files import written_whole  # noqa: E402
+from nnunet_lgms.files import atomic_write  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("nnunet_lgms", "trainers", "plans")
@@ -101,7 +101,7 @@ def main() -> None:
     for file in sorted(RESULTS.rglob("*.json")):
         text = file.read_text("utf-8")
         if (filled := fill(text)) != text:
-            with written_whole(file) as temporary:
+            with atomic_write(file) as temporary:
                 temporary.write_text(filled, "utf-8")
             print(file.relative_to(ROOT))
 

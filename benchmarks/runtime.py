@@ -28,7 +28,7 @@ import numpy as np
 import onnxruntime
 
 import nnunet_lgms
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 ROWS = {
     "2D 256²": {"patch": (256, 256), "channels": 1, "classes": 2, "n_stages": 7},
@@ -64,7 +64,7 @@ def exported(folder: Path, network: str, row: dict) -> Path:
     if not path.exists() and network.endswith("_int8"):
         from nnunet_lgms.export.precision import quantise
 
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             quantise(exported(folder, network.removesuffix("_int8"), row), temporary, iter([noise(row)]))
     elif not path.exists():
         import onnx
@@ -76,7 +76,7 @@ def exported(folder: Path, network: str, row: dict) -> Path:
         torch.manual_seed(0)
         dim = len(row["patch"])
         module = build(network, dim, row["channels"], row["classes"], row["n_stages"])
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             onnx.save(to_onnx(module, row["channels"], row["patch"], (0,) * dim).model, temporary)
     return path
 
@@ -220,9 +220,9 @@ def main() -> None:
         "import_seconds": {name: import_time(code, 5) for name, code in IMPORTS.items()},
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    with written_whole(args.output / "runtime.json") as temporary:
+    with atomic_write(args.output / "runtime.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    with written_whole(args.output / "runtime.md") as temporary:
+    with atomic_write(args.output / "runtime.md") as temporary:
         temporary.write_text(markdown(result), "utf-8")
     print(markdown(result))
 

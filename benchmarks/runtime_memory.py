@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import nnunet_lgms
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 SPACING, TARGET = (1.0, 0.75, 0.75), (1.25, 0.8, 0.8)  # mm
 PATCH, CLASSES = (64, 160, 160), 3
@@ -152,7 +152,7 @@ def main() -> None:
         "multiple_of_volume": (used - row) / volume,
         "stated_multiple": MULTIPLE,
     }
-    with written_whole(args.output / "runtime_memory.json") as temporary:
+    with atomic_write(args.output / "runtime_memory.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result, indent=1))
     if result["multiple_of_volume"] > MULTIPLE:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from provenance import provenance
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "demo" / "data" / "hippocampus"
@@ -143,7 +143,7 @@ def main() -> int:
         "held": {key: [round(h[key], 1) for h in held] for key in held[0]},
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    with written_whole(args.output / f"soak_{args.device}.json") as temporary:
+    with atomic_write(args.output / f"soak_{args.device}.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps({key: results[key] for key in ("growth_in_second_half", "grew", "first", "last", "seconds")}))
     return int(bool(grew))

@@ -26,14 +26,14 @@ NIFTI_FLOATS = {16: 4, 64: 8}
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write to, which then takes its place.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Gives a temporary file beside `path` to write to, which then takes its place.
 
     If writing fails, for a full disk say, the temporary file is removed and `path` keeps what it was.
 
     Example::
 
-        with written_whole(Path("summary.json")) as temporary:
+        with atomic_write(Path("summary.json")) as temporary:
             temporary.write_text("{}")
     """
     # The ending is kept, because some libraries choose the format by it.

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_lgms.files import read_json, shown, written_whole
+from nnunet_lgms.files import read_json, shown, atomic_write
 
 DESCRIPTIONS = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
 #: differences of neighbouring bytes: a tenth less for images
@@ -50,7 +50,7 @@ def pack_dataset(dataset: Path, identifier: str, plans: Sequence[str], pack: Pat
         del properties["class_locations"]
         arrays[f"{case}/properties"] = np.frombuffer(pickle.dumps(properties), np.uint8)
     descriptions = [dataset / name for name in (*DESCRIPTIONS, *(f"{name}.json" for name in plans))]
-    with tempfile.TemporaryDirectory() as folder, written_whole(pack) as temporary:
+    with tempfile.TemporaryDirectory() as folder, atomic_write(pack) as temporary:
         np.savez(Path(folder, "cases.npz"), **arrays)
         with lzma.open(temporary, "wb", filters=NEIGHBOURS) as xz, tarfile.open(fileobj=xz, mode="w") as tar:
             tar.add(Path(folder, "cases.npz"), f"{dataset.name}/{identifier}.npz")
@@ -146,7 +146,7 @@ def cut(file: Path, out: Path, piece: int) -> int:
     n = 0
     with file.open("rb") as stream:
         while content := stream.read(piece):
-            with written_whole(out / f"{file.name}.{n:02d}") as temporary:
+            with atomic_write(out / f"{file.name}.{n:02d}") as temporary:
                 temporary.write_bytes(content)
             n += 1
     return n

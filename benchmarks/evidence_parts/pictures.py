@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, atomic_write
 
 from .report import Results, interval, per_case
 from .runs import HIPPOCAMPUS, STAGES, STU
@@ -47,7 +47,7 @@ def draw(folder: Path) -> bool:
     axes[2].set(xlabel="epoch")
     axes[2].set_title("training loss, each trainer's own", fontsize=10)
     axes[2].legend(fontsize=6)
-    with written_whole(folder / "evidence.png") as temporary:
+    with atomic_write(folder / "evidence.png") as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
     return True
@@ -98,7 +98,7 @@ def draw_worst_cases(unpacked: Path, raw: Path, folder: Path) -> bool:
             axis.set_title(f"{case}\nDice {dice[case]:.3f}", fontsize=8)
             axis.set_axis_off()
     figure.suptitle("reference blue, prediction red; images: Medical Segmentation Decathlon, CC-BY-SA 4.0", fontsize=8)
-    with written_whole(folder / "evidence_worst_cases.png") as temporary:
+    with atomic_write(folder / "evidence_worst_cases.png") as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
     return True

@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.planning.auto_kernels import components_of
 from nnunet_lgms.planning.override import override_plans
 from nnunet_lgms.planning.plans_files import read_override, read_plans
@@ -56,7 +56,7 @@ def write_plans(preprocessed: Path, dataset: str) -> list[str]:
             plans = override_plans(plans, override, model.plans_name, [configuration], measure)
         written[model.plans_name] = plans
     for name, plans in written.items():
-        with written_whole(preprocessed / dataset / f"{name}.json") as temporary:
+        with atomic_write(preprocessed / dataset / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(plans, indent=4) + "\n", "utf-8")
     return list(written)
 
@@ -69,5 +69,5 @@ def write_splits(preprocessed: Path, dataset: str, configuration: str) -> None:
     if file.is_file():
         return
     cases = sorted(path.stem for path in (preprocessed / dataset / f"nnUNetPlans_{configuration}").glob("*.pkl"))
-    with written_whole(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=4) + "\n")

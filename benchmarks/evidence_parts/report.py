@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_lgms.evaluation.evaluate import FOREGROUND
 from nnunet_lgms.evaluation.statistics import bootstrap_mean
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, atomic_write
 
 from .runs import ABLATIONS, STAGES, STU, Model
 
@@ -517,5 +517,5 @@ def readme_with(readme: str, folder: Path) -> str:
 
 def write_report(folder: Path) -> None:
     """``evidence.md`` beside the JSONs."""
-    with written_whole(folder / "evidence.md") as temporary:
+    with atomic_write(folder / "evidence.md") as temporary:
         temporary.write_text(evidence_md(Results(folder)), "utf-8")

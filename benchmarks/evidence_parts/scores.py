@@ -15,7 +15,7 @@ from nnunet_lgms.evaluation.evaluate import evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import METRICS
 from nnunet_lgms.evaluation.segmentation import Reader
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, atomic_write
 
 from .runs import Run, file_of
 
@@ -46,7 +46,7 @@ def score_all(runs: Path, preprocessed: Path, out: Path) -> list[str]:
             name = predictions.stem.removesuffix("-mirrored")
             dataset = record["dataset"] if name == "validation" else name
             scores[predictions.stem] = score(predictions, preprocessed / dataset)
-        with written_whole(out / f"{file.parent.name}.json") as temporary:
+        with atomic_write(out / f"{file.parent.name}.json") as temporary:
             temporary.write_text(json.dumps(record | {"commit": commit, "scores": scores}) + "\n", "utf-8")
         done.append(file.parent.name)
     return done

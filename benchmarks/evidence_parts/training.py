@@ -25,7 +25,7 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lgms.checkpoint import read_checkpoint
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, atomic_write
 
 from .runs import ALONE_AT, Run, file_of
 from .turnstile import Turnstile
@@ -108,7 +108,7 @@ class Watch:
         self.write()
 
     def write(self) -> None:
-        with written_whole(self.file) as temporary:
+        with atomic_write(self.file) as temporary:
             temporary.write_text(json.dumps(self.progress))
 
 
@@ -189,7 +189,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         **curve,
         **provenance(device),
     }
-    with written_whole(folder / "record.json") as temporary:
+    with atomic_write(folder / "record.json") as temporary:
         temporary.write_text(json.dumps(record) + "\n")
     _write_weights(Path(trainer.output_folder))
     predict_all(trainer, watch.turnstile, run, preprocessed, folder, device)
@@ -205,7 +205,7 @@ def _short(number: float) -> float | None:
 def _write_weights(folder: Path) -> None:
     """The last checkpoint without what only training needs."""
     checkpoint = read_checkpoint(folder / FINAL)
-    with written_whole(folder / WEIGHTS) as temporary:
+    with atomic_write(folder / WEIGHTS) as temporary:
         torch.save(checkpoint | {"optimizer_state": {}, "grad_scaler_state": None}, temporary)
 
 
@@ -225,7 +225,7 @@ def predict_all(trainer, turnstile: Turnstile, run: Run, preprocessed: Path, fol
             source = preprocessed / name / identifier
             cases = trainer.dataset_class.get_identifiers(str(source))
         labels = dict(_predict(trainer, turnstile, source, sorted(cases), mirrored, device))
-        with written_whole(file) as temporary:
+        with atomic_write(file) as temporary:
             np.savez_compressed(temporary, **labels)
 
 

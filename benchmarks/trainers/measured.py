@@ -11,7 +11,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 
 
@@ -79,7 +79,7 @@ class Measured:
                 "losses": [float(x) for x in self.logger.get_value("train_losses", step=None)],
                 "batch_size": self.configuration_manager.batch_size,
             }
-            with written_whole(Path(self.output_folder, "measured.json")) as temporary:
+            with atomic_write(Path(self.output_folder, "measured.json")) as temporary:
                 temporary.write_text(json.dumps(record))
         if self.current_epoch == int(os.environ.get("MEASURED_STOP", "-1")):
             raise RuntimeError("stopped, as MEASURED_STOP says")  # a KeyboardInterrupt would end a rank with code 0

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, atomic_write
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         if steps:
             profile["steps"] = measured_profile(subject, device, steps, device == "cuda" and not args.no_compile)
         profiles.append(profile)
-    with written_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(json.dumps({"machine": machine(device), "networks": profiles}, indent=2) + "\n", "utf-8")
     print(f"{dataset}, {args.configuration}; steps on {machine(device)['name']}\n")
     print(as_table(profiles))

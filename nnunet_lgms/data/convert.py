@@ -17,7 +17,7 @@ from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case, Problem, find_cases
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.data.splits import check_splits
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, atomic_write
 from nnunet_lgms.parallel import default_workers, parallel_map
 
 _FORMATS = {"image": natural_images, "volume": volumes}
@@ -154,7 +154,7 @@ def write_splits(description: DatasetDescription, conversion: Conversion, prepro
             return path
         raise ValueError(f"{path} holds other splits, which trained models may depend on: move it away first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(splits, indent=2))
     return path
 
@@ -245,7 +245,7 @@ def _prepare(folder: Path, settings: Settings) -> None:
         shutil.rmtree(folder)
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    with written_whole(record) as temporary:
+    with atomic_write(record) as temporary:
         temporary.write_text(json.dumps({"settings": _as_json(settings)}))
 
 
@@ -323,5 +323,5 @@ def _write_record(folder: Path, settings: Settings, conversion: Conversion) -> N
         "identifiers": list(conversion.identifiers),
         "skipped": [asdict(problem) for problem in conversion.skipped],
     }
-    with written_whole(folder / _RECORD) as temporary:
+    with atomic_write(folder / _RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=2))

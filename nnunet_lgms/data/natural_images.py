@@ -14,7 +14,7 @@ from PIL import Image
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ASPECT_TOLERANCE = 0.01  # a relative difference that rounding to whole pixels explains
@@ -62,7 +62,7 @@ def write(case: Case, description: DatasetDescription, image_file: Path, label_f
     if mask.size != target:
         mask = mask.resize(target, Image.Resampling.NEAREST)
     for picture, path in ((image, image_file), (mask, label_file)):
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             picture.save(temporary, format="PNG")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 
 def inspect(case: Case, description: DatasetDescription) -> Inspection:
@@ -58,7 +58,7 @@ def write(case: Case, description: DatasetDescription, image_file: Path, label_f
             f"--size {size} is for flat images; {description.title} holds volumes, which nnU-Net resamples."
         )
     for source, path in ((case.image, image_file), (case.masks[0], label_file)):
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             shutil.copyfile(source, temporary)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.statistics import Mean
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 
 
 def write_all(evaluation: Evaluation, output: Path, *, images: Path | None = None, n_worst: int = 6) -> list[Path]:
@@ -33,10 +33,10 @@ def write_all(evaluation: Evaluation, output: Path, *, images: Path | None = Non
     output.mkdir(parents=True, exist_ok=True)
     files = [output / name for name in ("cases.csv", "summary.json", "report.html")]
     with ExitStack() as stack:
-        _write_csv(evaluation, stack.enter_context(written_whole(files[0])))
-        stack.enter_context(written_whole(files[1])).write_text(json.dumps(summary_json(evaluation), indent=2))
+        _write_csv(evaluation, stack.enter_context(atomic_write(files[0])))
+        stack.enter_context(atomic_write(files[1])).write_text(json.dumps(summary_json(evaluation), indent=2))
         report = report_html(evaluation, images, n_worst)
-        stack.enter_context(written_whole(files[2])).write_text(report, encoding="utf-8")
+        stack.enter_context(atomic_write(files[2])).write_text(report, encoding="utf-8")
     return files
 
 

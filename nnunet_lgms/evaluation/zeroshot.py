@@ -20,7 +20,7 @@ from nnunet_lgms.evaluation.output import write_all
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
 from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
-from nnunet_lgms.files import read_json, shown, written_whole
+from nnunet_lgms.files import read_json, shown, atomic_write
 from nnunet_lgms.inference import load_predictor, trained_folds
 
 
@@ -240,7 +240,7 @@ def _cell(mean: Mean) -> str:
 
 
 def _write(result: ZeroShot, output: Path) -> None:
-    with written_whole(output / "zeroshot.csv") as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(output / "zeroshot.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         parts = ("mean", "low", "high", "n")
         header = [f"{where}_{part}" for where in ("in_domain", "zero_shot") for part in parts]
@@ -254,7 +254,7 @@ def _write(result: ZeroShot, output: Path) -> None:
         "remarks": list(result.remarks),
         "rows": [asdict(row) for row in result.rows],
     }
-    with written_whole(output / "zeroshot.json") as temporary:
+    with atomic_write(output / "zeroshot.json") as temporary:
         # JSON knows no NaN
         temporary.write_text(json.dumps(json.loads(json.dumps(content), parse_constant=lambda name: None), indent=2))
 

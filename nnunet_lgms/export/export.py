@@ -17,7 +17,7 @@ from torch import nn
 from nnunet_lgms.export.model import load_model, size_steps
 from nnunet_lgms.export.onnx_file import INPUT, to_onnx
 from nnunet_lgms.export.precision import CalibrationSet, as_float16, as_int8
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.runtime.description import Description
 
 TOLERANCE = 1e-3  # of the largest logit: what rounding can do; anything above is a fault of the translation
@@ -100,7 +100,7 @@ def check_replaceable(path: Path) -> None:
 
 def write(model: onnx.ModelProto, description: Description, path: Path) -> None:
     """Both files, each whole or not at all; the checksum tells a pair that was torn apart, by a kill in between say."""
-    with written_whole(path) as file, written_whole(path.with_suffix(".json")) as beside:
+    with atomic_write(path) as file, atomic_write(path.with_suffix(".json")) as beside:
         onnx.save(model, file)
         description = replace(description, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
         beside.write_text(description.to_json(), "utf-8")

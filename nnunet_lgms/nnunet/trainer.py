@@ -24,7 +24,7 @@ from torch import nn
 
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.config import settings_of
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
@@ -282,7 +282,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             super().save_checkpoint(filename)
             return
         try:
-            with written_whole(Path(filename)) as temporary:
+            with atomic_write(Path(filename)) as temporary:
                 super().save_checkpoint(str(temporary))
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())  # on the disk before it takes the old one's place

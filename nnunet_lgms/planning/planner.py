@@ -16,7 +16,7 @@ from nnunet_lgms.config import KEY, LGMSSettings
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.config.settings import AUTO
 from nnunet_lgms.dataset_json import n_channels
-from nnunet_lgms.files import read_json, written_whole
+from nnunet_lgms.files import read_json, atomic_write
 from nnunet_lgms.planning.auto_kernels import Components
 from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, needed_bytes, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta, stored, with_auto_kernels
@@ -132,7 +132,7 @@ class LGMSNetPlanner(ExperimentPlanner):
             earlier = read_json(path).get("configurations", {})
             plans["configurations"].update({k: v for k, v in earlier.items() if k not in plans["configurations"]})
         Path(path.parent).mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(plans, indent=4) + "\n", "utf-8")
 
     def _too_small(self, topology: Topology) -> str:

@@ -13,7 +13,7 @@ import nnunet_lgms
 from nnunet_lgms import dataset_json
 from nnunet_lgms.architecture.topology import is_int
 from nnunet_lgms.config import KEY
-from nnunet_lgms.files import read_json, shown, written_whole
+from nnunet_lgms.files import read_json, shown, atomic_write
 from nnunet_lgms.nearest import did_you_mean
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
@@ -204,7 +204,7 @@ def write_plans(path: Path, plans: dict[str, Any], force: bool) -> None:
         ValueError: see :func:`check_writable`.
     """
     check_writable(path, force)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(plans, indent=4) + "\n", "utf-8")
 
 

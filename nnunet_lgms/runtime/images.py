@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_lgms.files import check_gzip, nifti_is_finite, written_whole
+from nnunet_lgms.files import check_gzip, nifti_is_finite, atomic_write
 from nnunet_lgms.runtime.description import Description
 
 FLAT_SPACING = 999.0  # nnU-Net's spacing across a flat image, of no meaning
@@ -105,7 +105,7 @@ def write_labels(labels: np.ndarray, case: Case, path: Path) -> None:
         image.SetSpacing(spacing)
         image.SetOrigin(origin)
         image.SetDirection(direction)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), True)
         except RuntimeError as error:

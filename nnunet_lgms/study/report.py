@@ -11,7 +11,7 @@ from nnunet_lgms.evaluation.evaluate import FOREGROUND
 from nnunet_lgms.evaluation.metrics import LOWER_IS_BETTER, METRICS
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
 from nnunet_lgms.evaluation.statistics import Mean
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.study import pictures
 from nnunet_lgms.study.graph import Graph
 from nnunet_lgms.study.results import Results, Row
@@ -28,9 +28,9 @@ def write(graph: Graph, output: Path) -> None:
     require_evaluation_extra()
     results = Results(graph)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(output.with_name("results.csv")) as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(output.with_name("results.csv")) as temporary, temporary.open("w", newline="") as file:
         _write_csv(results, csv.writer(file))
-    with written_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         temporary.write_text(report_html(results), "utf-8")
     missing = sum(len(files) for _, files in results.done.values())
     print(f"Written: {output}, {output.with_name('results.csv')}" + (f"; {missing} jobs are missing" * bool(missing)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lgms import cli
-from nnunet_lgms.files import written_whole
+from nnunet_lgms.files import atomic_write
 from nnunet_lgms.study.graph import UNSEEDED, Graph, Model, configuration_of, nnunet_folder, planned_for
 from nnunet_lgms.study.locks import locked, one_gpu
 from nnunet_lgms.study.schema import OWN_PLANS, PLANNERS
@@ -387,7 +387,7 @@ def _write_splits(graph: Graph, dataset: str) -> None:
         return
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(generate_crossval_split(_cases(dataset), seed=12345, n_splits=5), indent=4))
 
 
@@ -397,5 +397,5 @@ def _read(path: Path) -> Any:
 
 def _write(done: Path, content: dict[str, Any]) -> None:
     done.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(done) as temporary:
+    with atomic_write(done) as temporary:
         temporary.write_text(json.dumps(content) + "\n", "utf-8")
