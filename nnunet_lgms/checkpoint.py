@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.serialization import safe_globals
 
-from nnunet_lgms.files import shown
+from nnunet_lgms.files import one_line, shown
 
 #: how NumPy's numbers and small arrays are pickled; none of these runs code of the file's choosing
 NUMPY_NUMBERS = [
@@ -47,5 +47,5 @@ def read_checkpoint(path: str | Path) -> Any:
                 f"{path} holds {shown(found[1])}, not weights and numbers alone, and would run code when loaded: it is "
                 "not opened; use checkpoints as nnU-Net writes them."
             ) from error
-        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:80] or type(error).__name__
+        reason = one_line(str(error).rpartition("WeightsUnpickler error:")[2]) or type(error).__name__
         raise ValueError(f"{path} cannot be read ({reason}): it is no checkpoint, or it was cut short.") from error

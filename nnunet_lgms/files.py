@@ -141,6 +141,20 @@ def shown(value: Any, longest: int = 80) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def one_line(text: object, longest: int = 300) -> str:
+    """What a library said, on one line. A long text ends at a word's end, and one that names a path is kept longer.
+
+    Half a path names another file; paths have no blanks to speak of, so that whole words keep them whole.
+    """
+    line = " ".join(str(text).split())
+    if "/" in line or "\\" in line:
+        longest = max(longest, 1500)
+    if len(line) <= longest:
+        return line
+    end = line.find(" ", longest)
+    return line if end < 0 else f"{line[:end]} ..."
+
+
 def _items(value: Any) -> list:
     if isinstance(value, dict):
         return list(value.values())

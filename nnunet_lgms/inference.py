@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_lgms.dataset_json import n_channels, read_dataset_json
-from nnunet_lgms.files import check_gzip, nifti_is_finite, read_json, shown
+from nnunet_lgms.files import check_gzip, nifti_is_finite, one_line, read_json, shown
 
 if TYPE_CHECKING:
     import torch
@@ -94,11 +94,11 @@ def load_predictor(
             predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder} is not as nnU-Net trained it ({type(error).__name__}: {' '.join(str(error).split())[:80]}): "
+            f"{folder} is not as nnU-Net trained it ({type(error).__name__}: {one_line(error)}): "
             "plans.json, dataset.json and the checkpoint must be those of one training."
         ) from error
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         if "state_dict" in reason:
             raise ValueError(
                 f"The weights of {folder} are of another network than its plans.json describes ({reason}): take the "
@@ -169,7 +169,7 @@ def _from_files(image: str | Path | Sequence[str | Path], predictor: nnUNetPredi
             check_gzip(Path(file))
         samples, properties = predictor.plans_manager.image_reader_writer_class().read_images(list(map(str, files)))
     except Exception as error:  # readers raise whatever their libraries raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(
             f"The image {files[0]} cannot be read as the model's training images were ({reason})."
         ) from error

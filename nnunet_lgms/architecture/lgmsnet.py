@@ -30,7 +30,7 @@ from nnunet_lgms.architecture.topology import (
     resolve_levels,
 )
 from nnunet_lgms.blocks.norm import paper_norm
-from nnunet_lgms.files import shown
+from nnunet_lgms.files import one_line, shown
 from nnunet_lgms.ops.backend import use_kernels, wants_channels_last
 from nnunet_lgms.ops.layout import to_channels_last
 
@@ -209,7 +209,7 @@ def _check_norm(norm_op: type[nn.Module], norm_op_kwargs: dict, dim: int) -> Non
         with torch.device("cpu"), torch.no_grad():
             norm_op(8, **norm_op_kwargs)(torch.zeros(2, 8, *(2,) * dim))
     except Exception as error:  # a norm of the user's own may raise anything
-        reason = " ".join(str(error).split())[:80]
+        reason = one_line(error)
         raise ValueError(
             f"norm_op {shown(norm_op)} with {shown(norm_op_kwargs)} does not take {dim}D maps ({reason}): choose one "
             f"that is called as norm_op(channels, **norm_op_kwargs), such as torch.nn.InstanceNorm{dim}d."

@@ -14,7 +14,7 @@ from PIL import Image
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
-from nnunet_lgms.files import atomic_write
+from nnunet_lgms.files import atomic_write, one_line
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ASPECT_TOLERANCE = 0.01  # a relative difference that rounding to whole pixels explains
@@ -93,7 +93,7 @@ def _open(path: Path) -> Image.Image:
                 return image.copy()
             mode = image.mode
     except Exception as error:  # damaged files bring almost anything to light
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
     raise ValueError(f"{path} has pixels of type {mode}, expected 8 bits a channel")
 
 

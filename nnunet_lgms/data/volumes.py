@@ -12,7 +12,7 @@ import numpy as np
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
-from nnunet_lgms.files import atomic_write
+from nnunet_lgms.files import atomic_write, one_line
 
 
 def inspect(case: Case, description: DatasetDescription) -> Inspection:
@@ -68,7 +68,7 @@ def _read(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
         volume = nib.load(path)
         samples = np.asanyarray(volume.dataobj.get_unscaled())
     except Exception as error:  # damaged headers bring almost anything to light
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
     if samples.ndim != 3 or not samples.size:
         raise ValueError(f"{path} has shape {samples.shape}, expected a volume of 3 axes")
     if samples.dtype.kind not in "iuf":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.files import check_gzip
+from nnunet_lgms.files import check_gzip, one_line
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".tif", ".tiff", ".bmp")
 
@@ -62,7 +62,7 @@ class Reader:
             check_gzip(path)
             samples, properties = self._make().read_seg(str(path))
         except Exception as error:  # readers raise whatever their libraries raise
-            raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+            raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
         labels = np.rint(samples[0]).astype(np.int16)
         if len(samples) != 1 or not np.array_equal(labels, samples[0]):
             raise ValueError(f"{path} is not a label map: expected one channel of whole numbers")

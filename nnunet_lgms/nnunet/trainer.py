@@ -24,7 +24,7 @@ from torch import nn
 
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.config import settings_of
-from nnunet_lgms.files import atomic_write
+from nnunet_lgms.files import atomic_write, one_line
 from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
@@ -130,7 +130,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             with torch.autocast(self.device.type):
                 network.record_training(x, group)
         except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error)
         if reason is not None:
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
@@ -287,7 +287,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())  # on the disk before it takes the old one's place
         except (OSError, RuntimeError) as error:  # PyTorch's writer says RuntimeError for a full disk
-            reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:120]
+            reason = one_line(getattr(error, "strerror", None) or error)
             raise TrainingError(f"{filename} cannot be written ({reason}); {self._how_to_go_on()}") from error
 
     def _how_to_go_on(self) -> str:
@@ -311,7 +311,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         except RuntimeError as error:
             if "state_dict" not in str(error):
                 raise
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error)
             raise TrainingError(
                 f"{filename_or_checkpoint} is of another network than these plans describe ({reason}): continue with "
                 "the plans that it was trained with, or train anew."

@@ -26,6 +26,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from nnunet_lgms.config.resolve import Topology
+from nnunet_lgms.files import one_line
 from nnunet_lgms.planning.plans_files import environment_folder, read_dataset_json
 
 N_GROUPS = 4
@@ -134,7 +135,7 @@ def measure_components(plans: dict[str, Any], dataset_json: dict[str, Any], file
         reader = manager.image_reader_writer_class()
         axes = [int(axis) for axis in manager.transpose_forward]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(
             f'"lms_kernels": "auto" reads the segmentations as the plans say, and these do not ({reason}): plan again.'
         ) from None
@@ -147,8 +148,7 @@ def measure_components(plans: dict[str, Any], dataset_json: dict[str, Any], file
             spacing = np.array(properties["spacing"], dtype=float)[axes]
         except Exception as error:  # readers raise whatever their libraries raise
             raise ValueError(
-                f"{path} cannot be read ({' '.join(str(error).split())[:200]}): preprocess again, or give kernels as "
-                "numbers."
+                f"{path} cannot be read ({one_line(error)}): preprocess again, or give kernels as numbers."
             ) from error
         if not (np.isfinite(spacing).all() and (spacing > 0).all()):
             raise ValueError(f"{path} has the spacing {spacing.tolist()} mm: correct its header.")

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from nnunet_lgms.files import one_line
+
 FORMAT = 1
 READERS = ("SimpleITKIO", "NibabelIO", "NaturalImage2DIO")
 NORMALIZATIONS = (
@@ -125,9 +127,7 @@ class Description:
             UnicodeDecodeError,
             json.JSONDecodeError,
         ) as error:
-            raise ValueError(
-                f"{path} is not what `nnunet_lgms export` writes ({' '.join(str(error).split())[:120]})."
-            ) from error
+            raise ValueError(f"{path} is not what `nnunet_lgms export` writes ({one_line(error)}).") from error
         if wrong:
             raise ValueError(
                 f"{path} is not what `nnunet_lgms export` writes: {wrong} is {str(getattr(description, wrong))[:80]}; "

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_lgms.files import check_gzip, nifti_is_finite, atomic_write
+from nnunet_lgms.files import atomic_write, check_gzip, nifti_is_finite, one_line
 from nnunet_lgms.runtime.description import Description
 
 FLAT_SPACING = 999.0  # nnU-Net's spacing across a flat image, of no meaning
@@ -68,7 +68,7 @@ def _read(file: Path, description: Description) -> tuple[np.ndarray, tuple[float
     try:
         image = sitk.ReadImage(str(file))
     except RuntimeError as error:
-        raise ValueError(f"The image {file} cannot be read ({' '.join(str(error).split())[-120:]}).") from error
+        raise ValueError(f"The image {file} cannot be read ({one_line(error)}).") from error
     samples = sitk.GetArrayFromImage(image)
     geometry = (image.GetSpacing(), image.GetOrigin(), image.GetDirection())
     colours = image.GetNumberOfComponentsPerPixel() > 1
@@ -109,4 +109,4 @@ def write_labels(labels: np.ndarray, case: Case, path: Path) -> None:
         try:
             sitk.WriteImage(image, str(temporary), True)
         except RuntimeError as error:
-            raise OSError(f"{path} cannot be written ({' '.join(str(error).split())[-120:]}).") from error
+            raise OSError(f"{path} cannot be written ({one_line(error)}).") from error

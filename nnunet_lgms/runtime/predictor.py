@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from nnunet_lgms.files import one_line
 from nnunet_lgms.runtime.description import NORMALIZATIONS, READERS, Description
 from nnunet_lgms.runtime.images import FLAT_SPACING, Case, check_channels, read_case, write_labels
 from nnunet_lgms.runtime.preprocessing import preprocess
@@ -63,7 +64,7 @@ class Predictor:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has classes of its own for this
-            raise ValueError(f"{path} is no ONNX model ({' '.join(str(error).split())[:120]}).") from error
+            raise ValueError(f"{path} is no ONNX model ({one_line(error)}).") from error
         (image,), (logits,) = self._session.get_inputs(), self._session.get_outputs()
         channels, heads = len(self.description.channel_names), self.description.heads
         described = [channels, *self.description.patch_size], [heads, *self.description.patch_size]
