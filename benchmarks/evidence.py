@@ -114,7 +114,7 @@ def scores(args: argparse.Namespace) -> int:
 
 def _add_to(file: Path, new: dict) -> None:
     """What became of runs, beside that of runs before."""
-    from nnunet_lgms.files import read_json, atomic_write
+    from nnunet_lgms.files import atomic_write, read_json
 
     before = read_json(file) if file.is_file() else {}
     with atomic_write(file) as temporary:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_lgms.files import read_json, shown, atomic_write
+from nnunet_lgms.files import atomic_write, read_json, shown
 
 DESCRIPTIONS = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
 #: differences of neighbouring bytes: a tenth less for images

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.files import read_json, atomic_write
+from nnunet_lgms.files import atomic_write, read_json
 
 from .report import Results, interval, per_case
 from .runs import HIPPOCAMPUS, STAGES, STU

@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_lgms.evaluation.evaluate import FOREGROUND
 from nnunet_lgms.evaluation.statistics import bootstrap_mean
-from nnunet_lgms.files import read_json, atomic_write
+from nnunet_lgms.files import atomic_write, read_json
 
 from .runs import ABLATIONS, STAGES, STU, Model
 

@@ -15,7 +15,7 @@ from nnunet_lgms.evaluation.evaluate import evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import METRICS
 from nnunet_lgms.evaluation.segmentation import Reader
-from nnunet_lgms.files import read_json, atomic_write
+from nnunet_lgms.files import atomic_write, read_json
 
 from .runs import Run, file_of
 

@@ -25,7 +25,7 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lgms.checkpoint import read_checkpoint
-from nnunet_lgms.files import read_json, atomic_write
+from nnunet_lgms.files import atomic_write, read_json
 
 from .runs import ALONE_AT, Run, file_of
 from .turnstile import Turnstile

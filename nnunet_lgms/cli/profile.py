@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from nnunet_lgms.files import read_json, atomic_write
+from nnunet_lgms.files import atomic_write, read_json
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -17,7 +17,7 @@ from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case, Problem, find_cases
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.data.splits import check_splits
-from nnunet_lgms.files import read_json, atomic_write
+from nnunet_lgms.files import atomic_write, read_json
 from nnunet_lgms.parallel import default_workers, parallel_map
 
 _FORMATS = {"image": natural_images, "volume": volumes}

@@ -20,7 +20,7 @@ from nnunet_lgms.evaluation.output import write_all
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
 from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
-from nnunet_lgms.files import read_json, shown, atomic_write
+from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.inference import load_predictor, trained_folds
 
 

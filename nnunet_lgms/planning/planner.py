@@ -16,7 +16,7 @@ from nnunet_lgms.config import KEY, LGMSSettings
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.config.settings import AUTO
 from nnunet_lgms.dataset_json import n_channels
-from nnunet_lgms.files import read_json, atomic_write
+from nnunet_lgms.files import atomic_write, read_json
 from nnunet_lgms.planning.auto_kernels import Components
 from nnunet_lgms.planning.memory import CALIBRATION, StepMemory, needed_bytes, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta, stored, with_auto_kernels

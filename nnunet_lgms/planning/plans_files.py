@@ -13,7 +13,7 @@ import nnunet_lgms
 from nnunet_lgms import dataset_json
 from nnunet_lgms.architecture.topology import is_int
 from nnunet_lgms.config import KEY
-from nnunet_lgms.files import read_json, shown, atomic_write
+from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.nearest import did_you_mean
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
