@@ -17,9 +17,10 @@ from test_trainer import make_batch, make_trainer
 
 from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.errors import TrainingError
-from nnunet_lgms.nnunet.trainer import MAX_STEPS_WITHOUT_LOSS
+from nnunet_lgms.nnunet.trainer import MAX_STEPS_LEFT_OUT
 
 N = 2**22  # numbers of a batch: its copy takes longer than a launch
+ONE = torch.ones(())  # a norm of gradients
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -73,7 +74,7 @@ def test_copies_do_not_wait_for_what_the_gpu_computes():
 def test_results_are_what_nnunet_collates(device):
     losses = torch.arange(5.0, device=device, requires_grad=True)
     keep_busy(device)
-    results = [StepResult(loss=LossOfAStep(loss)) for loss in losses * 2]
+    results = [StepResult(loss=LossOfAStep(loss, ONE.to(device))) for loss in losses * 2]
     collated = collate_outputs(results)
     assert list(collated) == ["loss"] and collated["loss"].dtype == np.float32
     np.testing.assert_array_equal(collated["loss"], np.arange(0, 10, 2, dtype=np.float32)[:, None])
@@ -96,10 +97,10 @@ def test_results_are_what_nnunet_collates(device):
 )
 def test_whoever_reads_a_loss_waits_for_it(device, read):
     loss = torch.zeros((), device=device)
-    LossOfAStep(loss.add_(0))  # loads kernels, which the GPU waits for
+    LossOfAStep(loss.add_(0), ONE.to(device))  # loads kernels, which the GPU waits for
     keep_busy(device)
     loss.add_(3)
-    arriving = LossOfAStep(loss)
+    arriving = LossOfAStep(loss, ONE.to(device))
     result = StepResult(loss=arriving)
     loss.fill_(5)  # as a graph does with the next step
     assert arriving._copied is None or not arriving._copied.query()
@@ -107,7 +108,7 @@ def test_whoever_reads_a_loss_waits_for_it(device, read):
 
 
 def test_what_is_written_into_a_result_stays():
-    result = StepResult(loss=LossOfAStep(torch.ones(())))
+    result = StepResult(loss=LossOfAStep(ONE, ONE))
     result["loss"], result["more"] = 42.0, 3
     assert dict(result) == {"loss": 42.0, "more": 3}
 
@@ -150,11 +151,11 @@ def test_a_training_begins_with_nothing_of_the_one_before(monkeypatch):
     trainer.train_step(with_nan(batch))
     with pytest.raises(TrainingError, match="case_1"):
         trainer.train_step(with_nan(batch))
-    trainer.steps_without_loss = MAX_STEPS_WITHOUT_LOSS
+    trainer.steps_left_out_in_a_row = MAX_STEPS_LEFT_OUT
     assert trainer.launched
     monkeypatch.setattr(nnUNetTrainer, "run_training", lambda self: None)
     trainer.run_training()
-    assert not trainer.launched and trainer.steps_without_loss == 0
+    assert not trainer.launched and trainer.steps_left_out_in_a_row == 0
 
 
 def test_a_subclass_may_rename_what_a_step_gives():

@@ -16,7 +16,9 @@ from test_trainer import make_batch, make_trainer
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.nnunet.errors import TrainingError
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
-from nnunet_lgms.nnunet.trainer import MAX_STEPS_WITHOUT_LOSS
+from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.nnunet.trainer import MAX_STEPS_LEFT_OUT
+from nnunet_lgms.nnunet.update import update_weights
 from nnunet_lgms.planning.memory import label_manager
 
 # Four levels, none of them 2 deep: oneDNN 3.12 leaves a bfloat16 weight gradient uninitialised where a map that deep
@@ -57,7 +59,7 @@ def test_hostile_images_and_labels_give_finite_steps(image, dim, dtype):
     """Two steps of nnU-Net's kind: the loss is finite, and so are the weights, whatever the image did to gradients.
 
     On a map that is almost constant every instance norm multiplies a gradient by up to 1 / sqrt(eps) = 316. After
-    twenty of them its norm may overflow, and clipping makes such a step one of zero length.
+    twenty of them it may overflow, which of the images depends on the order of sums, and the step is left out.
     """
     torch.manual_seed(0)
     x = IMAGES[image](torch.randn(2, 1, *SIZE[dim]))
@@ -65,15 +67,14 @@ def test_hostile_images_and_labels_give_finite_steps(image, dim, dtype):
         target = TARGETS[name](torch.zeros(2, 1, *SIZE[dim], dtype=torch.int16))
         network = tiny_network(dim, n_stages=4)
         loss_function = cross_entropy_and_dice(label_manager(2), batch_dice, ddp=False)
-        optimizer = torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
+        optimizer = FusedSGD(network.parameters(), 0.02, momentum=0.9, weight_decay=1e-4)
         for _ in range(2):
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
                 output = network(x)
             loss = loss_function(output.float(), target)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
-            optimizer.step()
+            update_weights(network, optimizer)
             assert loss.isfinite(), name
             assert all(p.isfinite().all() for p in network.parameters()), name
         with torch.inference_mode():
@@ -119,15 +120,66 @@ def test_float16_may_skip_some_steps_but_not_all():
     batch = make_batch(trainer)
     whole = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     break_network(trainer)
-    for _ in range(MAX_STEPS_WITHOUT_LOSS - 1):
+    for _ in range(MAX_STEPS_LEFT_OUT - 1):
         assert np.isnan(trainer.train_step(batch)["loss"])
     trainer.network.load_state_dict(whole)
     assert np.isfinite(trainer.train_step(batch)["loss"])
     break_network(trainer)
-    for _ in range(MAX_STEPS_WITHOUT_LOSS - 1):
+    for _ in range(MAX_STEPS_LEFT_OUT - 1):
         trainer.train_step(batch)
     with pytest.raises(TrainingError, match="the training diverged"):
         trainer.train_step(batch)
+
+
+def overflow(trainer, steps: set[int]) -> None:
+    """Gradients of the given steps, counted from now, become infinite; losses stay as they are."""
+    calls = iter(range(10**6))
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (float("inf") if next(calls) in steps else 1.0)
+
+    next(trainer.network.parameters()).register_hook(hook)
+
+
+def state(trainer) -> list[torch.Tensor]:
+    momentum = (s["momentum_buffer"] for s in trainer.optimizer.state.values())
+    return [t.detach().clone() for t in (*trainer.network.parameters(), *momentum)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "scaled"])
+def test_a_step_without_finite_gradients_is_left_out_counted_and_said(scaled, ahead, capsys):
+    trainer = make_trainer(patch_size=(16, 16))
+    trainer.grad_scaler = torch.amp.GradScaler("cpu") if scaled else None
+    trainer.steps_ahead, trainer.num_iterations_per_epoch = ahead, 5
+    batch = make_batch(trainer)
+    overflow(trainer, {1, 3})
+    trainer.on_train_epoch_start()
+    results, states = [], [state(trainer)]
+    for _ in range(5):
+        results.append(trainer.train_step(batch))
+        states.append(state(trainer))
+    stayed = [all(map(torch.equal, a, b)) for a, b in zip(states, states[1:], strict=False)]
+    assert stayed == [False, True, False, True, False]
+    trainer.on_train_epoch_end(results)
+    sentence = "2 of 5 steps were left out: their gradients were not finite."
+    assert capsys.readouterr().out.count(sentence) == 1
+    trainer.current_epoch += 1
+    trainer.on_train_epoch_start()
+    trainer.on_train_epoch_end([trainer.train_step(batch)])
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_training_of_which_no_step_can_be_taken_stops():
+    trainer = make_trainer(patch_size=(16, 16))
+    batch, before = make_batch(trainer), state(trainer)
+    overflow(trainer, set(range(MAX_STEPS_LEFT_OUT)))
+    trainer.on_train_epoch_start()
+    for _ in range(MAX_STEPS_LEFT_OUT - 1):
+        trainer.train_step(batch)
+    with pytest.raises(TrainingError, match="The gradients are not finite in epoch 0, 20 steps in a row.*diverged"):
+        trainer.train_step(batch)
+    assert all(map(torch.equal, before, state(trainer)))
 
 
 # --- checkpoints of others -------------------------------------------------------------------------------------------

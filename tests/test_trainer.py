@@ -476,7 +476,7 @@ def test_a_replaced_optimiser_is_the_one_that_steps(replaced, monkeypatch):
     trainer.num_input_channels = 1
     monkeypatch.setattr(trainer.network, "record_training", lambda x, group: None)
     trainer._record_step()
-    monkeypatch.setattr(RecordedUpdate, "__call__", lambda update: recorded.append(update))
+    monkeypatch.setattr(RecordedUpdate, "__call__", lambda update: recorded.append(update) or torch.ones(()))
     if replaced == "optimizer":
         trainer.optimizer = torch.optim.SGD(trainer.network.parameters(), 0.5)
     elif replaced == "grad_scaler":

@@ -238,3 +238,41 @@ def test_without_a_scaler_it_is_clipping_and_sgd():
     update_weights(net, optimizer)
     for p, old in zip(parameters, before, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.02 * (3.0 * 12 / norm + 1e-4 * old))
+
+
+OPTIMIZERS = {
+    "fused": lambda parameters: FusedSGD(parameters, 0.02, momentum=0.9, weight_decay=1e-4),
+    "plain": lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9, weight_decay=1e-4),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, 0.02),
+    "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, 0.02, fused=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "scaled"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38], ids=["inf", "nan", "infinite norm"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_without_a_finite_norm_leaves_everything_as_it_was(device, bad, scaled, optimizer):
+    net = network().to(device)
+    parameters = list(net.parameters())
+    optimizer = OPTIMIZERS[optimizer](parameters)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0) if scaled else None
+
+    def step(value: float) -> tuple[Tensor, list[Tensor]]:
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        parameters[0].grad[0, 0] = value
+        if scaled:
+            scaler.scale(torch.ones((), device=device))
+        norm = update_weights(net, optimizer, scaler)
+        state = (value for of in optimizer.state.values() for value in of.values() if isinstance(value, Tensor))
+        return norm, [t.detach().clone() for t in (*parameters, *state)]
+
+    norm, before = step(1.0)
+    assert norm.isfinite()
+    norm, after = step(bad)
+    assert not norm.isfinite()
+    assert all(map(torch.equal, before, after))
+    norm, moved = step(1.0)
+    assert norm.isfinite() and not any(map(torch.equal, before, moved))
+    assert not hasattr(optimizer, "found_inf")

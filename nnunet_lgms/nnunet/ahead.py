@@ -41,18 +41,27 @@ def _copying(device: torch.device) -> torch.cuda.Stream:
 
 
 class LossOfAStep:
-    """A loss that may still be on its way from the GPU.
+    """A loss that may still be on its way from the GPU, and whether its step was taken.
 
     Args:
         loss: (), on any device; it may be overwritten by the next step.
+        gradient_norm: (), on the same device, likewise; a step of which it is not finite was left out.
     """
 
-    def __init__(self, loss: Tensor):
-        self._copy = loss.detach().to("cpu", non_blocking=loss.is_cuda, copy=True)
+    def __init__(self, loss: Tensor, gradient_norm: Tensor):
+        both = torch.stack((loss.detach(), gradient_norm.isfinite().to(loss.dtype)))
+        self._copy = both.to("cpu", non_blocking=loss.is_cuda)
         self._copied = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
     def read(self) -> np.ndarray:
-        """Waits for it; ()."""
+        """Waits for the loss; ()."""
+        return self._both()[0, ...]
+
+    def step_was_taken(self) -> bool:
+        """Waits for it; a step with gradients that are not finite is not (:func:`update_weights`)."""
+        return bool(self._both()[1])
+
+    def _both(self) -> np.ndarray:
         if self._copied is not None:
             self._copied.synchronize()
             self._copy, self._copied = self._copy.clone(), None  # the pinned memory is for the next one

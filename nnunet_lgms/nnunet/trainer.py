@@ -37,8 +37,8 @@ from nnunet_lgms.nnunet.update import RecordedUpdate, update_weights
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends, end_with_parent
 from nnunet_lgms.ops.backend import use_kernels
 
-# A step that float16 cannot hold is nothing unusual, and the scaler skips it; this many in a row are the end.
-MAX_STEPS_WITHOUT_LOSS = 20
+# A step that a precision cannot hold is nothing unusual, and it is left out; this many in a row are the end.
+MAX_STEPS_LEFT_OUT = 20
 # bytes of a disk that a file has just not found room on
 NO_ROOM_LEFT = 2**20
 
@@ -88,7 +88,8 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         with said_in_one_sentence():
             self.enable_deep_supervision = settings_of(self.configuration_manager).deep_supervision
         self.iteration = 0  # within the epoch
-        self.steps_without_loss = 0  # in a row
+        self.steps_left_out = 0  # of the epoch
+        self.steps_left_out_in_a_row = 0
         self.training_ended = threading.Event()
         self.training_ended.set()  # it has not begun
         self.recorded_update: RecordedUpdate | None = None
@@ -223,7 +224,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         """
         self.training_ended.clear()
         self.launched.clear()
-        self.steps_without_loss = 0
+        self.steps_left_out_in_a_row = 0
         try:
             super().run_training()
         except RuntimeError as error:
@@ -330,7 +331,7 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        self.iteration = 0
+        self.iteration = self.steps_left_out = 0
 
     def train_step(self, batch: dict) -> StepResult:
         """nnU-Net's step on ``{"data": (B, C, *patch), "target": (B, 1, *patch) or a list of them}``.
@@ -348,18 +349,16 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         with torch.autocast("cuda", enabled=self.device.type == "cuda"):
             loss = self.loss(self.network(data), target)
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-        self._update_weights()
-        arriving = LossOfAStep(loss)
+        arriving = LossOfAStep(loss, self._update_weights())
         self.launched.append((batch, arriving))
         self._look_at_losses(self.steps_ahead)
         return StepResult(loss=arriving)
 
-    def _update_weights(self):
+    def _update_weights(self) -> torch.Tensor:
         recorded = self.recorded_update
         if recorded is not None and recorded.optimizer is self.optimizer and recorded.scaler is self.grad_scaler:
-            recorded()
-        else:
-            update_weights(self.network, self.optimizer, self.grad_scaler)
+            return recorded()
+        return update_weights(self.network, self.optimizer, self.grad_scaler)
 
     def _look_at_losses(self, but: int):
         """Those of all steps so far but the latest."""
@@ -367,22 +366,35 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
             self._look_at_loss(*self.launched.popleft())
 
     def _look_at_loss(self, batch: dict, loss: LossOfAStep):
-        if np.isfinite(loss.read()):
-            self.steps_without_loss = 0
+        has_loss, was_taken = bool(np.isfinite(loss.read())), loss.step_was_taken()
+        self.steps_left_out += not was_taken
+        if has_loss and was_taken:
+            self.steps_left_out_in_a_row = 0
             return
-        with said_in_one_sentence():
-            check_images(batch)
-        self.steps_without_loss += 1
-        # the gradient scaler of float16 leaves the weights alone in such a step, nothing else does
-        if self.grad_scaler is None or self.steps_without_loss == MAX_STEPS_WITHOUT_LOSS:
+        if not has_loss:
+            with said_in_one_sentence():
+                check_images(batch)
+        self.steps_left_out_in_a_row += 1
+        # without float16 there is nothing that would bring a loss back
+        no_loss_comes_back = not has_loss and self.grad_scaler is None
+        if no_loss_comes_back or self.steps_left_out_in_a_row == MAX_STEPS_LEFT_OUT:
             raise TrainingError(
                 f"The loss is {float(loss.read())} in epoch {self.current_epoch}, for images that are finite: the "
                 "training diverged; continue from the last checkpoint with --c, and with a lower initial_lr if it "
                 "happens again."
+                if not has_loss
+                else f"The gradients are not finite in epoch {self.current_epoch}, {MAX_STEPS_LEFT_OUT} steps in a "
+                "row, for images that are finite: the training diverged; continue from the last checkpoint with --c, "
+                "and with a lower initial_lr if it happens again."
             )
 
     def on_train_epoch_end(self, train_outputs: list[StepResult]):
         self._look_at_losses(0)
+        if self.steps_left_out:
+            self.print_to_log_file(
+                f"{self.steps_left_out} of {self.num_iterations_per_epoch} steps were left out: their gradients were "
+                "not finite."
+            )
         super().on_train_epoch_end(train_outputs)
 
     def validation_step(self, batch: dict) -> dict:

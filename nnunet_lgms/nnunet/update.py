@@ -19,13 +19,38 @@ BEFORE_RECORDING = 10
 
 def update_weights(
     network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
-) -> None:
-    """nnU-Net's: gradients are unscaled and clipped together, and the scaler, if there is one, may skip the step."""
+) -> Tensor:
+    """nnU-Net's update: gradients are unscaled, clipped together, and the optimiser steps.
+
+    Weights and momentum stay as they are if the norm of all gradients is not finite, in every precision and with or
+    without a scaler: clipping would make NaN of an infinite gradient, and a step of no direction of an infinite norm.
+    Processes that have averaged their gradients have the same norm, so they decide alike.
+
+    Returns:
+        the norm before clipping, (), on the device of the gradients; a step of which it is not finite was left out.
+    """
     scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-    scaler.step(optimizer)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+    _step_unless(norm.isfinite().logical_not(), optimizer)
     scaler.update()
+    return norm
+
+
+def _step_unless(left_out: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Steps unless ``left_out``, (); a fused optimiser reads it on its device, for others the host waits for it.
+
+    It takes the way by which a gradient scaler tells an optimiser of infinite gradients.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if not left_out:
+            optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, left_out.float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 class RecordedUpdate:
@@ -50,9 +75,11 @@ class RecordedUpdate:
         self._state: Any = None  # in the step before
         self._stayed = 0  # for so many steps
         self._rates: list[Tensor] = []
+        self._norm: Tensor | None = None  # that the graph writes
         self._fails = False
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor:
+        """The update; its norm is overwritten by the next one."""
         state, before = self._what_a_graph_holds(), self._state
         self._state, self._stayed = state, self._stayed + 1 if state == before else 0
         if self._stayed < BEFORE_RECORDING or self._has_hooks():
@@ -60,14 +87,14 @@ class RecordedUpdate:
         elif self._graph is None and not self._fails:
             self._record()
         if self._graph is None:
-            self._launch()
-            return
+            return self._launch()
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
+        return self._norm
 
-    def _launch(self) -> None:
-        update_weights(self.network, self.optimizer, self.scaler)
+    def _launch(self) -> Tensor:
+        return update_weights(self.network, self.optimizer, self.scaler)
 
     def _what_a_graph_holds(self) -> Any:
         groups, scaler = self.optimizer.param_groups, self.scaler
@@ -91,7 +118,7 @@ class RecordedUpdate:
             group["lr"] = rate
         try:
             with torch.cuda.device_of(first), recording(graph, torch.cuda.Stream(first.device)):
-                self._launch()
+                self._norm = self._launch()
             self._graph = graph
         except RuntimeError as error:  # out of memory, most likely
             self._fails = True
