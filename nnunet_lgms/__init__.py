@@ -8,9 +8,14 @@ Example::
     >>> network = LGMSNet.paper(1, 14, dim=3)
 """
 
+import os
 from importlib import import_module
 
 __version__ = "0.1.0"
+
+# ONNX Runtime looks for a telemetry server as soon as it is imported, and keeps a database of processes in the home
+# folder. It reads this variable then, and only then; every module that imports it comes after this one.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _HOME_OF = {
     "LGMSNet": "nnunet_lgms.architecture.lgmsnet",

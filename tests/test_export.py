@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +20,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export
 from nnunet_lgms.cli import main  # noqa: E402
 from nnunet_lgms.inference import load_predictor  # noqa: E402
 from nnunet_lgms.runtime import Predictor  # noqa: E402
-from nnunet_lgms.runtime.description import Description  # noqa: E402
+from nnunet_lgms.runtime.description import Description, checksum  # noqa: E402
 from nnunet_lgms.runtime.images import read_case  # noqa: E402
 from nnunet_lgms.runtime.preprocessing import preprocess  # noqa: E402
 
@@ -225,8 +224,8 @@ def test_weights_of_a_failed_training_are_refused(tmp_path, model_folder, export
 
 
 def test_the_description_knows_its_file(exported):
-    digest = hashlib.sha256(exported.read_bytes()).hexdigest()
-    assert Description.read(exported.with_suffix(".json")).sha256 == digest
+    content = json.loads(exported.with_suffix(".json").read_text())
+    assert content["sha256"] == checksum(exported.read_bytes(), content)
 
 
 def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
@@ -248,7 +247,7 @@ def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
     assert "is not what" in refused(["runtime", alone, "-i", case, *out], capsys)
     alone.with_suffix(".json").write_text(exported.with_suffix(".json").read_text())
     alone.write_bytes(b"no model")
-    assert "is not the file that its JSON" in refused(["runtime", alone, "-i", case, *out], capsys)
+    assert "are not the pair that was exported" in refused(["runtime", alone, "-i", case, *out], capsys)
     content = json.loads(alone.with_suffix(".json").read_text()) | {"sha256": ""}
     alone.with_suffix(".json").write_text(json.dumps(content))
     assert "no ONNX model" in refused(["runtime", alone, "-i", case, *out], capsys)

@@ -16,10 +16,12 @@ from conftest import ROOT
 pytest.importorskip("onnx", reason="needs the extra [export]")
 pytest.importorskip("onnxruntime", reason="needs the extra [runtime]")
 
+import namespace  # noqa: E402
 import onnx_stub  # noqa: E402
 
 from nnunet_lgms.cli import main  # noqa: E402
 from nnunet_lgms.runtime import Predictor  # noqa: E402
+from nnunet_lgms.runtime.description import checksum  # noqa: E402
 
 NEEDED = ("numpy", "SimpleITK", "onnxruntime")
 UNWANTED = ("torch", "nnunetv2", "scipy", "skimage", "batchgenerators", "matplotlib", "pydantic", "tqdm")
@@ -289,17 +291,39 @@ def test_a_description_of_another_network_is_refused(tmp_path, fields):
         Predictor(model)
 
 
-def test_a_model_that_changed_since_its_export_is_refused(tmp_path):
-    model = onnx_stub.threshold_model(tmp_path / "m.onnx")
+@pytest.mark.parametrize("format", [1, 2])  # format 1: the checksum was of the model alone
+def test_a_model_that_changed_since_its_export_is_refused(tmp_path, format):
+    model = onnx_stub.threshold_model(tmp_path / "m.onnx", format=format)
     content, beside = bytearray(model.read_bytes()), model.with_suffix(".json")
-    checksum = {"sha256": hashlib.sha256(content).hexdigest()}
-    beside.write_text(json.dumps(json.loads(beside.read_text()) | checksum))
+    described = json.loads(beside.read_text())
+    written = hashlib.sha256(content).hexdigest() if format == 1 else checksum(bytes(content), described)
+    beside.write_text(json.dumps(described | {"sha256": written}))
     Predictor(model)
     position = content.index(np.float32(-1).tobytes())
     content[position : position + 4] = np.float32(1).tobytes()  # still a model, of other labels
     model.write_bytes(content)
-    with pytest.raises(ValueError, match="m.onnx is not the file that its JSON was written with"):
+    with pytest.raises(ValueError, match="m.onnx and the JSON beside it are not the pair that was exported"):
         Predictor(model)
+
+
+def test_a_description_that_changed_since_its_export_is_refused(tmp_path):
+    model = onnx_stub.threshold_model(tmp_path / "m.onnx")
+    beside = model.with_suffix(".json")
+    described = json.loads(beside.read_text())
+    described["sha256"] = checksum(model.read_bytes(), described)
+    beside.write_text(json.dumps(dict(reversed(described.items()))))  # another layout is no change
+    Predictor(model)
+    beside.write_text(json.dumps(described | {"labels": {"background": 0, "dark": 1}}))
+    with pytest.raises(ValueError, match="are not the pair that was exported"):
+        Predictor(model)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\x00", "a\u202eb", "a\u2028b"])
+@pytest.mark.parametrize("field", ["labels", "channel_names", "dataset"])
+def test_names_that_act_on_a_terminal_are_refused(tmp_path, field, name):
+    value = {"labels": {"background": 0, name: 1}, "channel_names": [name], "dataset": name}[field]
+    with pytest.raises(ValueError, match=f"is not what `nnunet_lgms export` writes: {field} is"):
+        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx", **{field: value}))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
@@ -327,3 +351,26 @@ def test_importing_it_loads_no_torch(clean_env):
     code = "import sys, nnunet_lgms.runtime; print([m for m in ('torch', 'nnunetv2', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=clean_env | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.stdout.decode().strip() == "[]", done.stderr
+
+
+def test_nothing_is_sent_elsewhere(tmp_path, clean_env):
+    """ONNX Runtime's telemetry looks up its server once a session is made, and keeps a database in the home folder."""
+    if not namespace.possible():
+        pytest.skip("needs a network namespace")
+    model = onnx_stub.threshold_model(tmp_path / "m.onnx")
+    (home := tmp_path / "home").mkdir()
+    predict = (
+        "import socket, sys, time; from nnunet_lgms.runtime import Predictor; import numpy as np\n"
+        "Predictor(sys.argv[1]).predict(np.eye(24, dtype='f')[None, None], spacing=(1, 1, 1)); time.sleep(1)\n"
+        "try: socket.getaddrinfo('seen.example', 80)\n"
+        "except OSError: pass"
+    )
+    done, asked = namespace.names_asked_by(
+        [sys.executable, "-c", predict, str(model)],
+        tmp_path,
+        env=clean_env | {"HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(asked) == {"seen.example"}  # our own: the resolver does see what is asked
+    assert not list(home.iterdir())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from nnunet_lgms.export.model import load_model, size_steps
 from nnunet_lgms.export.onnx_file import INPUT, to_onnx
 from nnunet_lgms.export.precision import CalibrationSet, as_float16, as_int8
 from nnunet_lgms.files import atomic_write
-from nnunet_lgms.runtime.description import Description
+from nnunet_lgms.runtime.description import Description, checksum
 
 TOLERANCE = 1e-3  # of the largest logit: what rounding can do; anything above is a fault of the translation
 
@@ -102,7 +102,8 @@ def write(model: onnx.ModelProto, description: Description, path: Path) -> None:
     """Both files, each whole or not at all; the checksum tells a pair that was torn apart, by a kill in between say."""
     with atomic_write(path) as file, atomic_write(path.with_suffix(".json")) as beside:
         onnx.save(model, file)
-        description = replace(description, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        content = json.loads(description.to_json())
+        description = replace(description, sha256=checksum(file.read_bytes(), content))
         beside.write_text(description.to_json(), "utf-8")
 
 

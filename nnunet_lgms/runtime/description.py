@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import unicodedata
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nnunet_lgms.files import one_line
+from nnunet_lgms.files import one_line, shown
 
-FORMAT = 1
+FORMAT = 2  # 1: the checksum was of the .onnx alone
 READERS = ("SimpleITKIO", "NibabelIO", "NaturalImage2DIO")
 NORMALIZATIONS = (
     "ZScoreNormalization",
@@ -20,6 +22,7 @@ NORMALIZATIONS = (
 CT_PROPERTIES = ("percentile_00_5", "percentile_99_5", "mean", "std")  # what CTNormalization needs of a channel
 RESAMPLINGS = ("resample_data_or_seg_to_shape", "no_resampling_hack")
 SPLINE_ORDERS = (0, 1, 3)
+TURNS = ("LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unicode's marks that reverse what follows
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Description:
         labels: nnU-Net's names and values; a list of values is a region.
         regions_class_order: label that each region is written as; None without regions.
         quantisation: for int8, what it was calibrated on and what it costs.
-        sha256: of the `.onnx` file; empty: it is not checked.
+        sha256: :func:`checksum` of the pair; empty: it is not checked.
     """
 
     trainer: str
@@ -130,7 +133,7 @@ class Description:
             raise ValueError(f"{path} is not what `nnunet_lgms export` writes ({one_line(error)}).") from error
         if wrong:
             raise ValueError(
-                f"{path} is not what `nnunet_lgms export` writes: {wrong} is {str(getattr(description, wrong))[:80]}; "
+                f"{path} is not what `nnunet_lgms export` writes: {wrong} is {shown(getattr(description, wrong))}; "
                 "export the model again."
             )
         return description
@@ -147,7 +150,7 @@ class Description:
             and all(isinstance(mm, (int, float)) and 1e-4 < mm < 1e4 for mm in self.spacing),
             "transpose_backward": sorted(back) == [0, 1, 2] and [forward[axis] for axis in back] == [0, 1, 2],
             "mirror_axes": sorted(set(self.mirror_axes) & set(range(axes))) == sorted(self.mirror_axes),
-            "channel_names": channels > 0 and all(isinstance(name, str) for name in self.channel_names),
+            "channel_names": channels > 0 and all(map(_printable, self.channel_names)),
             "normalization_schemes": len(self.normalization_schemes) == channels,
             "use_mask_for_norm": isinstance(self.use_mask_for_norm, tuple) and len(self.use_mask_for_norm) == channels,
             "intensity_properties": isinstance(self.intensity_properties, tuple)
@@ -159,9 +162,44 @@ class Description:
             ),
             "resampling_data": self.resampling_data.known,
             "resampling_probabilities": self.resampling_probabilities.known,
-            "labels": len(values) > 1,
+            "labels": len(values) > 1 and all(map(_printable, self.labels)),
             "regions_class_order": regions is None
             or (isinstance(regions, tuple) and len(regions) == len(set(regions)) > 0 and set(regions) <= set(values)),
-            "file_ending": self.file_ending.startswith(".") and not set(self.file_ending) & set("/\\"),
+            **{name: _printable(getattr(self, name)) for name in ("trainer", "dataset", "plans", "configuration")},
+            "file_ending": _printable(self.file_ending)
+            and self.file_ending.startswith(".")
+            and not set(self.file_ending) & set("/\\"),
         }
         return next((name for name, is_fine in fine.items() if not is_fine), "")
+
+
+def _printable(name: object) -> bool:
+    """Whether it is text without what acts on a terminal: control characters, ends of lines, turns of the direction."""
+    return isinstance(name, str) and not any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in TURNS for c in name
+    )
+
+
+def checksum(model: bytes, content: dict) -> str:
+    """SHA-256 over the `.onnx` file and what the JSON beside it says, in whatever order and layout."""
+    digest = hashlib.sha256(model)
+    if content["format"] > 1:
+        said = {key: value for key, value in content.items() if key != "sha256"}
+        digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def check_pair(model: Path) -> None:
+    """A model is the one that its JSON was written with, and neither was changed since.
+
+    That tells damage and files that were mixed up; who changes a file on purpose can write its checksum as well.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    content = json.loads(model.with_suffix(".json").read_text("utf-8"))
+    if content.get("sha256") and checksum(model.read_bytes(), content) != content["sha256"]:
+        raise ValueError(
+            f"{model} and the JSON beside it are not the pair that was exported: one of them was damaged or changed, "
+            "or an export was interrupted; export again."
+        )

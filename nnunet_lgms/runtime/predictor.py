@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import onnxruntime
 
 from nnunet_lgms.files import one_line
-from nnunet_lgms.runtime.description import NORMALIZATIONS, READERS, Description
+from nnunet_lgms.runtime.description import NORMALIZATIONS, READERS, Description, check_pair
 from nnunet_lgms.runtime.images import FLAT_SPACING, Case, check_channels, read_case, write_labels
 from nnunet_lgms.runtime.preprocessing import preprocess
 from nnunet_lgms.runtime.sliding_window import resampled_rows, sliding_window
@@ -53,11 +52,7 @@ class Predictor:
             raise ValueError(f"{path} needs {unknown[0]!r}, which this nnunet_lgms does not know: upgrade it.")
         self.mirror_axes = self.description.mirror_axes if mirroring else ()
         self.step = step
-        if self.description.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != self.description.sha256:
-            raise ValueError(
-                f"{path} is not the file that its JSON was written with: it was damaged or changed, or an export was "
-                "interrupted; export again."
-            )
+        check_pair(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
         options.log_severity_level = 3  # warnings about constants that could be folded are for the exporter
