@@ -1,6 +1,6 @@
 """What LGMSNet is worth on real data: trainings beside nnU-Net's own, their scores, and the tables of the README.
 
-    python benchmarks/evidence.py pack --out PACKS            # with nnU-Net's folders set; see docs/evidence.md
+    python benchmarks/evidence.py pack --out PACKS            # with nnU-Net's folders set; see docs/explanation/
     python benchmarks/evidence.py unpack PACKS --work WORK
     python benchmarks/evidence.py train busi:published,nnunet:500 --jobs 2 --seconds 500 --work WORK
     python benchmarks/evidence.py bundle --work WORK --out OUT

@@ -27,7 +27,7 @@ from nnunet_lgms.files import atomic_write
 
 SPACING, TARGET = (1.0, 0.75, 0.75), (1.25, 0.8, 0.8)  # mm
 PATCH, CLASSES = (64, 160, 160), 3
-MULTIPLE = 3  # of the volume in float32, what docs/deployment.md states
+MULTIPLE = 3  # of the volume in float32, what docs/how-to/deployment.md states
 
 
 def write_ct(path: Path, shape: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ from nnunet_lgms.config.resolve import Topology, network_kwargs, without_effect
 from nnunet_lgms.config.settings import settings_table
 from nnunet_lgms.nnunet.builder import build_network
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "plans.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "reference" / "plans.md"
 ANISOTROPIC = Topology(
     (20, 32, 24),
     ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2)),

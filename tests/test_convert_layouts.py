@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("verify_in_threads")
 
 def test_every_dataset_has_a_replica_and_a_line_in_the_documentation():
     assert {name for name, _ in REPLICAS} == set(DESCRIPTIONS)
-    lines = (ROOT / "docs/data-and-evaluation.md").read_text().splitlines()
+    lines = (ROOT / "docs/how-to/data-and-evaluation.md").read_text().splitlines()
     for name, description in DESCRIPTIONS.items():
         (line,) = (line for line in lines if line.startswith(f"| `{name}` |"))
         assert str(description.published_cases[0]) in line

@@ -90,7 +90,7 @@ def sentence(error: pytest.ExceptionInfo) -> str:
 @pytest.mark.timeout(0)  # kills.py stops what hangs
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes that have imported PyTorch")
 def test_killed_at_random_moments(clean_env):
-    """A few kills of each; NNUNET_LGMS_KILLS=20 for more (docs/features.md has that run)."""
+    """A few kills of each; NNUNET_LGMS_KILLS=20 for more (docs/reference/features.md has that run)."""
     kills = os.environ.get("NNUNET_LGMS_KILLS", "2")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(

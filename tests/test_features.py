@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import re
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from test_trainer import make_batch, make_trainer
 from workshop import LABELS, TRAINER, Workshop, read
 
@@ -46,34 +44,6 @@ def validation(workshop: Workshop, dataset: str, configuration: str = "3d_fullre
 
 def losses(checkpoint: dict) -> list[float]:
     return [*checkpoint["logging"]["train_losses"], *checkpoint["logging"]["val_losses"]]
-
-
-def test_every_row_of_the_matrix_links_to_its_test():
-    section = (ROOT / "README.md").read_text("utf-8").split("\n## What of nnU-Net works\n")[1].split("\n## ")[0]
-    header, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert header == "| feature | test | run on |" and len(rows) > 30
-    for row in rows:
-        _, test, run_on = (cell.strip() for cell in row.strip("|").split(" | "))
-        shown_by, run_by = links(test), links(run_on)
-        assert shown_by and run_on, row
-        for _, target in [*shown_by, *run_by]:
-            assert (ROOT / target).is_file(), (row, target)
-        for text, target in shown_by:  # a test of that file, or the file itself
-            if text.startswith("test_") and not text.endswith(".py"):
-                assert re.search(rf"^def {re.escape(text)}\(", (ROOT / target).read_text("utf-8"), re.M), row
-            else:
-                assert target.startswith(("tests/", "benchmarks/")) and target.endswith(text), row
-
-
-def test_links_of_the_documentation_lead_somewhere():
-    found = links((ROOT / "docs" / "features.md").read_text("utf-8"))
-    assert len(found) > 3
-    for _, target in found:
-        assert (ROOT / "docs" / target.split("#")[0]).exists(), target
-
-
-def links(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"\[([^\]]+)\]\(([^)]+)\)", text)
 
 
 # --- kinds of data ---------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_auto_of_a_dataset_builds_steps_and_loads_again(tmp_path):
 
 
 def test_each_override_is_a_difference_and_documented():
-    documentation = (ROOT / "docs" / "plans.md").read_text("utf-8")
+    documentation = (ROOT / "docs" / "reference" / "plans.md").read_text("utf-8")
     for path in PLANS:
         assert f"`{path.stem}`" in documentation
         if path.stem != "paper":

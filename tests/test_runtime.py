@@ -37,7 +37,7 @@ print(json.dumps([code, [m for m in unwanted if m in sys.modules], [m for m in u
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Path:
-    """The interpreter of an environment with the three packages that docs/deployment.md names, and this one."""
+    """The interpreter of an environment with the three packages that docs/how-to/deployment.md names, and this one."""
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"

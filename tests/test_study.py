@@ -95,7 +95,7 @@ def test_smallest_study_has_the_defaults(folders: Path) -> None:
 
 
 def test_documentation_has_the_schema() -> None:
-    assert schema_table() in (ROOT / "docs" / "study.md").read_text("utf-8")
+    assert schema_table() in (ROOT / "docs" / "how-to" / "study.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)

@@ -353,7 +353,7 @@ column says so. Intervals are 95 % bootstrap intervals over cases, differences a
 difference whose interval holds 0, or that is less than two standard deviations over seeds. Of models that were trained
 once, a difference can stand out "on these cases" alone: what another training would give is not in its interval. Step
 times are medians of steps that had the GPU to themselves, of the package as it was at the run's commit (see the last
-table); what slowed some of them is in [docs/evidence.md](../../docs/evidence.md). Mirrored: predicted in all
+table); what slowed some of them is in [how it is made](../../docs/explanation/evidence.md). Mirrored: predicted in all
 orientations, nnU-Net's default."""
 
 
@@ -446,7 +446,7 @@ def readme_section(results: Results) -> str:
         lines += ["Hippocampus (3D): not measured yet.", ""]
     lines += [
         "All runs, intervals, ablations and costs: [benchmarks/results/evidence.md](benchmarks/results/evidence.md); "
-        "what the models are for and where they fail: [docs/model_card.md](docs/model_card.md)."
+        "what the models are for and where they fail: [docs/explanation/model_card.md](docs/explanation/model_card.md)."
     ]
     return "\n".join(lines)
 

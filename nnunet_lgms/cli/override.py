@@ -10,7 +10,7 @@ from pathlib import Path
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "override",
-        help="new plans with other kernels, ratios, widths or blocks (docs/plans.md)",
+        help="new plans with other kernels, ratios, widths or blocks (docs/reference/plans.md)",
         description="Write a new plans file beside an old one: same data, patch and batch, another LGMSNet. The "
         "preprocessed data is shared. Prints nnU-Net's commands that train and predict with it.",
     )

@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "study",
         help="data sets x variants x folds on this machine or a cluster, with one report",
         description="Convert, plan, preprocess, override, train, evaluate, test zero-shot and report, by Snakemake. "
-        "Interrupted, the same command goes on. docs/study.md explains the study's file.",
+        "Interrupted, the same command goes on. docs/how-to/study.md explains the study's file.",
     )
     parser.add_argument("action", choices=["check", "run"], help="check: say what would be done; run: do it")
     parser.add_argument("study", metavar="STUDY", help="a study.yaml, or one that comes along, such as kernels")

@@ -1,6 +1,6 @@
 """The schema of the configuration key ``"lgmsnet"``: names, types, defaults and what each setting does.
 
-This is the one place of truth. The builder, the command line and the table in ``docs/plans.md`` are made from it.
+This is the one place of truth. Builder, command line and the table in ``docs/reference/plans.md`` are made from it.
 Defaults are the paper's network (arXiv 2508.15476) on whatever topology nnU-Net planned.
 """
 
@@ -167,7 +167,9 @@ class LGMSSettings(_Strict):
                 names the value, what is allowed, and the way out.
         """
         if not isinstance(value, Mapping):
-            raise ValueError(f'"{KEY}" is {shown(value)}: it must be a table of settings; docs/plans.md lists them.')
+            raise ValueError(
+                f'"{KEY}" is {shown(value)}: it must be a table of settings, see docs/reference/plans.md.'
+            )
         check_required_version(value.get("requires"))
         if strange := [key for key in value if not (isinstance(key, str) and key.isidentifier())]:
             raise ValueError(_unknown(strange[0], list(cls.model_fields)))
@@ -211,7 +213,7 @@ def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
         return _unknown(".".join(path), list(model.model_fields))
     key = path[0]
     allowed = LGMSSettings.model_fields[key].json_schema_extra["allowed"]
-    return f"lgmsnet.{key} is {shown(given[key])}: allowed is {allowed}; see docs/plans.md."
+    return f"lgmsnet.{key} is {shown(given[key])}: allowed is {allowed}; see docs/reference/plans.md."
 
 
 def _unknown(name: Any, known: list[str]) -> str:
@@ -223,7 +225,7 @@ def _unknown(name: Any, known: list[str]) -> str:
 
 
 def settings_table() -> str:
-    """The table of ``docs/plans.md``, in Markdown."""
+    """The table of ``docs/reference/plans.md``, in Markdown."""
     lines = ["| setting | default | allowed | what it does |", "|---|---|---|---|"]
     for name, field in LGMSSettings.model_fields.items():
         if name == "block_by_level":

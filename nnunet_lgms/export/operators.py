@@ -1,7 +1,7 @@
 """Operators of the network in ONNX's own, in the form that runtimes on CPUs compute fastest.
 
 PyTorch's exporter calls these functions while it translates a graph; tensors are ONNX values then. What each form gains
-under ONNX Runtime is in docs/deployment.md.
+under ONNX Runtime is in docs/how-to/deployment.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Builds LGMSNet into the topology that nnU-Net planned.
 
 Stages, strides, kernels, patch and batch size are nnU-Net's and stay as planned; the kind of block, the widths and
-everything else are the paper's, or what the configuration's ``"lgmsnet"`` key says (``docs/plans.md``).
+everything else are the paper's, or what the configuration's ``"lgmsnet"`` key says (``docs/reference/plans.md``).
 """
 
 from __future__ import annotations

@@ -162,10 +162,10 @@ class Study(_Strict):
             reason = str(error).split(";")[0]
             raise ValueError(f"{path} has a date or a number that cannot be ({reason}): correct or quote it.") from None
         except RecursionError:
-            raise ValueError(f"{path} is nested too deeply: docs/study.md lists what a study holds.") from None
+            raise ValueError(f"{path} is nested too deeply: docs/how-to/study.md lists what a study holds.") from None
         if not isinstance(content, dict):
             raise ValueError(
-                f"{path} is {type(content).__name__}, not a table: docs/study.md lists what a study holds."
+                f"{path} is {type(content).__name__}, not a table: docs/how-to/study.md lists what a study holds."
             )
         try:
             study = cls.model_validate(content)
@@ -254,7 +254,7 @@ def _sentence(error: ValidationError, content: dict[str, Any], path: Path) -> st
             model, allowed = _ENTRIES[named[0]], "a table"
     where = f"{path.name}: {'.'.join(named)}"
     if first["type"] == "missing":
-        return f"{where} is missing: give {allowed}; docs/study.md explains."
+        return f"{where} is missing: give {allowed}; docs/how-to/study.md explains."
     if first["type"] == "extra_forbidden":
         known = list((model or Study).model_fields)
         near = get_close_matches(named[-1], known, n=1, cutoff=0.5)
@@ -264,7 +264,7 @@ def _sentence(error: ValidationError, content: dict[str, Any], path: Path) -> st
             "letters, digits, '-', '.' and single '_'" if named[0] == "variants" else "a name such as Dataset101_BUSI"
         )
         return f"{path.name}: {shown(first['input'])} cannot be a name under {named[0]}: allowed is {allowed}."
-    return f"{where} is {shown(value)}: allowed is {allowed}; see docs/study.md."
+    return f"{where} is {shown(value)}: allowed is {allowed}; see docs/how-to/study.md."
 
 
 _ENTRIES: dict[str, type[BaseModel]] = {"datasets": Dataset, "unseen": Unseen, "variants": Variant}
@@ -305,7 +305,7 @@ def _check_together(study: Study, path: Path) -> None:
 
 
 def schema_table() -> str:
-    """The tables of ``docs/study.md``, in Markdown."""
+    """The tables of ``docs/how-to/study.md``, in Markdown."""
     parts = []
     tables = {"study": Study, "a data set": Dataset, "`convert`": Conversion, "a variant": Variant}
     for title, model in tables.items():
