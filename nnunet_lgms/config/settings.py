@@ -167,9 +167,7 @@ class LGMSSettings(_Strict):
                 names the value, what is allowed, and the way out.
         """
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f'"{KEY}" is {shown(value)}: it must be a table of settings, see docs/reference/plans.md.'
-            )
+            raise ValueError(f'"{KEY}" is {shown(value)}: it must be a table of settings, see docs/reference/plans.md.')
         check_required_version(value.get("requires"))
         if strange := [key for key in value if not (isinstance(key, str) and key.isidentifier())]:
             raise ValueError(_unknown(strange[0], list(cls.model_fields)))
