@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM
 from nnunet_lgms.files import atomic_write
-from nnunet_lgms.ops.backend import CHANNELS_LAST
 from nnunet_lgms.ops.bottleneck import inverted_bottleneck
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.conv import same_conv
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
 from nnunet_lgms.ops.max_pool import max_pool
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST
 from nnunet_lgms.ops.norm_act import norm_act
 from nnunet_lgms.ops.upsample import linear_upsample
 

@@ -8,6 +8,7 @@ import torch
 from nnunet_lgms import LGMSNet
 from nnunet_lgms.blocks import ConvNormAct
 from nnunet_lgms.ops import backend, conv
+from nnunet_lgms.ops.memory_format import channels_last
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
 
@@ -22,7 +23,7 @@ def test_maps_are_channels_last_from_the_first_convolution_on(dim, channels):
     found = {}
     for name, module in network.named_modules():
         if isinstance(module, ConvNormAct):
-            module.register_forward_hook(lambda m, x, out, name=name: found.update({name: backend.channels_last(out)}))
+            module.register_forward_hook(lambda m, x, out, name=name: found.update({name: channels_last(out)}))
     with torch.autocast("cuda"):
         network(torch.randn(2, channels, *(32,) * dim, device="cuda"))
     assert found and all(found.values()), found
@@ -34,12 +35,13 @@ def network_and_batch(request, monkeypatch):
         monkeypatch.setattr(conv, threshold, 0)
     torch.manual_seed(0)
     shape = SHAPE[request.param]
-    return LGMSNet.paper(shape[1], 3, dim=request.param).cuda(), torch.randn(shape, device="cuda")
+    yield LGMSNet.paper(shape[1], 3, dim=request.param).cuda(), torch.randn(shape, device="cuda")
+    backend.set_kernels("auto")
 
 
-def run(network, x, kernels, monkeypatch, half=True, compiled=False):
+def run(network, x, kernels, half=True, compiled=False):
     """Output and all gradients in float64."""
-    monkeypatch.setattr(backend, "KERNELS", kernels)
+    backend.set_kernels(kernels)
     network = copy.deepcopy(network)
     network, x = (network, x) if half else (network.double(), x.double())
     if compiled:  # the copy: one of a compiled network has forgotten that sizes are fixed
@@ -59,12 +61,12 @@ def error(actual, expected):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_errors_are_those_of_half_precision(network_and_batch, compiled, monkeypatch):
+def test_errors_are_those_of_half_precision(network_and_batch, compiled):
     """A network that is not trained passes on what is rounded: gradients err by a tenth, whoever rounds."""
     network, x = network_and_batch
-    expected = run(network, x, "off", monkeypatch, half=False)
-    pytorch = run(network, x, "off", monkeypatch)
-    ours = run(network, x, "on", monkeypatch, compiled=compiled)
+    expected = run(network, x, "off", half=False)
+    pytorch = run(network, x, "off")
+    ours = run(network, x, "auto", compiled=compiled)
     for name, want, theirs, mine in zip(("output", "gradient", "prediction"), expected, pytorch, ours, strict=True):
         print(f"{name}: PyTorch {error(theirs, want):.2e}, kernels {error(mine, want):.2e}")
         assert error(mine, want) < 1.5 * error(theirs, want) + 1e-4
@@ -72,6 +74,6 @@ def test_errors_are_those_of_half_precision(network_and_batch, compiled, monkeyp
 
 def test_gradients_repeat_bit_for_bit(network_and_batch, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    first = run(*network_and_batch, "on", monkeypatch)
-    second = run(*network_and_batch, "on", monkeypatch)
+    first = run(*network_and_batch, "auto")
+    second = run(*network_and_batch, "auto")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -126,7 +126,7 @@ def differences_alone(case: Case) -> float:
 
 
 def process(rank: int, port: int, folder: str) -> None:
-    from nnunet_lgms.ops import norm_act_triton as kernels
+    from nnunet_lgms.ops.triton import norm_act as kernels
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(SAMPLES))
     with (

@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnunet_lgms import LGMSNet
-from nnunet_lgms.ops import bottleneck_cpu, conv_cpu, depthwise_cpu, norm_cpu
-from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, wants_channels_last
 from nnunet_lgms.ops.bottleneck import inverted_bottleneck
 from nnunet_lgms.ops.conv import same_conv
+from nnunet_lgms.ops.cpu import bottleneck as bottleneck_cpu
+from nnunet_lgms.ops.cpu import conv as conv_cpu
+from nnunet_lgms.ops.cpu import depthwise as depthwise_cpu
+from nnunet_lgms.ops.cpu import norm_act as norm_cpu
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, wants_channels_last
 from nnunet_lgms.ops.norm_act import norm_act
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")

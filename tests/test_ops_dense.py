@@ -110,7 +110,7 @@ def draw(shape, device, mean=0.0):
 
 def both_ways(errors):
     """The errors that the function finds, by either kernel of the convolution."""
-    from nnunet_lgms.ops import conv_triton
+    from nnunet_lgms.ops.triton import conv as conv_triton
 
     found = []
     for way in WAYS:
@@ -174,7 +174,8 @@ def finished_errors(shape, out_channels, kernel, groups, activation, affine, res
 
 def moments_errors(shape, out_channels, kernel, groups, norm, activation, offset, device):
     """Mean and variance of a convolution's result from its own moments, against float64; offset is of its bias."""
-    from nnunet_lgms.ops import norm_act, norm_act_triton
+    from nnunet_lgms.ops import norm_act
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     halves = [draw((shape[0], shape[1] // groups, *shape[2:]), device).to(half(device)) for _ in range(groups)]
     weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device)
@@ -202,7 +203,8 @@ def moments_errors(shape, out_channels, kernel, groups, norm, activation, offset
 
 
 def norm_errors(shape, norm, activation, mean, device):
-    from nnunet_lgms.ops import norm_act, norm_act_triton
+    from nnunet_lgms.ops import norm_act
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     x, residual, grad = draw(shape, device, mean).requires_grad_(), draw(shape, device), draw(shape, device)
     norm = norm.to(device).double().train()  # never PyTorch's instance norm: its gradient is wrong for a batch of one
@@ -290,7 +292,7 @@ def scaled_errors(shape, contiguous, device):
 
 def bottleneck_errors(shape, out_channels, norm1, norm2, device):
     from nnunet_lgms.ops import bottleneck
-    from nnunet_lgms.ops.norm_act_triton import PartialMoments, join_moments, moments
+    from nnunet_lgms.ops.triton.norm_act import PartialMoments, join_moments, moments
 
     hidden = norm2.num_channels if isinstance(norm2, nn.GroupNorm) else norm2.num_features
     conv_op = {4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
@@ -325,7 +327,8 @@ def bottleneck_errors(shape, out_channels, norm1, norm2, device):
 
 
 def upsampling_errors(shape, scale, crop, device):
-    from nnunet_lgms.ops import upsample, upsample_triton
+    from nnunet_lgms.ops import upsample
+    from nnunet_lgms.ops.triton import upsample as upsample_triton
 
     size = [n * s - (crop if s > 1 else 0) for n, s in zip(shape[2:], scale, strict=True)]
     x = draw(shape, device).requires_grad_()
@@ -339,7 +342,8 @@ def upsampling_errors(shape, scale, crop, device):
 
 
 def pooling_errors(shape, stride, device):
-    from nnunet_lgms.ops import max_pool, max_pool_triton
+    from nnunet_lgms.ops import max_pool
+    from nnunet_lgms.ops.triton import max_pool as max_pool_triton
 
     x = torch.randint(0, 5, shape).float().to(device).to(memory_format=LAYOUT[len(shape)]).requires_grad_()  # many ties
     expected = max_pool.max_pool(x, stride)
@@ -355,7 +359,7 @@ LAYOUTS = {"3d": ((2, 5, 3, 4, 7),), "2d": ((3, 16, 9, 8),)}  # shape
 
 
 def layout_errors(shape, device):
-    from nnunet_lgms.ops import layout_triton
+    from nnunet_lgms.ops.triton import layout as layout_triton
 
     x = torch.randn(shape).to(device)
     last = layout_triton.channels_last(x)
@@ -368,7 +372,7 @@ CHANNELS = {"3d": ((2, 7, 3, 4, 5), (4, 3)), "2d": ((1, 24, 9, 8), (8, 12, 4))} 
 
 
 def channels_errors(shape, sizes, device):
-    from nnunet_lgms.ops import channels_triton
+    from nnunet_lgms.ops.triton import channels as channels_triton
 
     x = draw(shape, device)
     parts = channels_triton.split(x, sizes)
@@ -402,7 +406,8 @@ def errors(group, case, device):
 def network_errors():
     """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off."""
     from nnunet_lgms import LGMSNet
-    from nnunet_lgms.ops import bottleneck, channels, conv, conv_triton, layout, max_pool, norm_act, tokens, upsample
+    from nnunet_lgms.ops import bottleneck, channels, conv, layout, max_pool, norm_act, tokens, upsample
+    from nnunet_lgms.ops.triton import conv as conv_triton
 
     found = []
     conv_triton.LEAST_FULL = 0
@@ -449,7 +454,7 @@ PLANS = {  # input shape, output channels, kernel, slices of a sample at most, w
 
 @pytest.mark.parametrize("case", PLANS)
 def test_convolutions_sweep_where_that_is_faster(case):
-    conv_triton = pytest.importorskip("nnunet_lgms.ops.conv_triton")
+    conv_triton = pytest.importorskip("nnunet_lgms.ops.triton.conv")
     shape, out_channels, kernel, most_slices, sweeps = PLANS[case]
     plan = conv_triton._Plan.of(torch.empty(shape, device="meta"), kernel, shape[1], out_channels, most_slices)
     assert plan.function is (conv_triton._dense_sweep if sweeps else conv_triton._dense_flat)

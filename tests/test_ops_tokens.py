@@ -14,6 +14,7 @@ from torch import nn
 
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.ops import backend, tokens
+from nnunet_lgms.ops.memory_format import channels_last
 
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 CASES = {  # batch, channels of the tokens, channels beside them, size of the map, patch
@@ -90,7 +91,7 @@ def test_kernels_are_told_what_memory_they_get():
     x = torch.empty(2, 16, 7, 10, device="meta").to(memory_format=torch.channels_last)
     with backend.as_on_gpu():
         out = transformer(x, nn.ReLU())
-    assert out.shape == x.shape and backend.channels_last(out)
+    assert out.shape == x.shape and channels_last(out)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

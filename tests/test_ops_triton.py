@@ -56,7 +56,7 @@ def test_interpreted_kernels_match_float64(interpreted, case):
 
 
 def test_blocks_cover_every_patch():
-    triton_kernels = pytest.importorskip("nnunet_lgms.ops.depthwise_triton")
+    triton_kernels = pytest.importorskip("nnunet_lgms.ops.triton.depthwise")
     for shape in [(128, 16, 16), (1, 32, 32), (5, 7, 5), (1, 1, 1), (40, 5, 7)]:
         block = triton_kernels._block(*shape, 32)
         assert block[0] * block[1] * block[2] == 32
@@ -82,7 +82,7 @@ COMPILED = {
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_kernels_match_float64(case, batch, dtype, monkeypatch):
-    from nnunet_lgms.ops import depthwise_triton
+    from nnunet_lgms.ops.triton import depthwise as depthwise_triton
 
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     out, taps = errors(depthwise_triton, "cuda", batch, *COMPILED[case], dtype, True, False, True)
@@ -106,13 +106,13 @@ def gradients(function, x, weights, biases, grad):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-def test_gradients_match_the_pytorch_path(memory_format, monkeypatch):
+def test_gradients_match_the_pytorch_path(memory_format):
     x, weights, biases = gpu_case(memory_format=memory_format)
     grad = torch.randn_like(x)
     got = gradients(multi_kernel_depthwise, x, weights, biases, grad)
     assert got[0].is_contiguous(memory_format=memory_format)
-    monkeypatch.setattr(backend, "KERNELS", "off")
-    want = gradients(multi_kernel_depthwise, x.double(), weights, biases, grad.double())
+    with backend.kernels("off"):
+        want = gradients(multi_kernel_depthwise, x.double(), weights, biases, grad.double())
     for a, b in zip(got, want):
         assert ((a.double() - b.double()).norm() / b.double().norm()).item() < 2e-3
 
@@ -162,7 +162,7 @@ def test_compiles_under_autocast_on_the_gpu():
 
 
 if __name__ == "__main__":
-    from nnunet_lgms.ops import depthwise_triton
+    from nnunet_lgms.ops.triton import depthwise as depthwise_triton
 
     torch.set_num_threads(1)
     print(json.dumps({name: errors(depthwise_triton, "cpu", *case) for name, case in INTERPRETED.items()}))

@@ -31,8 +31,9 @@ from nnunet_lgms.architecture.topology import (
 )
 from nnunet_lgms.blocks.norm import paper_norm
 from nnunet_lgms.files import one_line, shown
-from nnunet_lgms.ops.backend import use_kernels, wants_channels_last
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import wants_channels_last
 
 
 class LGMSNet(nn.Module):

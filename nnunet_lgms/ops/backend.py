@@ -1,38 +1,133 @@
-"""Which path an operator takes: the Triton kernels of this package, or plain PyTorch.
+"""The path that an operator takes: the Triton kernels of this package, or PyTorch's own operators.
 
-Decided once, when the package is imported, so that `torch.compile` sees constants.
+There is one switch, :func:`set_kernels`, whose first value is the environment variable NNUNET_LGMS_KERNELS, and one
+decision for every device, :func:`kernels_for`, which says why. A kernel that Triton cannot build, or that a GPU has not
+the memory for, switches the kernels off on its device: the operator runs again on PyTorch's path, with one warning.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-#: Environment variable: "on" (default) or "off", PyTorch alone.
-KERNELS = os.environ.get("NNUNET_LGMS_KERNELS", "on").lower()
-if KERNELS not in ("off", "on"):
-    raise ValueError(f"NNUNET_LGMS_KERNELS is {KERNELS!r}: set it to off or on, or unset it.")
+VARIABLE = "NNUNET_LGMS_KERNELS"
+SETTINGS = ("auto", "off")
 HAS_TRITON = find_spec("triton") is not None
-HALF = (torch.float16, torch.bfloat16)
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CAPABILITY = (8, 0)  # of the oldest GPUs that the kernels are made for: tensor cores with bfloat16 and tf32
+SHARED_MEMORY = 90_112  # bytes of a block that the largest kernel takes where there is little of it
+ALL_HAVE = 99 << 10  # bytes of shared memory that every GPU of that capability has, where PyTorch does not say it
 
 
+class Decision(NamedTuple):
+    """The path that operators take on a device, "kernels" or "pytorch", and the reason in one sentence."""
+
+    path: str
+    reason: str
+
+
+class KernelsSwitchedOff(RuntimeError):
+    """A kernel failed, and those of its device are switched off: what was computed can be computed again without."""
+
+
+def _setting_of(value: str) -> str:
+    value = {"on": "auto"}.get(value.lower(), value.lower())
+    if value not in SETTINGS:
+        raise ValueError(f"{VARIABLE} is {value!r}: set it to auto or off, or unset it.")
+    return value
+
+
+_setting = _setting_of(os.environ.get(VARIABLE, "auto"))
+_failed: dict[int, str] = {}  # kernels that failed, by index of the device
 _as_on_gpu = False
 
 
+def set_kernels(setting: str) -> None:
+    """Switches the Triton kernels: "auto" uses them on every device that they are made for, "off" on none.
+
+    Code that ``torch.compile`` has compiled is compiled anew, graphs that were recorded stay as they are.
+
+    Raises:
+        ValueError: ``setting`` is neither of the two.
+    """
+    global _setting
+    if setting not in SETTINGS:
+        raise ValueError(f"set_kernels takes 'auto' or 'off', not {setting!r}.")
+    _setting = setting
+
+
+@contextmanager
+def kernels(setting: str) -> Iterator[None]:
+    """Inside, :func:`set_kernels` is in force, and at the end what was before."""
+    before = _setting
+    set_kernels(setting)
+    try:
+        yield
+    finally:
+        set_kernels(before)
+
+
+def kernels_for(device: torch.device | str) -> Decision:
+    """The path that operators take for tensors on ``device``, and why."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return Decision("pytorch", f"The Triton kernels are for NVIDIA GPUs, not for the device {device.type!r}.")
+    if _setting == "off":
+        return Decision("pytorch", f"The Triton kernels are switched off ({VARIABLE} or set_kernels).")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index in _failed:
+        return Decision("pytorch", _failed[index])
+    return _hardware(index)
+
+
+@functools.cache
+def _hardware(index: int) -> Decision:
+    """What the machine allows on the CUDA device ``index``."""
+    if not HAS_TRITON:
+        return Decision("pytorch", "The Triton kernels need the package triton, which is not installed.")
+    if torch.version.hip is not None:
+        return Decision("pytorch", "The Triton kernels are for NVIDIA GPUs, and this PyTorch is built for AMD's.")
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major, properties.minor
+    if capability < CAPABILITY:
+        need = ".".join(map(str, CAPABILITY))
+        has = ".".join(map(str, capability))
+        return Decision(
+            "pytorch", f"The Triton kernels need compute capability {need}, and {properties.name} has {has}."
+        )
+    shared = getattr(properties, "shared_memory_per_block_optin", ALL_HAVE)
+    if shared < SHARED_MEMORY:
+        return Decision(
+            "pytorch",
+            f"The Triton kernels need {SHARED_MEMORY} bytes of shared memory per block, and {properties.name} has "
+            f"{shared}.",
+        )
+    return Decision("kernels", f"The Triton kernels run on {properties.name}.")
+
+
 def use_kernels(x: Tensor) -> bool:
-    """Whether this tensor goes to the Triton kernels; each operator adds the limits of its own."""
-    return KERNELS == "on" and HAS_TRITON and (x.is_cuda or _as_on_gpu)
+    """Whether x goes to the Triton kernels; each operator adds the limits of its own."""
+    if _as_on_gpu:
+        return HAS_TRITON and _setting != "off"
+    return _setting != "off" and x.is_cuda and _chosen(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _chosen(index: int) -> bool:
+    return kernels_for(torch.device("cuda", index)).path == "kernels"
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Inside, tensors take the path of CUDA tensors wherever they are; for those without numbers, to count memory."""
+    """Inside, tensors take the path of a GPU's tensors wherever they are: on the meta device, to count memory."""
     global _as_on_gpu
     before, _as_on_gpu = _as_on_gpu, True
     try:
@@ -41,31 +136,52 @@ def as_on_gpu() -> Iterator[None]:
         _as_on_gpu = before
 
 
-def channels_last(x: Tensor) -> bool:
-    """Whether x (B, C, *spatial) is stored with its channels innermost."""
-    return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and (x.shape[1] == 1 or not x.is_contiguous())
+def counts_as_gpu() -> bool:
+    """Whether :func:`as_on_gpu` is in force."""
+    return _as_on_gpu
 
 
-def wants_channels_last(x: Tensor) -> bool:
-    """Whether a network runs faster on x (B, C, *spatial) with its channels innermost.
+def kernel_failed(device: torch.device, kernel: str, error: Exception) -> RuntimeError:
+    """Switches the kernels of ``device`` off, with a warning, and returns the error that ends what was being computed.
 
-    oneDNN has no double precision. A compiler, or the runtime that a network is exported to, chooses layouts itself.
+    Processes that train together would exchange different things, so there it is an error for good.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _as_on_gpu:
-        return False
-    onednn = torch.backends.mkldnn
-    return x.device.type == "cpu" and x.dtype != torch.float64 and onednn.is_available() and onednn.enabled
+    what = (
+        f"the Triton kernel {kernel} failed on {device} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return RuntimeError(f"{what[0].upper()}{what[1:]}: set {VARIABLE}=off for all processes of this training.")
+    index = device.index if device.index is not None else 0
+    if index not in _failed:
+        _failed[index] = f"The Triton kernels are switched off, as {what}."
+        warnings.warn(f"{what[0].upper()}{what[1:]}: PyTorch's operators take its place.", RuntimeWarning, stacklevel=2)
+    return KernelsSwitchedOff(_failed[index])
 
 
-def map_memory(reference: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """Uninitialised (B, *size, channels), the memory of a channels-last map, which is its `.movedim(-1, 1)`.
+def with_fallback(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)``, called a second time if a kernel failed in it and is switched off by then.
 
-    Batch, dtype and device are those of `reference`. A plain tensor and not one of another memory format, because
-    Inductor (torch 2.11) fills the latter before a kernel overwrites it.
+    For what can be repeated: an operator, or a whole training step where the kernel may be one of the backward pass.
     """
-    return torch.empty((reference.shape[0], *size, channels), dtype=reference.dtype, device=reference.device)
+    try:
+        return function(*args, **kwargs)
+    except KernelsSwitchedOff:
+        return function(*args, **kwargs)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a convolution of x works in: autocast's where that is on."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+def operator(function: Callable) -> Callable:
+    """Decorates an operator, whose first argument is a map or a sequence of maps.
+
+    Kernels are launched on the device of that map, and PyTorch's path takes their place where one fails. A compiler
+    sees to both in its own way.
+    """
+
+    @functools.wraps(function)
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        first = x if isinstance(x, Tensor) else x[0]
+        if torch.compiler.is_compiling() or not first.is_cuda:
+            return function(x, *args, **kwargs)
+        with torch.cuda.device_of(first):
+            return with_fallback(function, x, *args, **kwargs)
+
+    return call

@@ -1,9 +1,9 @@
 """Inverted bottleneck of the Fusion block as one operator (LGMSNet, arXiv 2508.15476, section 3.4).
 
 Its wide map has four times the channels of the block's result, at full resolution: read and written ten times in a
-training step, it was the largest part of the step's memory. Where the kernels run (`bottleneck_triton.py`) it is never
+training step, it was the largest part of the step's memory. Where the kernels run (`triton/bottleneck.py`) it is never
 stored: every pass computes it again from the narrow input, in registers. On the CPU it goes piece by piece through
-the cache (`bottleneck_cpu.py`). Everywhere else, and on CUDA when the environment variable NNUNET_LGMS_KERNELS is
+the cache (`cpu/bottleneck.py`). Everywhere else, and on CUDA when the environment variable NNUNET_LGMS_KERNELS is
 `off`, the operator is its convolutions and norms one by one.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops import bottleneck_cpu
-from nnunet_lgms.ops.backend import HALF, compute_dtype
 from nnunet_lgms.ops.conv import conv_norm_act, same_conv_moments
+from nnunet_lgms.ops.cpu import bottleneck as bottleneck_cpu
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import HALF, compute_dtype
 from nnunet_lgms.ops.norm_act import (
     NormSpec,
     batch_moments,
@@ -95,7 +95,7 @@ def kernels_fit_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: 
 
 
 def _kernels() -> ModuleType:
-    from nnunet_lgms.ops import bottleneck_triton
+    from nnunet_lgms.ops.triton import bottleneck as bottleneck_triton
 
     return bottleneck_triton
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, use_kernels
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last
 
 
 def join_channels(xs: Sequence[Tensor]) -> Tensor:
@@ -41,14 +42,14 @@ def _fits_kernels(x: Tensor) -> bool:
 
 @triton_op("nnunet_lgms::join_channels", mutates_args=())
 def _join(xs: list[Tensor]) -> Tensor:
-    from nnunet_lgms.ops import channels_triton
+    from nnunet_lgms.ops.triton import channels as channels_triton
 
     return channels_triton.join(xs)
 
 
 @triton_op("nnunet_lgms::split_channels", mutates_args=())
 def _split(x: Tensor, sizes: list[int]) -> list[Tensor]:
-    from nnunet_lgms.ops import channels_triton
+    from nnunet_lgms.ops.triton import channels as channels_triton
 
     return channels_triton.split(x, sizes)
 

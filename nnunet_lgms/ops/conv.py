@@ -3,10 +3,10 @@
 At full resolution LGMSNet has 4 to 64 channels where cuDNN's kernels are made for hundreds: on an H100 its input
 gradients there take up to six times as long as a product that reads every voxel once (4 to 16 channels, 128^3), and
 grouped convolutions twice as long as dense ones. Channels-last maps of that kind go to an implicit matrix product in
-Triton (`conv_triton.py`), forward and input gradient; weight gradients are cuDNN's. Other channels-last maps go to the
+Triton (`triton/conv.py`), forward and input gradient; weight gradients are cuDNN's. Other channels-last maps go to the
 libraries, 1x1 convolutions as the matrix products that they are there, with the gradient of a bias as the sum of a few
 parallel slices. Everything else, and everything when the environment variable NNUNET_LGMS_KERNELS is `off`, is
-`F.conv2d` / `F.conv3d`, on the CPU in the layouts of `conv_cpu.py`.
+`F.conv2d` / `F.conv3d`, on the CPU in the layouts of `cpu/conv.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch.autograd import Function
 from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops import conv_cpu
-from nnunet_lgms.ops.backend import HALF, channels_last, compute_dtype, use_kernels
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.channels import join_channels
+from nnunet_lgms.ops.cpu import conv as conv_cpu
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import HALF, channels_last, compute_dtype
 from nnunet_lgms.ops.norm_act import channel_sums, moments_wanted, norm_act, shift_cancels, statistics_known
 
 CONV = {2: F.conv2d, 3: F.conv3d}
@@ -107,7 +108,7 @@ def same_conv_moments(
         wanted: by the norm of the result; see :func:`nnunet_lgms.ops.norm_act.moments_wanted`.
 
     Returns:
-        The result, and its moments by slices (`PartialMoments` in `norm_act_triton.py`), none where they come at a
+        The result, and its moments by slices (`PartialMoments` in `triton/norm_act.py`), none where they come at a
         cost.
     """
     xs = [x] if isinstance(x, Tensor) else list(x)
@@ -194,7 +195,7 @@ def kernels_fit_conv(xs: Sequence[Tensor], weight: Tensor, min_voxels: int | Non
 
 @triton_op("nnunet_lgms::same_conv", mutates_args=())
 def _convolve(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    from nnunet_lgms.ops import conv_triton
+    from nnunet_lgms.ops.triton import conv as conv_triton
 
     return conv_triton.convolve(xs, weight, bias, groups)
 
@@ -210,7 +211,7 @@ def _convolve_moments(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, mean, second moment, voxels), the latter by slices, for a norm of this kind."""
-    from nnunet_lgms.ops import conv_triton
+    from nnunet_lgms.ops.triton import conv as conv_triton
 
     out, partial = conv_triton.convolve_moments(xs, weight, bias, groups, kind, norm_groups, activation)
     return out, *partial
@@ -218,7 +219,7 @@ def _convolve_moments(
 
 @triton_op("nnunet_lgms::same_conv_input_grad", mutates_args=())
 def _convolve_transposed(grad: Tensor, weight: Tensor, groups: int, parts: int) -> list[Tensor]:
-    from nnunet_lgms.ops import conv_triton
+    from nnunet_lgms.ops.triton import conv as conv_triton
 
     return conv_triton.convolve_transposed(grad, weight, groups, parts)
 
@@ -238,7 +239,7 @@ def _convolve_finished(
     residual: Tensor | None,
 ) -> Tensor:
     """Convolution, norm of given statistics and activation; for prediction, it has no gradient."""
-    from nnunet_lgms.ops import conv_triton
+    from nnunet_lgms.ops.triton import conv as conv_triton
 
     finish = conv_triton.Finish(mean, variance, norm_weight, norm_bias, eps, activation, residual)
     return conv_triton.convolve([x], weight, bias, groups, finish)

@@ -10,8 +10,8 @@ operator, and its depthwise gradients are slow. Here there are two operators, bo
 The two are closed under differentiation, so second derivatives work too. All kernels and biases travel in one flat
 tensor: one argument, one gradient, and one small copy in place of a launch per group.
 
-CUDA tensors go to the kernels of `depthwise_triton.py` where those apply, unless the environment variable
-NNUNET_LGMS_KERNELS is `off`; float32 on the CPU takes the forms of `depthwise_cpu.py`, and all else the PyTorch path
+CUDA tensors go to the kernels of `triton/depthwise.py` where those apply, unless the environment variable
+NNUNET_LGMS_KERNELS is `off`; float32 on the CPU takes the forms of `cpu/depthwise.py`, and all else the PyTorch path
 below. All give the same results up to rounding.
 """
 
@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops import depthwise_cpu
-from nnunet_lgms.ops.backend import CHANNELS_LAST, use_kernels
+from nnunet_lgms.ops.backend import use_kernels
+from nnunet_lgms.ops.cpu import depthwise as depthwise_cpu
 from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Outputs along x that share one matrix product in the weight gradient on the CPU, and the most numbers that its copies
@@ -320,6 +321,6 @@ def _triton_kernels(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) 
     """The module with the CUDA kernels if it can serve this call, else None."""
     if not use_kernels(x):
         return None
-    from nnunet_lgms.ops import depthwise_triton
+    from nnunet_lgms.ops.triton import depthwise as depthwise_triton
 
     return depthwise_triton if depthwise_triton.supports(x, channels, kernels) else None

@@ -11,10 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from nnunet_lgms.ops.backend import kernel_failed
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -24,9 +27,47 @@ if TYPE_CHECKING:
 _asked_for: dict[tuple, None] | None = None
 
 
-def launch(kernel: JITFunction) -> JITFunction | _Asked:
-    """``launch(kernel)[grid](...)`` is ``kernel[grid](...)``, launched or only compiled."""
-    return kernel if _asked_for is None else _Asked(kernel)
+def launch(kernel: JITFunction) -> _Launch | _Asked:
+    """``launch(kernel)[grid](...)`` is ``kernel[grid](...)``, launched or only compiled.
+
+    Raises:
+        KernelsSwitchedOff: at the launch, where Triton cannot build the kernel or the GPU has not the memory for it;
+            see :func:`nnunet_lgms.ops.backend.kernel_failed`.
+    """
+    return _Launch(kernel) if _asked_for is None else _Asked(kernel)
+
+
+class _Launch:
+    """A kernel of which a failure switches the kernels off."""
+
+    def __init__(self, kernel: JITFunction):
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                self._kernel[grid](*args, **kwargs)
+            except Exception as error:
+                if not _is_triton_s(error):
+                    raise
+                device = next(arg.device for arg in args if isinstance(arg, Tensor))
+                raise kernel_failed(device, _name(self._kernel), error) from error
+
+        return run
+
+
+def _is_triton_s(error: Exception) -> bool:
+    """Whether a kernel cannot be built, or cannot run on this GPU whatever it is given."""
+    from triton.errors import TritonError
+
+    if isinstance(error, TritonError | CalledProcessError):  # the latter of the C compiler
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("PassManager", "C compiler"))
+
+
+def _name(kernel: Any) -> str:
+    kernel = getattr(kernel, "kernel", kernel)  # within what `wrap_triton` gives
+    return getattr(kernel, "__name__", type(kernel).__name__)
 
 
 class _Asked:
@@ -63,9 +104,13 @@ def _compile(asked_for: list[tuple]) -> None:
 
     on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else ()
     with ThreadPoolExecutor(os.cpu_count(), "compile", *on_device) as threads:
-        with triton.AsyncCompileMode(threads):
-            kernels = [kernel.warmup(*args, grid=(1,), **dict(kwargs)) for kernel, args, kwargs in asked_for]
-        list(threads.map(_build_launcher, {id(kernel): kernel for kernel in map(_compiled, kernels)}.values()))
+        try:
+            with triton.AsyncCompileMode(threads):
+                kernels = [kernel.warmup(*args, grid=(1,), **dict(kwargs)) for kernel, args, kwargs in asked_for]
+            list(threads.map(_build_launcher, {id(kernel): kernel for kernel in map(_compiled, kernels)}.values()))
+        except Exception as error:  # at its launch, the kernel fails again, and somebody is there to do without it
+            if not _is_triton_s(error):
+                raise
 
 
 def _compiled(kernel: Any) -> CompiledKernel:

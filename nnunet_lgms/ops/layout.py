@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, use_kernels, wants_channels_last
+from nnunet_lgms.ops.backend import use_kernels
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, wants_channels_last
 
 
 def to_channels_first(x: Tensor) -> Tensor:
@@ -58,14 +59,14 @@ def _fits_kernels(x: Tensor) -> bool:
 
 @triton_op("nnunet_lgms::channels_first", mutates_args=())
 def _channels_first(x: Tensor) -> Tensor:
-    from nnunet_lgms.ops import layout_triton
+    from nnunet_lgms.ops.triton import layout as layout_triton
 
     return layout_triton.channels_first(x)
 
 
 @triton_op("nnunet_lgms::channels_last", mutates_args=())
 def _channels_last(x: Tensor) -> Tensor:
-    from nnunet_lgms.ops import layout_triton
+    from nnunet_lgms.ops.triton import layout as layout_triton
 
     return layout_triton.channels_last(x)
 

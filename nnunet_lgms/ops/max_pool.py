@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import HALF, channels_last
 
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -30,14 +31,14 @@ def max_pool(x: Tensor, stride: Sequence[int]) -> Tensor:
 
 @triton_op("nnunet_lgms::max_pool", mutates_args=())
 def _pool(x: Tensor, stride: Sequence[int]) -> Tensor:
-    from nnunet_lgms.ops import max_pool_triton
+    from nnunet_lgms.ops.triton import max_pool as max_pool_triton
 
     return max_pool_triton.pool(x, stride)
 
 
 @triton_op("nnunet_lgms::max_pool_backward", mutates_args=())
 def _pool_backward(grad: Tensor, x: Tensor, stride: Sequence[int]) -> Tensor:
-    from nnunet_lgms.ops import max_pool_triton
+    from nnunet_lgms.ops.triton import max_pool as max_pool_triton
 
     return max_pool_triton.pool_backward(grad, x, stride)
 

@@ -11,7 +11,7 @@ PyTorch would go over the map for it. Where each channel's own mean is subtracte
 
 LGMSNet puts GELU before the norm in its Fusion block and other activations behind it elsewhere; both orders are one
 operator. Everywhere but on channels-last CUDA maps, and everywhere when the environment variable NNUNET_LGMS_KERNELS
-is `off`, PyTorch's modules do the same, on the CPU in the forms of `norm_cpu.py`.
+is `off`, PyTorch's modules do the same, on the CPU in the forms of `cpu/norm_act.py`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from torch.library import triton_op
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nnunet_lgms.ops import norm_cpu
-from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.channels import join_channels
+from nnunet_lgms.ops.cpu import norm_act as norm_cpu
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import HALF, channels_last
 
 #: activation after the norm; "gelu_first" is GELU before it
 ACTIVATIONS = {
@@ -209,7 +210,7 @@ def channel_sums(x: Tensor) -> Tensor:
 
 @triton_op("nnunet_lgms::channel_means", mutates_args=())
 def _channel_means(x: Tensor) -> Tensor:
-    from nnunet_lgms.ops import norm_act_triton
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     return norm_act_triton.moments(x, "batch", 1, "none")[0].view(-1)
 
@@ -267,7 +268,7 @@ def _update_running_statistics(
     unbiased: float,
 ) -> None:
     """Of a batch norm, from the statistics of a batch, (1, C); ``unbiased`` is a factor of the variance."""
-    from nnunet_lgms.ops import norm_act_triton
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     norm_act_triton.update_running_statistics(
         mean, variance, shift, running_mean, running_variance, batches_tracked, momentum, unbiased
@@ -278,7 +279,7 @@ def batch_moments(
     x: Tensor, partial: Sequence[Tensor], kind: str, groups: int, activation: str, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of x + shift, (B, C) or, for the batch norm, (1, C) in float32, from its slices if known."""
-    from nnunet_lgms.ops import norm_act_triton
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     if partial:
         return norm_act_triton.join_moments(norm_act_triton.PartialMoments(*partial), kind, groups)
@@ -304,7 +305,7 @@ def _norm_act_forward(
     They are those of x where the shift makes no difference to the result, else of x + shift. With another map beside,
     whose channels come behind those of out, it has no gradient.
     """
-    from nnunet_lgms.ops import norm_act_triton
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     shift = None if _cancels(kind, activation) else shift
     mean, variance = batch_moments(x, partial, kind, groups, activation, shift)
@@ -326,7 +327,7 @@ def _norm_act_known(
     activation: str,
 ) -> Tensor:
     """With given statistics, (C,); for prediction, it has no gradient."""
-    from nnunet_lgms.ops import norm_act_triton
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     norm = norm_act_triton.Norm(mean[None], variance[None], weight, bias, eps)
     return norm_act_triton.apply(x, norm, residual, "batch", 1, activation, shift, beside)
@@ -347,7 +348,7 @@ def _norm_act_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, and of weight and bias in float32."""
-    from nnunet_lgms.ops import norm_act_triton
+    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
 
     norm = norm_act_triton.Norm(mean, variance, weight, bias, eps)
     return norm_act_triton.backward(grad, x, norm, kind, groups, activation, shift)

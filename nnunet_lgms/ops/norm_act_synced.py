@@ -70,7 +70,7 @@ class _Synced(torch.autograd.Function):
     @staticmethod
     @_not_traced
     def forward(ctx, x, partial, shift, weight, bias, residual, group, eps, activation, cancels):
-        from nnunet_lgms.ops import norm_act_triton as kernels
+        from nnunet_lgms.ops.triton import norm_act as kernels
 
         added = None if cancels else shift
         moments = batch_moments(x, partial, "batch", 1, activation, added)
@@ -89,7 +89,7 @@ class _Synced(torch.autograd.Function):
     @once_differentiable
     @_not_traced
     def backward(ctx, grad, *_):
-        from nnunet_lgms.ops import norm_act_triton as kernels
+        from nnunet_lgms.ops.triton import norm_act as kernels
 
         x, shift, weight, bias, mean, variance, share = ctx.saved_tensors
         norm = kernels.Norm(mean, variance, weight, bias, ctx.eps)

@@ -61,7 +61,7 @@ def _scaled_norms(
     eps2: float,
 ) -> Tensor:
     """With given statistics, (C,); for prediction, it has no gradient."""
-    from nnunet_lgms.ops import scaled_norms_triton
+    from nnunet_lgms.ops.triton import scaled_norms as scaled_norms_triton
 
     norms = mean1, variance1, weight1, bias1, mean2, variance2, weight2, bias2
     return scaled_norms_triton.apply(x, norms, factor, residual, eps1, eps2)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.channels import join_channels, split_channels
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import HALF, channels_last
 from nnunet_lgms.ops.upsample import crop
 
 MAX_CHANNELS = 512  # of a token: a program holds some of them at once
@@ -147,7 +148,7 @@ def _kernels_fit_tokens(tokens: Tensor, norm: nn.LayerNorm | None = None) -> boo
 def _unfold_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, patch: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from nnunet_lgms.ops import tokens_triton
+    from nnunet_lgms.ops.triton import tokens as tokens_triton
 
     return tokens_triton.unfold_norm(x, weight, bias, eps, patch)
 
@@ -163,14 +164,14 @@ def _unfold_norm_backward(
     patch: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the map, and those of weight and bias, (2, C) in float32."""
-    from nnunet_lgms.ops import tokens_triton
+    from nnunet_lgms.ops.triton import tokens as tokens_triton
 
     return tokens_triton.unfold_norm_backward(grad_tokens, grad_normed, grad_beside, tokens, weight, eps, patch)
 
 
 @triton_op("nnunet_lgms::add_norm", mutates_args=())
 def _add_norm(tokens: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from nnunet_lgms.ops import tokens_triton
+    from nnunet_lgms.ops.triton import tokens as tokens_triton
 
     return tokens_triton.add_norm(tokens, update, weight, bias, eps)
 
@@ -180,14 +181,14 @@ def _add_norm_backward(
     grad_tokens: Tensor, grad_normed: Tensor, tokens: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of either summand, and those of weight and bias, (2, C) in float32."""
-    from nnunet_lgms.ops import tokens_triton
+    from nnunet_lgms.ops.triton import tokens as tokens_triton
 
     return tokens_triton.add_norm_backward(grad_tokens, grad_normed, tokens, weight, eps)
 
 
 @triton_op("nnunet_lgms::fold_add", mutates_args=())
 def _fold_add(tokens: Tensor, update: Tensor, beside: Tensor | None, patch: list[int], spatial: list[int]) -> Tensor:
-    from nnunet_lgms.ops import tokens_triton
+    from nnunet_lgms.ops.triton import tokens as tokens_triton
 
     return tokens_triton.fold_add(tokens, update, beside, patch, spatial)
 
@@ -195,7 +196,7 @@ def _fold_add(tokens: Tensor, update: Tensor, beside: Tensor | None, patch: list
 @triton_op("nnunet_lgms::fold_add_backward", mutates_args=())
 def _fold_add_backward(grad: Tensor, channels: int, patch: list[int]) -> tuple[Tensor, Tensor]:
     """Gradient of tokens and update, and that of what is beside them."""
-    from nnunet_lgms.ops import tokens_triton
+    from nnunet_lgms.ops.triton import tokens as tokens_triton
 
     return tokens_triton.unfold(grad, channels, patch)
 

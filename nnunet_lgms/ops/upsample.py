@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import HALF, channels_last, use_kernels, wants_channels_last
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.memory_format import HALF, channels_last, wants_channels_last
 
 MODE = {2: "bilinear", 3: "trilinear"}
 
@@ -60,7 +61,7 @@ def linear_upsample_transposed(grad: Tensor, scale: Sequence[int], size: Sequenc
 
 @triton_op("nnunet_lgms::linear_upsample", mutates_args=())
 def _upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
-    from nnunet_lgms.ops import upsample_triton
+    from nnunet_lgms.ops.triton import upsample as upsample_triton
 
     return upsample_triton.upsample(x, scale, size)
 
@@ -68,7 +69,7 @@ def _upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
 @triton_op("nnunet_lgms::linear_upsample_transposed", mutates_args=())
 def _transposed(grad: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
     """Gradient of the input, (B, C, *size), from that of the output."""
-    from nnunet_lgms.ops import upsample_triton
+    from nnunet_lgms.ops.triton import upsample as upsample_triton
 
     return upsample_triton.transposed(grad, scale, size)
 

@@ -31,7 +31,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nnunet_lgms.config import LGMSSettings, settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.dataset_json import n_channels
-from nnunet_lgms.ops.backend import CHANNELS_LAST, as_on_gpu, channels_last
+from nnunet_lgms.ops.backend import as_on_gpu
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last
 from nnunet_lgms.planning.override import build_on_meta
 
 CLEARLY_MORE = 1.1

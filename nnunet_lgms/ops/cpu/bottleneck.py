@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nnunet_lgms.ops.backend import channels_last, wants_channels_last
+from nnunet_lgms.ops.memory_format import channels_last, wants_channels_last
 from nnunet_lgms.ops.norm_act import statistics_known, update_running_statistics
 
 CHUNK = 1 << 19  # numbers of the wide map that are worked on at a time: 2 MiB of float32

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.backend import map_memory
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.memory_format import map_memory
 
 TILE = 1024  # elements of the result that a program holds
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, wants_channels_last
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, wants_channels_last
 
 TILE = 16  # numbers in a register
 

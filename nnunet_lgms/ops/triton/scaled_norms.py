@@ -9,10 +9,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.activation_triton import affine
-from nnunet_lgms.ops.backend import map_memory
 from nnunet_lgms.ops.launch import launch
-from nnunet_lgms.ops.norm_act_triton import places
+from nnunet_lgms.ops.memory_format import map_memory
+from nnunet_lgms.ops.triton.activation import affine
+from nnunet_lgms.ops.triton.norm_act import places
 
 TILE = 2048  # elements of a program
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops.backend import channels_last, wants_channels_last
 from nnunet_lgms.ops.channels import join_channels
 from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
+from nnunet_lgms.ops.memory_format import channels_last, wants_channels_last
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 BLOCK = 16  # channels that fill a register; groups of more are as fast side by side

@@ -8,7 +8,7 @@ and of the channels of a group), `_apply`. Backward: `_gradient_sums`, `_join_gr
 are joined in a fixed order, so results repeat bit for bit. All sums are in float32, moments about the first voxel of
 their slice: a large mean costs no digits.
 
-The kernel that writes a map may take the moments of its slices at once (`conv_triton.py`, `bottleneck_triton.py`):
+The kernel that writes a map may take the moments of its slices at once (`triton/conv.py`, `triton/bottleneck.py`):
 `_moments` and its pass over the map are then left out.
 """
 
@@ -23,11 +23,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm, normal, slope_after_norm
-from nnunet_lgms.ops.backend import CHANNELS_LAST, channels_last, map_memory
-from nnunet_lgms.ops.channels_triton import copy_beside
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, map_memory
 from nnunet_lgms.ops.norm_act import MAX_CHANNELS
+from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm, normal, slope_after_norm
+from nnunet_lgms.ops.triton.channels import copy_beside
 
 TILE = 4096  # elements of a program that writes a map
 SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each

@@ -37,10 +37,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.activation_triton import CODES, affine, after_norm, before_norm
-from nnunet_lgms.ops.backend import map_memory
 from nnunet_lgms.ops.launch import launch
-from nnunet_lgms.ops.norm_act_triton import Join, PartialMoments, first_row, store_moments
+from nnunet_lgms.ops.memory_format import map_memory
+from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm
+from nnunet_lgms.ops.triton.norm_act import Join, PartialMoments, first_row, store_moments
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.backend import map_memory
-from nnunet_lgms.ops.channels_triton import copy_beside
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.memory_format import map_memory
+from nnunet_lgms.ops.triton.channels import copy_beside
 
 TILE = 2048  # numbers that a program holds of a tensor
 PROGRAMS = 512  # of the backward pass, at most: each writes a sum

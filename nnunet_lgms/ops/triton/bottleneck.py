@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nnunet_lgms.ops.activation_triton import affine, gelu, normal
-from nnunet_lgms.ops.backend import map_memory
 from nnunet_lgms.ops.launch import launch
-from nnunet_lgms.ops.norm_act_triton import (
+from nnunet_lgms.ops.memory_format import map_memory
+from nnunet_lgms.ops.triton.activation import affine, gelu, normal
+from nnunet_lgms.ops.triton.norm_act import (
     Join,
     Norm,
     PartialMoments,

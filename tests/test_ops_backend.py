@@ -1,0 +1,211 @@
+"""Which path operators take on which device, and what happens where a kernel cannot be built or run."""
+
+import subprocess
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from nnunet_lgms.ops import backend
+from nnunet_lgms.ops.backend import KernelsSwitchedOff, kernels_for, operator, set_kernels, use_kernels, with_fallback
+from nnunet_lgms.ops.launch import launch
+
+H100 = {"name": "NVIDIA H100", "major": 9, "minor": 0, "shared_memory_per_block_optin": 232_448}
+CARDS = {  # what differs from an H100, and what the reason must say
+    "T4": ({"name": "Tesla T4", "major": 7, "minor": 5, "shared_memory_per_block_optin": 65_536}, "7.5"),
+    "little shared memory": ({"shared_memory_per_block_optin": 65_536}, "65536"),
+    "an A10": ({"name": "NVIDIA A10", "major": 8, "minor": 6, "shared_memory_per_block_optin": 101_376}, None),
+    "an RTX 5090": ({"major": 12, "shared_memory_per_block_optin": 101_376}, None),
+    "H100": ({}, None),
+}
+
+
+class Card:
+    """The CUDA device that the machine of the tests has not."""
+
+    def __init__(self, monkeypatch, **properties):
+        self.asked = 0
+        self._properties = SimpleNamespace(**{**H100, **properties})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", self._get)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(backend, "HAS_TRITON", True)
+        monkeypatch.setattr(backend, "_failed", {})
+
+    def _get(self, device):
+        self.asked += 1
+        return self._properties
+
+
+@pytest.fixture(autouse=True)
+def decided_anew():
+    backend._hardware.cache_clear()
+    yield
+    backend._hardware.cache_clear()
+    set_kernels("auto")
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_kernels_run_on_the_cards_that_they_are_made_for(card, monkeypatch):
+    properties, refused = CARDS[card]
+    card = Card(monkeypatch, **properties)
+    for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
+        decision = kernels_for(device)
+        assert decision.path == ("kernels" if refused is None else "pytorch")
+        assert (refused or card._properties.name) in decision.reason and decision.reason.endswith(".")
+    assert card.asked == 1
+
+
+def test_every_reason_is_one_sentence(monkeypatch):
+    Card(monkeypatch)
+    reasons = [kernels_for("cpu").reason]
+    with backend.kernels("off"):
+        reasons.append(kernels_for("cuda").reason)
+        assert kernels_for("cuda").path == "pytorch"
+    assert kernels_for("cuda").path == "kernels"
+    for patched in (patch.object(torch.version, "hip", "6.4"), patch.object(backend, "HAS_TRITON", False)):
+        with patched:
+            backend._hardware.cache_clear()
+            assert kernels_for("cuda").path == "pytorch"
+            reasons.append(kernels_for("cuda").reason)
+        backend._hardware.cache_clear()
+    assert [word in reason for word, reason in zip(("'cpu'", "switched off", "AMD", "package triton"), reasons)] == [
+        1
+    ] * 4
+
+
+@pytest.mark.parametrize("setting", ["on", None, "AUTO"])
+def test_a_switch_has_two_settings(setting):
+    with pytest.raises(ValueError, match=f"'auto' or 'off', not {setting!r}"):
+        set_kernels(setting)
+
+
+@pytest.mark.parametrize(("value", "setting"), [("off", "off"), ("ON", "auto"), ("auto", "auto")])
+def test_the_environment_variable_is_the_first_setting(value, setting):
+    assert backend._setting_of(value) == setting
+    with pytest.raises(ValueError, match="NNUNET_LGMS_KERNELS is 'no': set it to auto or off, or unset it."):
+        backend._setting_of("no")
+
+
+def test_a_decision_is_a_constant_of_compiled_code_and_the_switch_compiles_anew(monkeypatch):
+    card = Card(monkeypatch)
+
+    def function(x):
+        return x + 1 if backend._setting != "off" and backend._chosen(0) else x - 1
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    x = torch.zeros(2)
+    assert [compiled(x)[0].item() for _ in range(3)] == [1] * 3 and card.asked == 1
+    with backend.kernels("off"):
+        assert compiled(x)[0].item() == -1
+    assert compiled(x)[0].item() == 1
+
+
+# --- a kernel that fails ---------------------------------------------------------------------------------------------
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+def on_card(*shape):
+    return torch.ones(shape).as_subclass(OnCard)
+
+
+class Kernel:
+    """A kernel of which every launch raises."""
+
+    __name__ = "_pool_forward_kernel"
+
+    def __init__(self, error):
+        self.error, self.launched = error, 0
+
+    def __getitem__(self, grid):
+        def run(*args):
+            self.launched += 1
+            raise self.error
+
+        return run
+
+
+def errors():
+    pytest.importorskip("triton")
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    return [
+        OutOfResources(200_000, 101_376, "shared memory"),
+        CompilationError("tl.dot(a, b)", None, "wrong"),
+        RuntimeError("PassManager::run failed"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+    ]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: patch.object(torch, "_unused", create=True))
+    return Card(monkeypatch)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_operator_goes_on_without_the_kernel_that_failed(number, card):
+    kernel = Kernel(errors()[number])
+
+    @operator
+    def double(x):
+        if use_kernels(x):
+            launch(kernel)[(1,)](None, x, 3)
+            return None
+        return x + x
+
+    with pytest.warns(RuntimeWarning, match="_pool_forward_kernel failed on cuda:0.*PyTorch's operators") as warned:
+        for _ in range(3):
+            assert torch.equal(torch.as_tensor(double(on_card(2))), torch.full((2,), 2.0))
+    assert kernel.launched == 1 and len(warned) == 1
+    decision = kernels_for("cuda:0")
+    assert decision.path == "pytorch" and "_pool_forward_kernel failed on cuda:0" in decision.reason
+    assert kernels_for("cuda:1").path == "kernels"
+
+
+def test_a_step_whose_backward_pass_failed_is_taken_again(card):
+    kernel, steps = Kernel(errors()[0]), []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            if use_kernels(on_card(1)):
+                launch(kernel)[(1,)](on_card(1))
+            return grad * 2
+
+    def step(x):
+        steps.append(x)
+        (gradient,) = torch.autograd.grad(Double.apply(x).sum(), x)
+        return gradient
+
+    with pytest.warns(RuntimeWarning, match="PyTorch's operators"):
+        assert with_fallback(step, torch.ones(1, requires_grad=True)).item() == 2
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Triton Error [CUDA]: an illegal memory access"), KeyError("x")])
+def test_other_errors_are_errors(error, card):
+    pytest.importorskip("triton")
+    kernel = Kernel(error)
+    with pytest.raises(type(error)) as caught:
+        with_fallback(launch(kernel)[(1,)], on_card(1))
+    assert caught.value is error and kernel.launched == 1 and kernels_for("cuda:0").path == "kernels"
+
+
+def test_processes_that_train_together_stop(card, monkeypatch):
+    monkeypatch.setattr(backend.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend.dist, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="set NNUNET_LGMS_KERNELS=off for all processes") as caught:
+        with_fallback(launch(Kernel(errors()[0]))[(1,)], on_card(1))
+    assert not isinstance(caught.value, KernelsSwitchedOff)
