@@ -1,6 +1,7 @@
 """What LGMSNet is worth on real data: trainings beside nnU-Net's own, their scores, and the tables of the README.
 
-    python benchmarks/evidence.py pack --out PACKS            # with nnU-Net's folders set; see docs/explanation/
+    python benchmarks/evidence.py gather --data DATA          # with nnU-Net's folders set; see docs/explanation/
+    python benchmarks/evidence.py pack --data DATA --out PACKS
     python benchmarks/evidence.py unpack PACKS --work WORK
     python benchmarks/evidence.py train busi:published,nnunet:500 --jobs 2 --seconds 500 --work WORK
     python benchmarks/evidence.py bundle --work WORK --out OUT
@@ -26,9 +27,19 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from evidence_parts.runs import STAGES, Run, runs_of  # noqa: E402
+from evidence_parts.sets import SETS  # noqa: E402
 
 RESULTS = HERE / "results"
 MIB = 2**20
+
+
+def gather(args: argparse.Namespace) -> int:
+    from evidence_parts import sets
+
+    for name in args.sets:
+        sets.gather(sets.SETS[name], args.data, Path(os.environ["nnUNet_raw"]))
+        print(f"{sets.SETS[name].name}: {sets.SETS[name].configuration}")
+    return 0
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -37,13 +48,14 @@ def pack(args: argparse.Namespace) -> int:
 
     preprocessed = Path(os.environ["nnUNet_preprocessed"])
     args.out.mkdir(parents=True, exist_ok=True)
-    for dataset in dict.fromkeys(d for stage in STAGES.values() for d in (stage.dataset, *stage.zero_shot)):
-        trained = [stage for stage in STAGES.values() if stage.dataset == dataset]
-        plans = write_plans(preprocessed, dataset) if trained else ["nnUNetPlans"]
-        configuration = next(s.configuration for s in STAGES.values() if dataset in (s.dataset, *s.zero_shot))
-        if trained:
-            write_splits(preprocessed, dataset, configuration)
-        pack_dataset(preprocessed / dataset, f"nnUNetPlans_{configuration}", plans, args.out / f"{dataset}.tar.xz")
+    for row in (SETS[name] for name in args.sets):
+        plans = ["nnUNetPlans"]
+        if row.rule:
+            plans = write_plans(preprocessed, row.name)
+            write_splits(preprocessed, row.name, args.data)
+        images = {case: image for case, (image, _) in row.files(args.data).items()} if args.data else None
+        folder, identifier = preprocessed / row.name, f"nnUNetPlans_{row.configuration}"
+        pack_dataset(folder, identifier, plans, args.out / f"{row.name}.tar.xz", images)
     return 0
 
 
@@ -61,15 +73,21 @@ def unpack(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
+    from evidence_parts.packs import bundle as make
     from evidence_parts.scheduler import train_all
 
+    def finished() -> None:
+        if args.out:
+            make(args.work / "runs", args.work / "results", args.out, 15 * MIB, 4, models_too=False)
+
     runs = [run for words in args.stages for run in runs_of(words, args.iterations)]
-    state = train_all(runs, args.work, args.device, args.jobs, args.seconds)
+    state = train_all(runs, args.work, args.device, args.jobs, args.seconds, finished)
     file = args.work / "runs" / "state.json"
     file.parent.mkdir(exist_ok=True)
     _add_to(file, state)
     for name, what in state.items():
         print(f"{name}: {what}")
+    finished()
     return 0
 
 
@@ -173,7 +191,10 @@ def main() -> int:
             sub.add_argument(f"--{name}", type=Path, required=True, metavar="FOLDER", help=what)
         return sub
 
-    command(pack, out="of the packs")
+    for sub in (command(gather), command(pack, out="of the packs")):
+        needed = sub.prog.endswith("gather")
+        sub.add_argument("--data", type=Path, metavar="FOLDER", required=needed, help="with a folder for each set")
+        sub.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS))
     command(unpack, work="to unpack into").add_argument("packs", type=Path, metavar="PACKS")
     sub = command(train, work="with what `unpack` unpacked")
     words = f"STAGE[:MODELS[:EPOCHS[:SEEDS]]], such as busi:published,nnunet:300; stages: {', '.join(STAGES)}"
@@ -181,6 +202,7 @@ def main() -> int:
     sub.add_argument("--iterations", type=int, help="steps an epoch in place of a pass: a rehearsal")
     sub.add_argument("--jobs", type=int, default=1, help="trainings at a time, on each GPU")
     sub.add_argument("--seconds", type=float, default=1e9, help="after which trainings are put aside")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="bundle what is finished there, again and again")
     sub.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     sub = command(one, work="as for `train`, which calls this")
     sub.add_argument("run")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
 import pickle
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,23 +18,29 @@ from tqdm import tqdm
 
 from nnunet_lgms.files import atomic_write, read_json, shown
 
+from .sets import pixels
+
 DESCRIPTIONS = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
 #: differences of neighbouring bytes: a tenth less for images
 NEIGHBOURS = [{"id": lzma.FILTER_DELTA, "dist": 1}, {"id": lzma.FILTER_LZMA2, "preset": 6}]
 
 
-def pack_dataset(dataset: Path, identifier: str, plans: Sequence[str], pack: Path) -> None:
+def pack_dataset(
+    dataset: Path, identifier: str, plans: Sequence[str], pack: Path, images: Mapping[str, Path] | None = None
+) -> None:
     """A dataset of ``nnUNet_preprocessed`` as one file.
 
     Images are kept as whole numbers that point into a table of their values, which loses nothing: an image that was
-    normalised but not resampled has as many values as it had grey levels. The places from which nnU-Net draws
-    foreground are left out: they follow from the labels, by nnU-Net's own seeded function.
+    normalised but not resampled has as many values as it had grey levels. Where those numbers are what a JPEG file
+    holds, that file travels in their place, a fifth as large. The places from which nnU-Net draws foreground are left
+    out: they follow from the labels, by nnU-Net's own seeded function.
 
     Args:
         dataset: ``nnUNet_preprocessed/DATASET``.
         identifier: folder of the preprocessed cases in it.
         plans: names of the plans that go along.
         pack: a ``.tar.xz`` to write.
+        images: case → the image file that it was made of.
     """
     import blosc2
 
@@ -41,12 +48,19 @@ def pack_dataset(dataset: Path, identifier: str, plans: Sequence[str], pack: Pat
     cases = sorted(path.stem for path in (dataset / identifier).glob("*.pkl"))
     for case in tqdm(cases, desc=f"packing {dataset.name}"):
         image, labels = (blosc2.open(str(dataset / identifier / f"{case}{end}.b2nd"))[:] for end in ("", "_seg"))
-        levels, codes = np.unique(image, return_inverse=True)
-        if len(levels) > 2**16 or labels.min() < -128 or labels.max() > 127:
-            raise ValueError(f"{case} has more than 65536 grey levels or labels beyond 8 bits: it cannot be packed.")
-        arrays[f"{case}/codes"] = codes.reshape(image.shape).astype(np.uint8 if len(levels) <= 256 else np.uint16)
-        arrays[f"{case}/levels"], arrays[f"{case}/labels"] = levels, labels.astype(np.int8)
         properties = pickle.loads((dataset / identifier / f"{case}.pkl").read_bytes())
+        jpeg = (images or {}).get(case)
+        if jpeg is not None and jpeg.suffix == ".jpg":
+            levels = _levels_of_jpeg(image, jpeg.read_bytes(), properties)
+            arrays[f"{case}/jpeg"] = np.frombuffer(jpeg.read_bytes(), np.uint8)
+        else:
+            levels, codes = np.unique(image, return_inverse=True)
+            if len(levels) > 2**16:
+                raise ValueError(f"{case} has more than 65536 grey levels: it cannot be packed.")
+            arrays[f"{case}/codes"] = codes.reshape(image.shape).astype(np.uint8 if len(levels) <= 256 else np.uint16)
+        if labels.min() < -128 or labels.max() > 127:
+            raise ValueError(f"{case} has labels beyond 8 bits: it cannot be packed.")
+        arrays[f"{case}/levels"], arrays[f"{case}/labels"] = levels, labels.astype(np.int8)
         del properties["class_locations"]
         arrays[f"{case}/properties"] = np.frombuffer(pickle.dumps(properties), np.uint8)
     descriptions = [dataset / name for name in (*DESCRIPTIONS, *(f"{name}.json" for name in plans))]
@@ -56,6 +70,28 @@ def pack_dataset(dataset: Path, identifier: str, plans: Sequence[str], pack: Pat
             tar.add(Path(folder, "cases.npz"), f"{dataset.name}/{identifier}.npz")
             for path in [p for p in descriptions if p.is_file()] + sorted((dataset / "gt_segmentations").iterdir()):
                 tar.add(path, path.relative_to(dataset.parent).as_posix())
+
+
+def _codes_of_jpeg(content: bytes, properties: Mapping, channels: int) -> np.ndarray:
+    """What the file holds of the part that nnU-Net kept, (C, 1, Y, X) of 0 to 255."""
+    codes = pixels(io.BytesIO(content), channels)
+    codes = codes[None, None] if channels == 1 else codes.transpose(2, 0, 1)[:, None]
+    return codes[(slice(None), *(slice(low, high) for low, high in properties["bbox_used_for_cropping"]))]
+
+
+def _levels_of_jpeg(image: np.ndarray, content: bytes, properties: Mapping) -> np.ndarray:
+    """What nnU-Net made of the values 0 to 255 of each channel, (C, 256).
+
+    Raises:
+        ValueError: it made different things of one value, so the image is not what the file holds.
+    """
+    codes = _codes_of_jpeg(content, properties, len(image))
+    levels = np.zeros((len(image), 256), image.dtype)
+    for values, channel, there in zip(levels, codes, image):
+        values[channel] = there
+        if not np.array_equal(values[channel], there):
+            raise ValueError("a preprocessed image is not its JPEG file, value by value: pack it without `images`.")
+    return levels
 
 
 def unpack_dataset(pack: Path, preprocessed: Path, workers: int) -> None:
@@ -83,11 +119,15 @@ def _save_cases(file: Path, cases: Sequence[str]) -> None:
     foreground = LabelManager(description["labels"], description.get("regions_class_order")).foreground_labels
     with np.load(file) as arrays:
         for case in cases:
-            levels, codes, labels = (arrays[f"{case}/{key}"] for key in ("levels", "codes", "labels"))
-            image, labels = levels[codes], labels.astype(np.int16)
+            properties = pickle.loads(arrays[f"{case}/properties"].tobytes())
+            levels, labels = arrays[f"{case}/levels"], arrays[f"{case}/labels"].astype(np.int16)
+            if f"{case}/jpeg" in arrays:
+                codes = _codes_of_jpeg(arrays[f"{case}/jpeg"].tobytes(), properties, len(levels))
+                image = np.stack([values[channel] for values, channel in zip(levels, codes)])
+            else:
+                image = levels[arrays[f"{case}/codes"]]
             blocks, chunks = comp_blosc2_params(image.shape, patch, image.itemsize)
             blocks_seg, chunks_seg = comp_blosc2_params(labels.shape, patch, labels.itemsize)
-            properties = pickle.loads(arrays[f"{case}/properties"].tobytes())
             properties["class_locations"] = DefaultPreprocessor._sample_foreground_locations(labels, foreground)
             for end in ("", "_seg"):  # blosc2 does not write over what is there
                 (folder / f"{case}{end}.b2nd").unlink(missing_ok=True)
@@ -95,7 +135,7 @@ def _save_cases(file: Path, cases: Sequence[str]) -> None:
             nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / case), **sizes)
 
 
-def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int) -> list[str]:
+def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int, models_too: bool = True) -> list[str]:
     """What comes back from the machine: all records and predictions, then models, as far as there is room.
 
     Args:
@@ -104,6 +144,7 @@ def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int) -> lis
         out: where the pieces go: ``results.tar.xz.00``, ``models.tar.00``, ….
         piece: bytes of a piece.
         pieces: how many there may be in all.
+        models_too: whether models are wanted.
 
     Returns:
         names of the models that found no room.
@@ -116,6 +157,8 @@ def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int) -> lis
                 if file.name[0] != "." and file.exists():  # what trainings are still writing comes the next time
                     tar.add(file, f"runs/{file.relative_to(runs).as_posix()}")
         left = pieces - cut(small, out, piece)
+        if not models_too:
+            return []
         room, chosen, left_out = left * piece - 2**20, [], []
         finished = [run.name for run in sorted(runs.iterdir()) if (run / "record.json").is_file()]
         models = {name: _model_files(results / name) for name in finished}

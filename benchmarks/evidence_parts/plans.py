@@ -12,19 +12,20 @@ from nnunet_lgms.planning.auto_kernels import components_of
 from nnunet_lgms.planning.override import override_plans
 from nnunet_lgms.planning.plans_files import read_override, read_plans
 
-from .runs import PLANNED, PUBLISHED, STAGES
+from .runs import PLANNED, PUBLISHED, RESENC, STAGES
+from .sets import SETS, splits_of
 
 PAPER_BATCH = 16  # of the paper's 2D script
 PAPER_LEVELS = 5
 
 
-def evidence_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+def evidence_plans(plans: dict[str, Any], configuration: str, name: str = PLANNED) -> dict[str, Any]:
     """nnU-Net's plans under the evidence's name; in 2D with the paper's batch of 16 and its Dice per sample.
 
     nnU-Net would take a batch of 32 for BUSI, and one Dice over the whole batch.
     """
     new = deepcopy(plans)
-    new["plans_name"] = PLANNED
+    new["plans_name"] = name
     if len(new["configurations"][configuration]["patch_size"]) == 2:
         new["configurations"][configuration] |= {"batch_size": PAPER_BATCH, "batch_dice": False}
     return new
@@ -48,6 +49,8 @@ def write_plans(preprocessed: Path, dataset: str) -> list[str]:
     models, configuration = [m for stage in stages for m in stage.models.values()], stages[0].configuration
     planned = evidence_plans(read_plans(dataset, "nnUNetPlans"), configuration)
     bases = {PLANNED: planned, PUBLISHED: published_levels(planned, configuration)}
+    if any(model.plans == RESENC for model in models):
+        bases[RESENC] = evidence_plans(read_plans(dataset, "nnUNetResEncUNetMPlans"), configuration, RESENC)
     written = {}
     for model in models:
         plans = bases[model.plans]
@@ -61,13 +64,13 @@ def write_plans(preprocessed: Path, dataset: str) -> list[str]:
     return list(written)
 
 
-def write_splits(preprocessed: Path, dataset: str, configuration: str) -> None:
-    """nnU-Net's five folds if there are none: else trainings that begin together would all write them."""
-    from nnunetv2.utilities.crossval_split import generate_crossval_split
-
+def write_splits(preprocessed: Path, dataset: str, data: Path | None) -> None:
+    """The splits of `sets.py`; without the data, those that are there already."""
     file = preprocessed / dataset / "splits_final.json"
-    if file.is_file():
+    if data is None:
+        if not file.is_file():
+            raise ValueError(f"There is no {file}: name the folder of the data (--data), from which it is made.")
         return
-    cases = sorted(path.stem for path in (preprocessed / dataset / f"nnUNetPlans_{configuration}").glob("*.pkl"))
+    row = next(row for row in SETS.values() if row.name == dataset)
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=4) + "\n")
+        temporary.write_text(json.dumps(splits_of(row, data), indent=1) + "\n")

@@ -142,7 +142,9 @@ def _seeds(runs: Sequence[dict]) -> str:
     return ", ".join(str(run["run"]["seed"]) for run in runs)
 
 
-def scores_table(results: Results, stage: str, epochs: int, scores: str, digits: int = 3) -> list[str]:
+def scores_table(
+    results: Results, stage: str, epochs: int, scores: str, digits: int = 3, distances: bool = True
+) -> list[str]:
     """A line a model: scores without mirroring, Dice with it, and the differences to nnU-Net's U-Net."""
     unit = next((r["scores"][scores]["unit"] for r in results.runs if r["run"]["stage"] == stage), "")
     heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}", "Dice, mirrored"]
@@ -156,7 +158,8 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str, digits:
             continue
         cells = [model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), _seeds(runs)]
         cells += [with_interval(interval(runs, scores, metric), digits) for metric in ("IoU", "Dice")]
-        cells += [with_interval(interval(runs, scores, "HD95"), 1 if unit == "pixels" else 2)]
+        hd95 = with_interval(interval(runs, scores, "HD95"), 1 if unit == "pixels" else 2)
+        cells += [hd95 if distances else "no spacing"]
         mirrored = f"{scores}-mirrored"
         there = _have(runs, mirrored)
         cells += [with_interval(interval(runs, mirrored, "Dice"), digits) if there else NOT_RUN]
@@ -365,9 +368,12 @@ PICTURES = {
 
 def evidence_md(results: Results) -> str:
     """The whole of ``evidence.md``."""
+    from .verdicts import seven_lines
+
     lines = ["# Evidence", "", HOW, ""]
     for name, what in PICTURES.items():
         lines += [f"![{what}]({name})", ""] if (results.folder / name).is_file() else []
+    lines += seven_lines(results)
     for stage, title, zero_shot in (
         ("busi", "BUSI, the paper's split 1", True),
         ("hippocampus", "Hippocampus, fold 0 of nnU-Net's five, equal epochs", False),

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-BUSI, STU, HIPPOCAMPUS = "Dataset101_BUSI", "Dataset102_STU", "Dataset004_Hippocampus"
+from .sets import SETS
+
+BUSI, STU, HIPPOCAMPUS = (SETS[name].name for name in ("busi", "stu", "hippocampus"))
 
 #: plans of the evidence, as `plans.py` writes them
 PLANNED, PUBLISHED = "nnUNetPlans_evidence", "nnUNetPlans_evidence_published"
-ALONE_AT = (0.25, 0.5, 0.75)  # of the schedule: epochs whose steps have the GPU to themselves, if it is `timed`
+RESENC = "nnUNetPlans_evidence_resenc_m"  # of nnU-Net's own planner
+ALONE_AT = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Stage:
         zero_shot: datasets that every model is tested on as well.
         equal_time_of: a stage whose measured steps set the epochs, so that every model gets the GPU time of "nnunet".
         mirrored: whether cases are predicted with mirroring as well.
+        iterations: steps an epoch; None for one pass over the training cases.
+        folds: how many splits there are: training k has seed k and split k, and begins again after the last.
+        alone_at: shares of the schedule at which the steps of an epoch have the GPU to themselves.
     """
 
     dataset: str
@@ -85,6 +91,9 @@ class Stage:
     zero_shot: tuple[str, ...] = ()
     equal_time_of: str | None = None
     mirrored: bool = True
+    iterations: int | None = None
+    folds: int = 1
+    alone_at: tuple[float, ...] = ALONE_AT
 
 
 #: a batch of volumes with nnU-Net's augmentation is dearer to prepare and quicker to train on than one of images
@@ -114,6 +123,32 @@ STAGES = {
         HIPPOCAMPUS, "3d_fullres", {name: ablation(name, PLANNED) for name in ABLATIONS}, 60, mirrored=False
     ),
 }
+
+#: the seven data sets, every one alike; loading of colour images and nnU-Net's augmentation take the most processes
+_EVERYWHERE = {
+    "lgmsnet": replace(MODELS["lgmsnet"], workers=4),
+    "nnunet": replace(MODELS["nnunet"], workers=5),
+    "resenc_m": Model("nnU-Net's ResEnc M, nnU-Net's recipe", "nnUNetTrainer", plans=RESENC, workers=4),
+    "lgmsnet_nnunetda": replace(MODELS["lgmsnet_nnunetda"], workers=5),
+}
+_FLAT_TOO = {"published": replace(MODELS["published"], workers=4), "plain": replace(MODELS["plain"], workers=4)}
+_UNSEEN = {"busi": ("stu",), "isic": ("ph2",)}
+_FOLDS = {"kvasir": 3, "busi": 3, "acdc": 5, "hippocampus": 5, "chaos": 5}
+SEVEN = {
+    f"sets_{name}": Stage(
+        row.name,
+        row.configuration,
+        _EVERYWHERE | (_FLAT_TOO if row.is_flat else {"plain": _FLAT_TOO["plain"]}),
+        100,
+        zero_shot=tuple(SETS[other].name for other in _UNSEEN.get(name, ())),
+        iterations=100,
+        alone_at=(0.5,),
+        folds=_FOLDS.get(name, 1),
+    )
+    for name, row in SETS.items()
+    if row.rule
+}
+STAGES |= SEVEN
 
 
 @dataclass(frozen=True)
@@ -151,6 +186,10 @@ class Run:
     @property
     def settings(self) -> Model:
         return self.of.models[self.model]
+
+    @property
+    def fold(self) -> int:
+        return self.seed % self.of.folds
 
     @property
     def predictions(self) -> list[tuple[str, bool]]:
@@ -191,6 +230,7 @@ def runs_of(words: str, iterations: int | None = None) -> list[Run]:
     if any(number and not number.isdecimal() for number in numbers) or epochs == "0":
         raise ValueError(f"{words!r} is not understood: write STAGE:MODELS:EPOCHS:SEEDS, such as busi:nnunet:300:0,1.")
     wanted = [int(seed) for seed in seeds.split(",")] if seeds else STAGES[stage].seeds
+    iterations = iterations or STAGES[stage].iterations
     return [
         Run(stage, model, int(epochs or STAGES[stage].epochs), seed, iterations, timed=seed == wanted[0])
         for seed in wanted

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nnunet_lgms.files import read_json
@@ -26,7 +26,14 @@ def records(work: Path) -> list[dict]:
     return [read_json(file) for file in sorted((work / "runs").glob("*/record.json"))]
 
 
-def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: float) -> dict[str, str]:
+def train_all(
+    runs: Sequence[Run],
+    work: Path,
+    device: str,
+    jobs: int,
+    seconds: float,
+    finished: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
     """Trains what is not finished yet, in this order.
 
     Args:
@@ -35,6 +42,7 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
         device: cuda or cpu.
         jobs: trainings at a time, on each GPU.
         seconds: after which those that run are put aside.
+        finished: called whenever a training is over.
 
     Returns:
         name of each run → what became of it.
@@ -50,6 +58,7 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
                 state[name] = _outcome(run, work / "runs" / name, process.returncode)
                 print(f"{_clock(end - seconds)} {name}: {state[name]}", flush=True)
                 del active[name]
+                finished()
         while waiting and len(active) < len(places) and time.time() < end - 2 * TO_STOP:
             wanted, source = waiting[0], waiting[0].of.equal_time_of
             run = with_equal_time(wanted, records(work)) if source else wanted

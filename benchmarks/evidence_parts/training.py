@@ -12,6 +12,7 @@ The trainers are the plugin's and nnU-Net's as they are, so a model folder that 
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from contextlib import ExitStack, nullcontext
@@ -27,10 +28,10 @@ from tqdm import tqdm
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.files import atomic_write, read_json
 
-from .runs import ALONE_AT, Run, file_of
+from .runs import Run, file_of
 from .turnstile import Turnstile
 
-FOLD = 0
+TRAINERS = Path(__file__).resolve().parents[2] / "trainers"
 LATEST, FINAL, WEIGHTS = "checkpoint_latest.pth", "checkpoint_final.pth", "weights.pth"
 
 
@@ -41,7 +42,7 @@ class OutOfTime(Exception):
 class Watch:
     """Sits in the hooks of a trainer: times its steps, shares the GPU, stops it in time.
 
-    A training shares the GPU with others, so its steps take longer than they would alone. In the epochs at `ALONE_AT`
+    A training shares the GPU with others, so its steps take longer than they would alone. In some epochs
     the others wait, and ``alone`` collects the seconds of those steps; waiting for batches does not count.
 
     Args:
@@ -49,15 +50,15 @@ class Watch:
         turnstile: of all trainings on this GPU.
         until: ``time.time()`` at which to stop.
         file: where progress is kept between calls.
-        timed: whether there are such epochs.
+        alone_at: shares of the schedule at which there are such epochs.
     """
 
-    def __init__(self, trainer, turnstile: Turnstile, until: float, file: Path, timed: bool):
+    def __init__(self, trainer, turnstile: Turnstile, until: float, file: Path, alone_at: tuple[float, ...]):
         self.trainer, self.turnstile, self.until, self.file = trainer, turnstile, until, file
         self.progress = {"epoch": 0, "alone_s": [], "steps_s": 0.0, "waiting_s": 0.0, "first_steps_s": []}
         if file.is_file():
             self.progress = read_json(file)
-        self.alone_at = {int(share * trainer.num_epochs) for share in ALONE_AT if timed}
+        self.alone_at = {int(share * trainer.num_epochs) for share in alone_at}
         self.room, self.alone, self.compiled, self.last = ExitStack(), False, False, 0.0
         self.original = {}
         for hook in ("on_train_epoch_start", "train_step", "validation_step", "on_epoch_end"):
@@ -114,18 +115,17 @@ class Watch:
 
 def make_trainer(run: Run, preprocessed: Path, device: str, continued: bool = False):
     """The trainer of a run, seeded, with its schedule, not yet initialized."""
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-    from nnunet_lgms.nnunet import trainer as ours
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(run.seed)
-    cls = {"nnUNetTrainer": nnUNetTrainer}.get(run.settings.trainer) or getattr(ours, run.settings.trainer)
+    os.environ["nnUNet_extTrainer"] = str(TRAINERS)  # the plugin is not installed where there is only a checkout
+    cls = recursive_find_trainer_class_by_name(run.settings.trainer)
     folder = preprocessed / run.of.dataset
     plans = read_json(folder / f"{run.settings.plans_name}.json") | {"continue_training": continued}
-    trainer = cls(plans, run.of.configuration, FOLD, read_json(folder / "dataset.json"), torch.device(device))
+    trainer = cls(plans, run.of.configuration, run.fold, read_json(folder / "dataset.json"), torch.device(device))
     trainer.num_epochs = run.epochs
-    n_training = len(read_json(folder / "splits_final.json")[FOLD]["train"])
+    n_training = len(read_json(folder / "splits_final.json")[run.fold]["train"])
     passing = max(1, round(n_training / trainer.configuration_manager.batch_size))
     trainer.num_iterations_per_epoch = run.iterations or passing
     trainer.num_val_iterations_per_epoch = 1
@@ -144,10 +144,16 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
     folder, preprocessed = work / "runs" / run.name, work / "preprocessed"
     folder.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = device == "cuda"
-    found = [p for name in (FINAL, LATEST) for p in (work / "results" / run.name).glob(f"*/*/fold_{FOLD}/{name}")]
+    found = [p for name in (FINAL, LATEST) for p in (work / "results" / run.name).glob(f"*/*/fold_{run.fold}/{name}")]
     trainer = make_trainer(run, preprocessed, device, continued=bool(found))
     trainer.initialize()
-    watch = Watch(trainer, Turnstile.of_this_gpu(work / "locks"), until, folder / "progress.json", run.timed)
+    watch = Watch(
+        trainer,
+        Turnstile.of_this_gpu(work / "locks"),
+        until,
+        folder / "progress.json",
+        run.of.alone_at if run.timed else (),
+    )
     if found:
         trainer.load_checkpoint(str(found[0]))
     if not (found and found[0].name == FINAL):
@@ -168,7 +174,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         "plans": run.settings.plans_name,
         "dataset": run.of.dataset,
         "configuration": run.of.configuration,
-        "fold": FOLD,
+        "fold": run.fold,
         "batch_size": trainer.configuration_manager.batch_size,
         "batch_dice": trainer.configuration_manager.batch_dice,
         "patch_size": list(trainer.configuration_manager.patch_size),
