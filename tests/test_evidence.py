@@ -87,7 +87,7 @@ def write_results(folder: Path, *results: dict) -> report.Results:
 
 def test_without_results_everything_is_not_run(tmp_path):
     text = report.evidence_md(report.Results(tmp_path))
-    assert text.count("Not run.") == 10 and "IoU 0.673 to 0.681" in text
+    assert text.count("Not run.") == 18 and "IoU 0.673 to 0.681" in text
     assert "not measured yet" in report.readme_section(report.Results(tmp_path))
     assert not pictures.draw(tmp_path)
 
