@@ -18,8 +18,9 @@ from torch import nn
 
 from nnunet_lgms.runtime.description import NORMALIZATIONS, Resampling
 from nnunet_lgms.runtime.preprocessing import bounding_box, fill_holes, normalise
-from nnunet_lgms.runtime.resampling import axis_matrices, new_shape, resample, thick_axis
+from nnunet_lgms.runtime.resampling import axis_matrices, resample
 from nnunet_lgms.runtime.sliding_window import gaussian, resampled_rows, sliding_window, window_starts
+from nnunet_lgms.splines import new_shape, thick_axis
 
 SPACINGS = [(1.0, 1.0, 1.0), (5.0, 0.7, 0.7), (0.8, 4.0, 0.8), (0.7, 0.7, 3.0), (3.0, 3.0, 0.5), (1.5, 0.9, 1.2)]
 
@@ -47,7 +48,8 @@ def test_resampling_is_nnunets(old, current, target, order, order_z, separate, s
     kwargs = {"order": order, "order_z": order_z, "force_separate_z": separate}
     expected = resample_data_or_seg_to_shape(volume.copy(), size, current, target, is_seg=False, **kwargs)
     rule = Resampling("resample_data_or_seg_to_shape", **kwargs)
-    found = resample(volume[0], axis_matrices(rule, old, size, current, target), thick_axis(rule, current, target))
+    thick = thick_axis(rule.force_separate_z, current, target)
+    found = resample(volume[0], axis_matrices(rule, old, size, current, target), thick)
     np.testing.assert_allclose(found, expected[0], atol=2e-5)
 
 

@@ -12,7 +12,8 @@ import SimpleITK as sitk
 
 from nnunet_lgms.runtime.description import Description
 from nnunet_lgms.runtime.images import Case
-from nnunet_lgms.runtime.resampling import axis_matrices, new_shape, resample, thick_axis
+from nnunet_lgms.runtime.resampling import axis_matrices, resample
+from nnunet_lgms.splines import new_shape, thick_axis
 
 EPSILON = 1e-8
 
@@ -57,7 +58,7 @@ def preprocess(case: Case, description: Description) -> Prepared:
     cropped = data.shape[1:]
     size = new_shape(cropped, spacing, target)
     matrices = axis_matrices(description.resampling_data, cropped, size, spacing, target)
-    thick = thick_axis(description.resampling_data, spacing, target)
+    thick = thick_axis(description.resampling_data.force_separate_z, spacing, target)
     channels = list(data)
     del data
     case.samples = None  # nothing but `channels` holds them: a channel is freed when it has been resampled
