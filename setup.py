@@ -52,7 +52,7 @@ PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "pl
 # Without PyTorch and nnU-Net: pip install --no-deps nnunet-lgms && pip install numpy SimpleITK onnxruntime
 RUNTIME = ["SimpleITK>=2.3", "onnxruntime>=1.22"]
 EXPORT = [*RUNTIME, "onnx>=1.19", "onnxscript>=0.6"]
-VIEW = [*RUNTIME, "gradio>=6.20"]
+VIEW = [*RUNTIME, "starlette>=0.46", "uvicorn>=0.30", "anyio>=4", "filelock>=3.12"]
 
 
 setup(

@@ -75,7 +75,7 @@ def test_whole_cases_without_pytorch_and_nnunet(bare, clean_env, hippocampus, tm
 
 
 def test_export_and_view_say_what_they_need(bare, clean_env, tmp_path):
-    for command, extra in (("view", "gradio"), ("export", "nnunetv2")):
+    for command, extra in (("view", "filelock"), ("export", "nnunetv2")):
         done = subprocess.run(
             [bare, "-m", "nnunet_lgms", command, tmp_path / "model"], env=clean_env, capture_output=True, text=True
         )

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,10 +16,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "view",
         help="a local page: drop an image, see its segmentation",
         description="Open a page where an exported model segments the image that you drop: overlay, slices, the mask "
-        "to download. Only this machine can reach it unless --host says otherwise.",
+        "to download. Only this machine can reach it unless --host says otherwise, and only who has the token in the "
+        "address that is printed.",
     )
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="what `nnunet_lgms export` wrote")
-    parser.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="shown when the page opens")
+    parser.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="shown and segmented when the page opens")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="(the first free one from 7860)")
     parser.add_argument("--max-upload", type=int, default=500, metavar="MB", help="largest file to take (500)")
@@ -38,16 +38,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--port {args.port}: give one from 1 to 65535, or leave it out.")
     check_address(args.host, args.port)
     try:
-        from nnunet_lgms.view.page import serve
+        from nnunet_lgms.view.folders import program_folder
+        from nnunet_lgms.view.server import serve
     except ImportError as error:
         raise RequirementError(f"view needs {error.name}: pip install 'nnunet-lgms[view]'.") from error
 
     # However it is stopped, images and masks go with it.
-    with signals_interrupt(), TemporaryDirectory(prefix="nnunet_lgms_view_") as folder:
+    with signals_interrupt(), program_folder() as folder:
         serve(
             args.model,
             args.image,
-            Path(folder),
+            folder,
             host=args.host,
             port=args.port,
             megabytes=args.max_upload,
