@@ -89,6 +89,7 @@ setup(
         "Pillow>=10",
         "matplotlib>=3.8",
         "pydantic>=2",
+        "filelock>=3.30",
         "packaging",
         "tqdm",
     ],

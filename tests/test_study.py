@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("snakemake", reason="the extra [study] needs Python 3.11")
 
 from nnunet_lgms.cli import main
-from nnunet_lgms.study import locks
+from nnunet_lgms.study import gpus
 from nnunet_lgms.study.estimate import epochs_of, estimate_hours
 from nnunet_lgms.study.graph import Graph
 from nnunet_lgms.study.pictures import pareto_front
@@ -259,9 +259,9 @@ def test_epochs_are_those_of_the_trainers() -> None:
 TAKE = """
 import sys
 from pathlib import Path
-from nnunet_lgms.study import locks
-locks.tempfile.gettempdir = lambda: sys.argv[1]
-with locks.one_gpu(poll_seconds=0.1) as gpu:
+from nnunet_lgms.study import gpus
+gpus.tempfile.gettempdir = lambda: sys.argv[1]
+with gpus.one_gpu(poll_seconds=0.1) as gpu:
     print(gpu, flush=True)
     sys.stdin.readline()
 """
@@ -295,12 +295,12 @@ def test_gpus_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.Mon
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert locks.visible_gpus() == ["GPU-x", "GPU-y"]
-    for visible, gpus in {"1": ["GPU-y"], "1,0": ["GPU-y", "GPU-x"], "": [], "MIG-7": ["MIG-7"], "-1": []}.items():
+    assert gpus.visible_gpus() == ["GPU-x", "GPU-y"]
+    for visible, uuids in {"1": ["GPU-y"], "1,0": ["GPU-y", "GPU-x"], "": [], "MIG-7": ["MIG-7"], "-1": []}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert locks.visible_gpus() == gpus
+        assert gpus.visible_gpus() == uuids
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with locks.one_gpu() as gpu:
+    with gpus.one_gpu() as gpu:
         assert gpu == os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-y"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
 

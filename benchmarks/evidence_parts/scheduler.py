@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nnunet_lgms.files import read_json
-from nnunet_lgms.study.locks import visible_gpus
+from nnunet_lgms.study.gpus import visible_gpus
 
 from .runs import Run, with_equal_time
 

@@ -40,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.evaluation.evaluate import evaluate
     from nnunet_lgms.evaluation.output import terminal_table, write_all
+    from nnunet_lgms.locks import locked
 
     output = _output_folder(args)
     for option, value, least in (
@@ -52,16 +53,18 @@ def run(args: argparse.Namespace) -> int:
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images} is no folder: give the folder of the images, or leave it out.")
     labels, reader, images = _what_to_evaluate(args)
-    evaluation = evaluate(
-        _models(args),
-        args.references,
-        labels,
-        reader,
-        tolerance=args.nsd_tolerance,
-        n_resamples=args.bootstrap,
-        workers=args.workers,
-    )
-    files = write_all(evaluation, output, images=args.images or images, n_worst=args.worst)
+    models = _models(args)
+    with locked(output / ".evaluate.lock", f"evaluation into {output}"):
+        evaluation = evaluate(
+            models,
+            args.references,
+            labels,
+            reader,
+            tolerance=args.nsd_tolerance,
+            n_resamples=args.bootstrap,
+            workers=args.workers,
+        )
+        files = write_all(evaluation, output, images=args.images or images, n_worst=args.worst)
     for remark in evaluation.remarks:
         print(f"Note: {remark}")
     print(terminal_table(evaluation))

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         dataset_name,
         environment_folder,
         plans_file,
+        plans_lock,
         read_dataset_json,
         read_override,
         read_plans,
@@ -50,14 +51,14 @@ def run(args: argparse.Namespace) -> int:
     target = plans_file(dataset, name)
     if name == start:
         raise ValueError(f"--as {name} would replace the plans that it starts from: choose another name.")
-    check_writable(target, args.force)
-
     preprocessed = environment_folder("nnUNet_preprocessed") / dataset
-    description = read_dataset_json(dataset)
-    new = override_plans(plans, override, name, args.c, lambda: components_of(dataset, plans))
-    remarks = memory_remarks(plans, new, args.c, description)
-    commands = nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed)
-    write_plans(target, new, args.force)
+    with plans_lock(target):
+        check_writable(target, args.force)
+        description = read_dataset_json(dataset)
+        new = override_plans(plans, override, name, args.c, lambda: components_of(dataset, plans))
+        remarks = memory_remarks(plans, new, args.c, description)
+        commands = nnunet_commands(dataset, new, args.c or list(new["configurations"]), preprocessed)
+        write_plans(target, new, args.force)
     print(f"{target.name} written beside {start}.json of {dataset}.")
     smaller = f"nnunet_lgms plan {args.dataset} --vram GB --apply {shlex.quote(args.apply)}"
     for remark in remarks:

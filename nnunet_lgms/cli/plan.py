@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         dataset_name,
         environment_folder,
         plans_file,
+        plans_lock,
         read_override,
     )
 
@@ -58,20 +59,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"dataset.json of {dataset} has no numTraining, the number of training cases: add it.")
     name = (f"{PLANS_NAME}_{vram:g}G" if args.name is None else args.name).removesuffix(".json")
     target = plans_file(dataset, name)
-    check_writable(target, args.force)
-    if not (preprocessed / "dataset_fingerprint.json").is_file():
-        extract_fingerprint_dataset(dataset_id(dataset), num_processes=default_workers(), clean=False)
-    _check_fingerprint(preprocessed / "dataset_fingerprint.json")
+    with plans_lock(target):
+        check_writable(target, args.force)
+        if not (preprocessed / "dataset_fingerprint.json").is_file():
+            extract_fingerprint_dataset(dataset_id(dataset), num_processes=default_workers(), clean=False)
+        _check_fingerprint(preprocessed / "dataset_fingerprint.json")
 
-    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints every configuration as one long line
-        planner = LGMSNetPlanner(dataset, vram, settings, name)
-        reader = {
-            "image_reader_writer": planner.determine_reader_writer().__name__,
-            "label_manager": "LabelManager",
-            "transpose_forward": [int(i) for i in planner.determine_transpose()[0]],
-        }
-        planner.measure = lambda: components_of(dataset, reader)
-        plans = planner.plan_experiment()
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints every configuration as one long line
+            planner = LGMSNetPlanner(dataset, vram, settings, name)
+            reader = {
+                "image_reader_writer": planner.determine_reader_writer().__name__,
+                "label_manager": "LabelManager",
+                "transpose_forward": [int(i) for i in planner.determine_transpose()[0]],
+            }
+            planner.measure = lambda: components_of(dataset, reader)
+            plans = planner.plan_experiment()
 
     print(f"{target.name} of {dataset}, planned for {vram:g} GiB:\n")
     print(f"  {'configuration':20} {'patch':>14} {'batch':>6} {'levels':>7} {'training step':>14}")

@@ -92,7 +92,7 @@ def _profile(name: str) -> Path:
 
 def _snakemake(graph, profile: Path, args: argparse.Namespace) -> list[str]:
     """The command, which works as well when it is typed."""
-    from nnunet_lgms.study.locks import visible_gpus
+    from nnunet_lgms.study.gpus import visible_gpus
     from nnunet_lgms.study.schema import packaged
 
     snakefile = packaged("workflow") / "Snakefile"
@@ -119,10 +119,9 @@ def _become_snakemake(graph, command: list[str]) -> int:
     """
     import os
 
-    from nnunet_lgms.study.locks import hold
+    from nnunet_lgms.locks import locked
 
-    print(f"\n+ {shlex.join(command)}\n", flush=True)
-    lock = hold(graph.folder / ".study.lock", f"the study {graph.study.name}")
-    os.set_inheritable(lock.fileno(), True)  # what becomes Snakemake keeps the lock
-    os.chdir(graph.folder)  # where Snakemake keeps its own log
-    os.execv(sys.executable, [sys.executable, "-m", *command, "--nolock"])
+    with locked(graph.folder / ".study.lock", f"run of the study {graph.study.name}", survives_exec=True):
+        print(f"\n+ {shlex.join(command)}\n", flush=True)
+        os.chdir(graph.folder)  # where Snakemake keeps its own log
+        os.execv(sys.executable, [sys.executable, "-m", *command, "--nolock"])

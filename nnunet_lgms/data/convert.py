@@ -18,6 +18,7 @@ from nnunet_lgms.data.find import Case, Problem, find_cases
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.data.splits import check_splits
 from nnunet_lgms.files import atomic_write, read_json
+from nnunet_lgms.locks import locked
 from nnunet_lgms.parallel import default_workers, parallel_map
 
 _FORMATS = {"image": natural_images, "volume": volumes}
@@ -70,6 +71,7 @@ def convert(
     size: int | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
+    wait: bool = False,
 ) -> Conversion:
     """Convert one dataset to `raw/DatasetXXX_Title`.
 
@@ -86,10 +88,11 @@ def convert(
         size: resize flat images to this height and width, in pixels.
         skip_bad: convert the rest if something is wrong with some pairs.
         workers: number of processes; default: one per core, at most 8.
+        wait: let another conversion to this number end first, instead of refusing.
 
     Raises:
         ValueError: the source is not this dataset, pairs are faulty (they are listed on stderr), the number is taken,
-            or nnU-Net's check fails.
+            nnU-Net's check fails, or another conversion to this number is running.
         OSError: the disk is full or not writable.
     """
     workers = workers or default_workers()
@@ -100,12 +103,18 @@ def convert(
     if unknown := set(groups) - set(description.left_out):
         raise ValueError(f"{description.title} has no group {sorted(unknown)[0]!r} that could be included.")
     settings = Settings(description.name, str(source.resolve()), tuple(sorted(groups)), size, skip_bad)
-    folder = _target(raw, dataset_id, description)
-    if folder.exists():
-        return _already_there(folder, settings)
+    with locked(raw / f".Dataset{dataset_id:03d}.lock", f"conversion to dataset {dataset_id}", wait=wait):
+        folder = _target(raw, dataset_id, description)
+        if folder.exists():
+            return _already_there(folder, settings)
+        return _convert(description, source, settings, folder, workers)
 
+
+def _convert(
+    description: DatasetDescription, source: Path, settings: Settings, folder: Path, workers: int
+) -> Conversion:
     cases, problems, remarks = _checked_cases(description, source, settings, workers)
-    if problems and not skip_bad:
+    if problems and not settings.skip_bad:
         print(_listing(problems), file=sys.stderr)
         raise ValueError(
             f"{len({p.identifier for p in problems})} case(s) of {description.title} cannot be converted (listed "
@@ -119,7 +128,7 @@ def convert(
     partial_folder = folder.with_name(f".{folder.name}.partial")
     _prepare(partial_folder, settings)
     try:
-        task = partial(_write_case, description=description, folder=partial_folder, size=size)
+        task = partial(_write_case, description=description, folder=partial_folder, size=settings.size)
         parallel_map(task, good, workers, f"writing {folder.name}")
         _remove_strays(partial_folder, {case.identifier for case in good}, description.file_ending)
         _write_dataset_json(partial_folder, description, len(good))

@@ -22,6 +22,7 @@ from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
 from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.inference import load_predictor, trained_folds
+from nnunet_lgms.locks import locked
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,35 @@ def zero_shot(
         workers: processes and threads beside the network.
 
     Raises:
-        ValueError: see `load_predictor`, `map_labels` and `evaluate`; or a dataset has other channels or files.
+        ValueError: see `load_predictor`, `map_labels` and `evaluate`; or a dataset has other channels or files, or
+            another run writes to `output`.
     """
     require_evaluation_extra()
     folds = list(folds or trained_folds(model_folder, checkpoint))
     model = read_dataset_json(model_folder)
     prepared = [_prepare(model_folder, model, dataset, mapping) for dataset in datasets]
     options = {"tolerance": tolerance, "n_resamples": n_resamples, "workers": workers}
+    with locked(output / ".zeroshot.lock", f"zeroshot into {output}"):
+        return _zero_shot(model_folder, model, prepared, output, folds, checkpoint, options, device)
 
+
+def _zero_shot(
+    model_folder: Path,
+    model: Mapping,
+    prepared: Sequence[tuple[Path, LabelMapping]],
+    output: Path,
+    folds: Sequence[str],
+    checkpoint: str,
+    options: Mapping,
+    device: str | None,
+) -> ZeroShot:
     for fold in folds:
         predictor = load_predictor(model_folder, folds=[fold], checkpoint=checkpoint, device=device)
         for dataset, _ in prepared:
             target = output / dataset.name / f"fold_{fold}"
             target.mkdir(parents=True, exist_ok=True)
             print(f"Predicting {dataset.name} with fold {fold}")
-            _predict(predictor, dataset / "imagesTr", target, workers)
+            _predict(predictor, dataset / "imagesTr", target, options["workers"])
 
     rows, remarks, at_home = [], [], {}
     for dataset, label_mapping in prepared:
@@ -110,7 +125,7 @@ def zero_shot(
         if key not in at_home:
             at_home[key], said = _evaluate_at_home(model_folder, model, label_mapping.source, folds, output, options)
             remarks += [sentence for sentence in said if sentence not in remarks]
-        rows += _rows(dataset.name, at_home[key], abroad, n_resamples)
+        rows += _rows(dataset.name, at_home[key], abroad, options["n_resamples"])
     result = ZeroShot(model_folder, tuple(rows), tuple(remarks))
     _write(result, output)
     return result

@@ -18,6 +18,7 @@ from nnunet_lgms.export.model import load_model, size_steps
 from nnunet_lgms.export.onnx_file import INPUT, to_onnx
 from nnunet_lgms.export.precision import CalibrationSet, as_float16, as_int8
 from nnunet_lgms.files import atomic_write
+from nnunet_lgms.locks import locked
 from nnunet_lgms.runtime.description import Description, checksum
 
 TOLERANCE = 1e-3  # of the largest logit: what rounding can do; anything above is a fault of the translation
@@ -58,7 +59,20 @@ def export(
         raise ValueError(f"The output {path} must end in .onnx; the JSON beside it takes its name.")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"The folder of {path} does not exist: make it first.")
-    check_replaceable(path)
+    with locked(path.with_name(f".{path.name}.lock"), f"export to {path}"):
+        check_replaceable(path)
+        return path, _export(model_folder, network, description, path, precision, calibration, say)
+
+
+def _export(
+    model_folder: Path,
+    network: nn.Module,
+    description: Description,
+    path: Path,
+    precision: str,
+    calibration: CalibrationSet | None,
+    say: Callable[[str], None],
+) -> Description:
     say(f"{len(description.folds)} fold(s) of {description.trainer}, patch {list(description.patch_size)}")
     say("recording and translating the network (a minute or more)")
     exported = to_onnx(network, len(description.channel_names), description.patch_size, size_steps(network))
@@ -81,7 +95,7 @@ def export(
             model, quantisation = as_int8(reference, calibration, say)
         description = replace(description, precision="int8", quantisation=quantisation)
     write(model, description, path)
-    return path, description
+    return description
 
 
 def check_replaceable(path: Path) -> None:

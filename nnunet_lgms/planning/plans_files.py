@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nnunet_lgms import dataset_json
 from nnunet_lgms.architecture.topology import is_int
 from nnunet_lgms.config import KEY
 from nnunet_lgms.files import atomic_write, read_json, shown
+from nnunet_lgms.locks import locked
 from nnunet_lgms.nearest import did_you_mean
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
@@ -195,6 +197,13 @@ def check_writable(path: Path, force: bool) -> None:
         raise ValueError(f"{path.name} in {path.parent.name} holds no plans and stays: choose another name with --as.")
     if not force:
         raise ValueError(f"{path.name} exists in {path.parent.name}: choose another name with --as, or add --force.")
+
+
+def plans_lock(path: Path, *, wait: bool = False) -> AbstractContextManager[None]:
+    """Held while a plans file is made: :func:`nnunet_lgms.locks.locked` on it."""
+    return locked(
+        path.with_name(f".{path.stem}.lock"), f"plan or override to {path.name} of {path.parent.name}", wait=wait
+    )
 
 
 def write_plans(path: Path, plans: dict[str, Any], force: bool) -> None:

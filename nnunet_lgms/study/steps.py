@@ -19,8 +19,9 @@ from typing import Any
 
 from nnunet_lgms import cli
 from nnunet_lgms.files import atomic_write
+from nnunet_lgms.locks import locked
+from nnunet_lgms.study.gpus import one_gpu
 from nnunet_lgms.study.graph import UNSEEDED, Graph, Model, configuration_of, nnunet_folder, planned_for
-from nnunet_lgms.study.locks import locked, one_gpu
 from nnunet_lgms.study.schema import OWN_PLANS, PLANNERS
 
 # ---- data and plans --------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def convert(graph: Graph, done: Path, dataset: str) -> None:
 def plan(graph: Graph, done: Path, dataset: str, plans: str) -> None:
     """Fingerprint and plans; those that are there stay."""
     number, folder = dataset[7:10].lstrip("0"), nnunet_folder("nnUNet_preprocessed") / dataset
-    with locked(folder / ".study.lock", f"the plans of {dataset}"):
+    with locked(folder / ".plan.lock", f"planning of {dataset}", wait=True):
         if not (folder / f"{plans}.json").is_file():
             if own := OWN_PLANS.fullmatch(plans):
                 ours("plan", number, "--vram", own[1], "--as", plans)
@@ -65,7 +66,7 @@ def preprocess(graph: Graph, done: Path, dataset: str, identifier: str) -> None:
     if planned[configuration].get("data_identifier") not in (identifier, None):
         raise ValueError(f"{plans} of {dataset} calls its {configuration} data otherwise than {identifier}.")
     cases = _cases(dataset)
-    with locked(folder / f".{identifier}.lock", f"{identifier} of {dataset}"):
+    with locked(folder / f".{identifier}.lock", f"preprocessing to {identifier} of {dataset}", wait=True):
         # a case's .pkl is the last of its files that nnU-Net writes
         if missing := [case for case in cases if not (folder / identifier / f"{case}.pkl").is_file()]:
             print(f"{len(missing)} of {len(cases)} cases are not preprocessed")
@@ -78,21 +79,21 @@ def override(graph: Graph, done: Path, dataset: str, plans: str) -> None:
     """New plans beside the planned ones. Where they are there already they must say the same."""
     from nnunet_lgms.planning.auto_kernels import components_of
     from nnunet_lgms.planning.override import override_plans
-    from nnunet_lgms.planning.plans_files import plans_file, read_override, read_plans, write_plans
+    from nnunet_lgms.planning.plans_files import plans_file, plans_lock, read_override, read_plans, write_plans
 
     model = next(m for m in graph.models(dataset) if m.plans == plans)
     content = read_plans(dataset, model.base)
     settings = read_override(graph.override_file(model.override))
     new = override_plans(content, settings, plans, None, lambda: components_of(dataset, content))
     target = plans_file(dataset, plans)
-    if target.is_file():
-        if _read(target)["configurations"] != json.loads(json.dumps(new["configurations"])):
+    with plans_lock(target, wait=True):
+        if not target.is_file():
+            write_plans(target, new, force=False)
+        elif _read(target)["configurations"] != json.loads(json.dumps(new["configurations"])):
             raise ValueError(
                 f"{target} exists and says something else than {model.base} with {model.override}: models may have "
                 f"been trained with it, so rename the override, or move that file and its models away."
             )
-    else:
-        write_plans(target, new, force=False)
     _write(done, {"plans": str(target)})
 
 
@@ -113,7 +114,7 @@ def train(graph: Graph, done: Path, run: str, dataset: str, model: str, fold: st
     trained = graph.model(dataset, model)
     folder = _model_folder(dataset, model) / f"fold_{fold}"
     # A training outlives a Snakemake that was killed. Then the next one waits here, and finds the fold done.
-    with locked(done.with_suffix(".lock"), f"fold {fold} of {model}"):
+    with locked(done.with_suffix(".lock"), f"training of fold {fold} of {model}", wait=True):
         _check_fold(dataset, int(fold))
         _check_same_plans(trained)
         final, latest, best = (_readable(folder / f"checkpoint_{name}.pth") for name in ("final", "latest", "best"))
@@ -250,7 +251,7 @@ def find_best(graph: Graph, done: Path, run: str, dataset: str, variant: str) ->
     considered = tuple({"plans": m.plans, "configuration": m.configuration, "trainer": m.trainer} for m in models)
     ensemble = graph.study.ensemble and len(models) > 1
     # nnU-Net also writes what it found to one file a data set, in nnUNet_results
-    with locked(done.parent.parent / f".{dataset}.lock", f"find_best_configuration of {dataset}"):
+    with locked(done.parent.parent / f".{dataset}.lock", f"choice of the best model of {dataset}", wait=True):
         found = find_best_configuration(
             dataset, considered, allow_ensembling=ensemble, num_processes=graph.study.threads, folds=tuple(folds)
         )
