@@ -86,7 +86,7 @@ def make_batches(pairs: Sequence[Pair], patch: Sequence[int], batch: int) -> Cal
 
 def train(pairs: Sequence[Pair], patch: Sequence[int], batch: int, classes: int, steps: int, eager: bool) -> dict:
     """All figures of one training."""
-    from nnunet_lgms.architecture.graphed import GraphedLGMSNet
+    from nnunet_lgms.graphs.network import GraphedLGMSNet
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
     from nnunet_lgms.planning.memory import label_manager
 

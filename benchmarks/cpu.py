@@ -4,8 +4,8 @@
 
 The networks take turns, so that other work on the machine slows all; a ratio is the median of the rounds' ratios. For
 inference, nnU-Net's ResEnc M and a MedNeXt-S take part as well. U-Nets have the number of stages that nnU-Net plans for
-the patch. float32, no compilation, as nnU-Net does on the CPU; SGD fused for LGMSNet, as its trainer has it, one
-parameter after the other for the U-Net, as nnU-Net has it. Writes cpu.json and cpu.md.
+the patch. float32, no compilation, as nnU-Net does on the CPU; each with the SGD of its own trainer. Writes cpu.json
+and cpu.md.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from provenance import provenance
 from tqdm import tqdm
 
 from nnunet_lgms.files import atomic_write
-from nnunet_lgms.nnunet.optimizer import FusedSGD
-from nnunet_lgms.nnunet.update import update_weights
+from nnunet_lgms.planning.training_step import InferenceStep, TrainingStep
 
 ROWS = {
     "training step, 3D 2 x 32^3": {"input": (2, 1, 32, 32, 32), "classes": 3, "n_stages": 4, "train": True},
@@ -35,41 +34,33 @@ ROWS = {
 COMPARED, BESIDE = ("lgmsnet", "plain"), ("resenc_m", "mednext_s")
 
 
-class Step:
+def make_step(name: str, row: dict) -> TrainingStep | InferenceStep:
     """One network's step on one input."""
+    shape, device = row["input"], torch.device("cpu")
+    torch.manual_seed(0)
+    network = build(name, len(shape) - 2, shape[1], row["classes"], row["n_stages"])
+    if not row["train"]:
+        return InferenceStep(network, shape, device)
+    target = torch.randint(0, max(row["classes"], 2), (shape[0], *shape[2:]))
+    return TrainingStep(network.train(), loss_function, torch.randn(shape), target)
 
-    def __init__(self, name: str, row: dict):
-        shape = row["input"]
-        torch.manual_seed(0)
-        self.network = build(name, len(shape) - 2, shape[1], row["classes"], row["n_stages"]).train(row["train"])
-        sgd = FusedSGD if name == "lgmsnet" else torch.optim.SGD  # as its trainer has it, and nnU-Net's
-        self.optimizer = sgd(self.network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-        self.data = torch.randn(shape)
-        self.target = torch.randint(0, max(row["classes"], 2), (shape[0], *shape[2:]))
-        self.train = row["train"]
 
-    def __call__(self) -> float:
-        """Seconds of one step."""
-        begin = time.perf_counter()
-        if self.train:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss_function(self.network(self.data), self.target).backward()
-            update_weights(self.network, self.optimizer)
-        else:
-            with torch.inference_mode():
-                self.network(self.data)
-        return time.perf_counter() - begin
+def seconds(step: TrainingStep | InferenceStep) -> float:
+    """Of one step."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
 
 
 def measure(row: dict, rounds: int) -> dict:
     """Seconds of the networks, round by round, and the ratio of LGMSNet's to the U-Net's."""
-    steps = {name: Step(name, row) for name in COMPARED + (() if row["train"] else BESIDE)}
+    steps = {name: make_step(name, row) for name in COMPARED + (() if row["train"] else BESIDE)}
     for step in steps.values():
         step()
     times = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(step())
+            times[name].append(seconds(step))
     ratios = [a / b for a, b in zip(times["lgmsnet"], times["plain"], strict=True)]
     return {
         "seconds": times,

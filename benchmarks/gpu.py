@@ -5,11 +5,11 @@
     python benchmarks/gpu.py --sweep              how the cost grows with the size
     python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
 
-A training step is what nnU-Net does: autocast to float16, loss, scaled backward pass, clipping at 12, SGD (in "graphs"
-that of LGMSNet's trainers, else nnU-Net's). Networks run as nnU-Net's trainer runs them ("compiled"), as LGMSNet's
-trainers do on one GPU ("graphs": recorded as CUDA graphs), or as they are ("eager"). Times are medians of CUDA events
-after warm-up, with the 5th and 95th percentile; the memory is what PyTorch allocated at the peak of a step, with what
-graphs hold; the first step includes all that comes before it, compiling or recording; x is the ratio to PlainConvUNet,
+A training step is that of the trainers: autocast to float16, loss, scaled backward pass, clipping at 12, and the SGD of
+the network's own trainer. Networks run as nnU-Net's trainer runs them ("compiled"), as LGMSNet's trainers do on one GPU
+("graphs": passes and update recorded as CUDA graphs), or as they are ("eager"). Times are medians of CUDA events after
+warm-up, with the 5th and 95th percentile; the memory is what PyTorch allocated at the peak of a step, with what graphs
+hold; the first step includes all that comes before it, compiling or recording; x is the ratio to PlainConvUNet,
 compiled.
 
 Every row runs in a process of its own with empty compiler caches. The rows of a batch (--jobs) compile side by side;
@@ -42,11 +42,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nnunet_lgms.architecture.graphed import GraphedLGMSNet
 from nnunet_lgms.files import atomic_write
-from nnunet_lgms.nnunet.optimizer import FusedSGD
-from nnunet_lgms.nnunet.update import update_weights
-from nnunet_lgms.planning.training_step import fast_steps, peak_memory
+from nnunet_lgms.graphs.network import GraphedLGMSNet
+from nnunet_lgms.graphs.step import autocast
+from nnunet_lgms.planning.training_step import WARM_UP, TrainingStep, peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {  # stages: what nnU-Net plans for the patch
@@ -58,7 +57,7 @@ REFERENCE = ("plain", "compiled")
 MODES = ("graphs", "compiled", "eager")
 
 
-def median_ms(step, device: torch.device, seconds: float = 1.5, warmup: int = 3) -> tuple[float, float, float]:
+def median_ms(step, device: torch.device, seconds: float = 1.5, warmup: int = WARM_UP) -> tuple[float, float, float]:
     """Median, 5th and 95th percentile of a step in ms."""
     for _ in range(warmup):
         step()
@@ -87,7 +86,7 @@ def synchronize(device: torch.device) -> None:
 
 def peak_gib(step, device: torch.device) -> float | None:
     """GiB of PyTorch's tensors at the peak of a step, with what CUDA graphs keep to themselves."""
-    for _ in range(3):  # predictions record their graph in the third
+    for _ in range(WARM_UP):  # predictions record their graph in the third, the update of the weights is the last
         step()
     if device.type != "cuda":
         return None
@@ -119,27 +118,17 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         network = GraphedLGMSNet.paper(shape[1], classes, dim=len(shape) - 2).to(device)
     else:
         network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).to(device)
-    if mode == "graphs":
-        optimizer = FusedSGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    else:
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
-    scaler = torch.GradScaler(device.type, enabled=device.type == "cuda")
     data = torch.randn(shape, device=device)
     target = torch.randint(0, max(classes, 2), (shape[0], *shape[2:]), device=device)
-
-    def train():
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, enabled=device.type == "cuda"):
-            loss = loss_function(model(data), target)
-        scaler.scale(loss).backward()
-        update_weights(network, optimizer, scaler)
+    train = TrainingStep(network, loss_function, data, target)
 
     def infer():
-        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
-            model(data)
+        with torch.inference_mode(), autocast(device):
+            train.network(data)
 
     begin = time.perf_counter()
-    model = network if mode == "eager" else fast_steps(network, data)
+    if mode != "eager":
+        train.make_fast()
     train()
     synchronize(device)
     row = {
@@ -152,10 +141,11 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         **provenance(),
     }
     row["train_gib"] = peak_gib(train, device)
-    optimizer.zero_grad(set_to_none=True)
+    train.optimizer.zero_grad(set_to_none=True)
     network.eval()
     if mode == "graphs":
         network.forget_graphs()  # the training's hold memory
+        train.recorded_update = None
     infer()
     row["infer_gib"] = peak_gib(infer, device)
     if device.type == "cuda":
@@ -166,7 +156,7 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         show_profile(infer)
     network.train()
     if mode == "graphs":
-        fast_steps(network, data)
+        train.make_fast()
     row["train_ms"] = median_ms(train, device)
     if profile:
         show_profile(train)

@@ -96,10 +96,10 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
     """
     from torch import nn
 
-    from nnunet_lgms.architecture.graphed import GraphedLGMSNet
     from nnunet_lgms.config import LGMSSettings
     from nnunet_lgms.config.resolve import network_kwargs
-    from nnunet_lgms.planning.training_step import TrainingStep, peak_memory
+    from nnunet_lgms.graphs.network import GraphedLGMSNet
+    from nnunet_lgms.planning.training_step import peak_memory, planned_training_step
 
     torch.backends.cudnn.benchmark = True
     topology = plan.topology()
@@ -115,7 +115,7 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
         begin = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        step = step or TrainingStep(network, shape, plan.n_classes, device, fast=mode == "trained")
+        step = step or planned_training_step(network, shape, plan.n_classes, device, fast=mode == "trained")
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -125,7 +125,7 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
             allocated.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             reserved.append(allocated[-1])
         if len(seconds) == 1 and mode == "trained" and device.type == "cuda":
-            recording = _peak_of_recording(network, torch.zeros(shape, device=device))
+            recording = _peak_of_recording(step)
         seconds.append(round(time.perf_counter() - begin, 3))
     beside = None
     if device.type == "cuda":
@@ -141,15 +141,13 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
     }
 
 
-def _peak_of_recording(network, x: torch.Tensor) -> int:
+def _peak_of_recording(step) -> int:
     """Bytes that tensors had at once while the step was recorded again: without what its graph cannot share."""
-    from nnunet_lgms.planning.training_step import fast_steps
-
-    network.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
-    network.forget_graphs()
+    step.network.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
+    step.network.forget_graphs()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    fast_steps(network, x)
+    step.make_fast()
     return torch.cuda.max_memory_allocated()
 
 

@@ -15,7 +15,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from test_trainer import make_batch, make_trainer
 
-from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
+from nnunet_lgms.graphs.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.errors import TrainingError
 from nnunet_lgms.nnunet.trainer import MAX_STEPS_LEFT_OUT
 

@@ -29,8 +29,8 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_lgms.architecture import graphed
-from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel
+from nnunet_lgms.graphs import network as graphed
+from nnunet_lgms.graphs.data_parallel import GraphedDataParallel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gloo  # noqa: E402
@@ -155,7 +155,7 @@ def graphs_left() -> dict[str, bool]:
     trainer = make_trainer(batch_size=BATCH_SIZE)
     trainer.num_input_channels, network = 1, trainer.network
     trainer.network, found = DistributedDataParallel(network), {}
-    with patch.object(graphed, "_TrainingStep", FailingStep):
+    with patch.object(graphed, "RecordedStep", FailingStep):
         for part in ("rehearse", "record", "nowhere"):
             FailingStep.fails_in = part
             trainer._record_step()

@@ -9,8 +9,9 @@ import torch
 from torch import distributed as dist
 
 from nnunet_lgms import LGMSNet
-from nnunet_lgms.architecture import graphed
-from nnunet_lgms.architecture.graphed import GraphedLGMSNet
+from nnunet_lgms.graphs import network as graphed
+from nnunet_lgms.graphs import recorded
+from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.ops import norm_act_synced
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
@@ -55,21 +56,21 @@ def test_autograd_keeps_the_gradients_of_a_graph_where_they_are():
     parameters = [torch.nn.Parameter(weight) for weight in weights]
     gradients = [torch.randn(weight.shape) for weight in weights]
     gradients[0] = gradients[0].to(memory_format=torch.channels_last)
-    together, parts = graphed._together(gradients, parameters)
+    together, parts = recorded._together(gradients, parameters)
     assert together.shape == (sum(weight.numel() for weight in weights),)
     step = replayed(parameters, parts)
     for _ in range(2):
         for parameter in parameters:
             parameter.grad = None
-        graphed._Replay.apply(step, *parameters)[0].sum().backward()
+        recorded._Replay.apply(step, *parameters)[0].sum().backward()
         for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
             assert torch.equal(parameter.grad, gradient)
             assert parameter.grad.data_ptr() == part.data_ptr()
 
 
-def replayed(parameters, gradients, values=None) -> graphed._TrainingStep:
+def replayed(parameters, gradients, values=None) -> recorded.RecordedStep:
     """A step whose graphs are stand-ins; the backward one writes the next of the values to all gradients."""
-    step = object.__new__(graphed._TrainingStep)
+    step = object.__new__(recorded.RecordedStep)
     step._parameters, step._gradients, step._output_gradients = parameters, gradients, [torch.zeros(3)]
     step._outputs, step._forward = torch.ones(3), SimpleNamespace(replay=lambda: None)
     write = (lambda: None) if values is None else lambda: [g.fill_(v) for v in [next(values)] for g in gradients]
@@ -81,13 +82,13 @@ def replayed(parameters, gradients, values=None) -> graphed._TrainingStep:
 def test_backward_passes_of_a_graph_add_up(in_place, expected):
     """As PyTorch's do, though the gradients that parameters hold are the memory of the graph."""
     parameters = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
-    _, gradients = graphed._together([torch.zeros(4, 3), torch.zeros(5)], parameters)
+    _, gradients = recorded._together([torch.zeros(4, 3), torch.zeros(5)], parameters)
     step = replayed(parameters, gradients, iter([1.0, 10.0]))
     optimizer = torch.optim.SGD(parameters, 0.1)
     for i in range(2):
         if i and in_place is not None:
             optimizer.zero_grad(set_to_none=not in_place)
-        graphed._Replay.apply(step, *parameters)[0].sum().backward()
+        recorded._Replay.apply(step, *parameters)[0].sum().backward()
     assert all((p.grad == expected).all() for p in parameters)
 
 
@@ -99,7 +100,7 @@ def without_cuda(monkeypatch):
     for name, stand_in in (("CUDAGraph", graph), ("Stream", stream), ("current_stream", stream)):
         monkeypatch.setattr(torch.cuda, name, lambda stand_in=stand_in: stand_in)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(graphed, "recording", lambda *_: nullcontext())
+    monkeypatch.setattr(recorded, "recording", lambda *_: nullcontext())
 
 
 def test_processes_exchange_nothing_before_all_have_rehearsed(without_cuda, monkeypatch):
@@ -154,7 +155,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setattr(graphed, "_Prediction", Recorder)
+    monkeypatch.setattr(graphed, "RecordedPrediction", Recorder)
     monkeypatch.setattr(GraphedLGMSNet, "_has_graphs", staticmethod(lambda x: True))
     monkeypatch.setattr(graphed, "only_compiling", torch.no_grad)
     Recorder.made = 0
@@ -196,7 +197,7 @@ def test_a_graph_that_does_not_fit_is_done_without(recorder, monkeypatch):
     def fails(forward, x):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(graphed, "_Prediction", fails)
+    monkeypatch.setattr(graphed, "RecordedPrediction", fails)
     network = GraphedLGMSNet.paper(1, 2, dim=2).eval()
     x = torch.zeros(1, 1, 16, 16)
     network(x), network(x)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.graphs.optimizer import FusedSGD
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}

@@ -19,11 +19,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_plans import LABELS, REGIONS, configuration, dataset_json, plans
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.graphs.optimizer import FusedSGD
+from nnunet_lgms.graphs.update import RecordedUpdate
 from nnunet_lgms.nnunet import trainer as trainers
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
-from nnunet_lgms.nnunet.optimizer import FusedSGD
-from nnunet_lgms.nnunet.update import RecordedUpdate
 
 NAMES = [
     "nnUNetTrainerLGMSNet",

@@ -13,9 +13,9 @@ import torch
 from test_trainer import make_batch, make_trainer
 from torch import Tensor, nn
 
-from nnunet_lgms.nnunet import update
-from nnunet_lgms.nnunet.optimizer import FusedSGD
-from nnunet_lgms.nnunet.update import RecordedUpdate, update_weights
+from nnunet_lgms.graphs import update
+from nnunet_lgms.graphs.optimizer import FusedSGD
+from nnunet_lgms.graphs.update import RecordedUpdate, update_weights
 
 RATES = (0.02, 0.02, 0.013, 0.013, 0.4, 0.001, 0.001)
 BEFORE_RECORDING = 2  # for tests

@@ -9,9 +9,9 @@ from __future__ import annotations
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
-from nnunet_lgms.architecture.graphed import GraphedLGMSNet
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology, network_kwargs
+from nnunet_lgms.graphs.network import GraphedLGMSNet
 
 
 def build_network(

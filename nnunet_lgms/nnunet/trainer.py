@@ -25,15 +25,16 @@ from torch import nn
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.files import atomic_write, one_line
-from nnunet_lgms.nnunet.ahead import LossOfAStep, StepResult, copied_ahead
+from nnunet_lgms.graphs.ahead import LossOfAStep, StepResult, copied_ahead
+from nnunet_lgms.graphs.data_parallel import GraphedDataParallel
+from nnunet_lgms.graphs.optimizer import FusedSGD
+from nnunet_lgms.graphs.step import record_step, training_step
+from nnunet_lgms.graphs.update import RecordedUpdate
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
-from nnunet_lgms.nnunet.data_parallel import GraphedDataParallel
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
-from nnunet_lgms.nnunet.optimizer import FusedSGD
-from nnunet_lgms.nnunet.update import RecordedUpdate, update_weights
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends, end_with_parent
 from nnunet_lgms.ops.backend import use_kernels
 
@@ -128,16 +129,12 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         x, group = torch.zeros(shape, device=self.device), self.network.process_group if self.is_ddp else None
         reason = None
         try:
-            with torch.autocast(self.device.type):
-                network.record_training(x, group)
+            self.recorded_update = record_step(network, self.optimizer, self.grad_scaler, x, group)
         except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
             reason = one_line(error)
         if reason is not None:
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
-            return
-        if type(self.optimizer) is FusedSGD:
-            self.recorded_update = RecordedUpdate(network, self.optimizer, self.grad_scaler)
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
@@ -345,20 +342,16 @@ class nnUNetTrainerLGMSNet(nnUNetTrainer):
         self.lr_scheduler.step(self.current_epoch + self.iteration / self.num_iterations_per_epoch)
         self.iteration += 1
         data, target = copied_ahead((batch["data"], batch["target"]), self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", enabled=self.device.type == "cuda"):
-            loss = self.loss(self.network(data), target)
-        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-        arriving = LossOfAStep(loss, self._update_weights())
+        arriving = LossOfAStep(*self._take_step(data, target))
         self.launched.append((batch, arriving))
         self._look_at_losses(self.steps_ahead)
         return StepResult(loss=arriving)
 
-    def _update_weights(self) -> torch.Tensor:
-        recorded = self.recorded_update
-        if recorded is not None and recorded.optimizer is self.optimizer and recorded.scaler is self.grad_scaler:
-            return recorded()
-        return update_weights(self.network, self.optimizer, self.grad_scaler)
+    def _take_step(self, data: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The loss and the norm of its gradients, on the device (see :func:`training_step`)."""
+        return training_step(
+            self.network, self.loss, self.optimizer, self.grad_scaler, data, target, self.recorded_update
+        )
 
     def _look_at_losses(self, but: int):
         """Those of all steps so far but the latest."""

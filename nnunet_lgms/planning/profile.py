@@ -27,7 +27,7 @@ from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
-from nnunet_lgms.planning.training_step import InferenceStep, TrainingStep, peak_memory
+from nnunet_lgms.planning.training_step import WARM_UP, InferenceStep, peak_memory, planned_training_step
 
 LGMSNET, NNUNET = "LGMSNet", "nnU-Net"
 MIB = 2**20
@@ -196,10 +196,10 @@ def _measure(subject: Subject, kind: str, device_name: str, steps: int, compiled
     before = 0 if on_cuda else _peak_of_process()
     network = subject.build(subject.deep_supervision if kind == "training" else False)
     if kind == "training":
-        step = TrainingStep(network, subject.input_shape(), subject.n_classes, device, fast=compiled)
+        step = planned_training_step(network, subject.input_shape(), subject.n_classes, device, fast=compiled)
     else:
         step = InferenceStep(network, subject.input_shape(), device)
-    for _ in range(3 if on_cuda else 1):
+    for _ in range(WARM_UP if on_cuda else 1):
         step()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()  # cuDNN has tried its algorithms, graphs are recorded

@@ -1,87 +1,110 @@
-"""nnU-Net's training and inference step on random data, to see what they cost."""
+"""nnU-Net's training and inference step on one batch, to see what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_lgms.architecture.graphed import GraphedLGMSNet
-from nnunet_lgms.nnunet.update import update_weights
+from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.graphs.network import GraphedLGMSNet
+from nnunet_lgms.graphs.optimizer import FusedSGD
+from nnunet_lgms.graphs.step import autocast, record_step, training_step
+from nnunet_lgms.graphs.update import BEFORE_RECORDING
 from nnunet_lgms.planning.memory import label_manager
+
+#: steps on a GPU after which all is recorded that its trainer records: the passes at once, the update after a while
+WARM_UP = BEFORE_RECORDING + 2
 
 
 class TrainingStep:
-    """One call is one of nnU-Net's training steps: forward, loss, scaled backward, clipping at 12, SGD with momentum.
+    """One call is a training step on the same batch, with the optimiser of the network's trainer.
+
+    Args:
+        network: in training mode, on the device of the data.
+        loss_function: takes what the network returns, and the target.
+        data: (B, C, *patch).
+        target: what the loss takes.
+    """
+
+    def __init__(self, network: nn.Module, loss_function: Callable[[Any, Any], Tensor], data: Tensor, target: Any):
+        self.network, self.loss_function, self.data, self.target = network, loss_function, data, target
+        self.optimizer = optimizer_of(network)
+        self.scaler = torch.amp.GradScaler("cuda") if data.is_cuda else None
+        self.recorded_update = None
+
+    def make_fast(self) -> None:
+        """As the network's trainer does on GPUs: LGMSNet becomes CUDA graphs, and other networks are compiled."""
+        self.recorded_update = None
+        if not isinstance(self.network, GraphedLGMSNet):
+            self.network = torch.compile(self.network)
+        elif self.data.is_cuda:
+            x = torch.zeros_like(self.data)
+            self.recorded_update = record_step(self.network, self.optimizer, self.scaler, x)
+
+    def __call__(self) -> None:
+        training_step(
+            self.network,
+            self.loss_function,
+            self.optimizer,
+            self.scaler,
+            self.data,
+            self.target,
+            self.recorded_update,
+        )
+
+
+def planned_training_step(
+    network: nn.Module, input_shape: Sequence[int], n_classes: int, device: torch.device, fast: bool = False
+) -> TrainingStep:
+    """A training step on random data, with LGMSNet's loss at every output.
 
     Args:
         network: returns logits, or a list of them with deep supervision.
         input_shape: (B, C, *patch).
         n_classes: channels of the output, background included.
-        device: where it runs; autocast to float16 on CUDA, as in nnU-Net.
-        fast: as the network's trainer makes it on one GPU: LGMSNet on CUDA graphs, other networks and Dice compiled.
+        device: where it runs.
+        fast: as the network's trainer makes it on one GPU (:meth:`TrainingStep.make_fast`).
     """
+    from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
 
-    def __init__(
-        self,
-        network: nn.Module,
-        input_shape: Sequence[int],
-        n_classes: int,
-        device: torch.device,
-        fast: bool = False,
-    ):
-        from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
-        from nnunet_lgms.nnunet.optimizer import FusedSGD
+    loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
+    if fast:
+        loss.dc = torch.compile(loss.dc)
+    targets: list[Tensor] = []  # drawn in the first step, which tells the sizes of the outputs
 
-        self.device = device
-        self.network = network.to(device).train()
-        self.loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-        if fast:
-            self.network = fast_steps(self.network, torch.zeros(tuple(input_shape), device=device))
-            self.loss.dc = torch.compile(self.loss.dc)
-        sgd = FusedSGD if isinstance(network, GraphedLGMSNet) else torch.optim.SGD  # as nnU-Net's trainer has it
-        self.optimizer = sgd(self.network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
-        self.scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
-        self.input_shape = tuple(input_shape)
-        self.n_classes = n_classes
+    def loss_function(outputs: Tensor | Sequence[Tensor], targets: list[Tensor]) -> Tensor:
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        for output in outputs[len(targets) :]:
+            shape = (output.shape[0], 1, *output.shape[2:])
+            targets.append(torch.randint(0, n_classes, shape, dtype=torch.int16, device=device))
+        return sum(loss(output, target) for output, target in zip(outputs, targets, strict=True))
 
-    def __call__(self) -> None:
-        data = torch.randn(self.input_shape).to(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device):
-            output = self.network(data)
-            outputs = output if isinstance(output, (list, tuple)) else [output]
-            loss = sum(self.loss(o, self._target(o)) for o in outputs)
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        update_weights(self.network, self.optimizer, self.scaler)
-
-    def _target(self, output: Tensor) -> Tensor:
-        shape = (output.shape[0], 1, *output.shape[2:])
-        return torch.randint(0, self.n_classes, shape, dtype=torch.int16).to(self.device)
+    data = torch.randn(tuple(input_shape), device=device)
+    step = TrainingStep(network.to(device).train(), loss_function, data, targets)
+    if fast:
+        step.make_fast()
+    return step
 
 
-def fast_steps(network: nn.Module, x: Tensor) -> nn.Module:
-    """The network, for training steps on batches like x, as its trainer makes it fast on one GPU."""
-    if not isinstance(network, GraphedLGMSNet):
-        return torch.compile(network)
-    if x.is_cuda:
-        with autocast(x.device):
-            network.record_training(x)
-    return network
+def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
+    """SGD as the network's trainer has it, at a small rate: fused for LGMSNet, nnU-Net's for others."""
+    if isinstance(network, LGMSNet):
+        return FusedSGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
 
 
 class InferenceStep:
     """One call predicts one patch, as a tile of nnU-Net's sliding window."""
 
     def __init__(self, network: nn.Module, input_shape: Sequence[int], device: torch.device):
-        self.device = device
         self.network = network.to(device).eval()
         self.data = torch.randn(1, *tuple(input_shape)[1:], device=device)
 
     def __call__(self) -> None:
-        with torch.inference_mode(), autocast(self.device):
+        with torch.inference_mode(), autocast(self.data.device):
             self.network(self.data)
 
 
@@ -92,8 +115,3 @@ def peak_memory() -> int:
     """
     graphs = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
     return torch.cuda.max_memory_allocated() + sum(s["total_size"] - s["allocated_size"] for s in graphs)
-
-
-def autocast(device: torch.device):
-    """float16 on CUDA, nothing elsewhere: nnU-Net's choice."""
-    return torch.autocast(device.type) if device.type == "cuda" else nullcontext()

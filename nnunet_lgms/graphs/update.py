@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_lgms.architecture.graphed import recording
-from nnunet_lgms.nnunet.optimizer import FusedSGD
+from nnunet_lgms.graphs.optimizer import FusedSGD
+from nnunet_lgms.graphs.recording import recording
 
 MAX_GRADIENT_NORM = 12  # nnU-Net's, in each of its trainers
 # Steps in a row with everything in its place before one is recorded, which takes as long as some ten.
@@ -92,6 +92,10 @@ class RecordedUpdate:
             rate.fill_(group["lr"])
         self._graph.replay()
         return self._norm
+
+    def is_of(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+        """Whether it is the update of this optimiser and this scaler, not of others that took their place."""
+        return self.optimizer is optimizer and self.scaler is scaler
 
     def _launch(self) -> Tensor:
         return update_weights(self.network, self.optimizer, self.scaler)

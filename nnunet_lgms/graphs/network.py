@@ -12,8 +12,7 @@ Nothing here is computed in another way, and `torch.compile`, export, the CPU an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,12 +22,12 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves, tree_map
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.graphs.recorded import RecordedPrediction, RecordedStep
+from nnunet_lgms.graphs.recording import in_all_or_none
 from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.launch import only_compiling
-from nnunet_lgms.ops.norm_act_synced import without_exchange
 
 # Predictions of one kind that are computed before one is recorded: a graph takes as long as these to make.
 BEFORE_RECORDING = 2
@@ -44,7 +43,7 @@ class GraphedLGMSNet(LGMSNet):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._training_step: _TrainingStep | None = None
+        self._training_step: RecordedStep | None = None
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
@@ -53,7 +52,7 @@ class GraphedLGMSNet(LGMSNet):
             self._training_step.end()
         self._training_step, self._training_kind = None, None
         self._prediction_kind: Hashable = None
-        self._prediction: _Prediction | None = None
+        self._prediction: RecordedPrediction | None = None
         self._computed = 0  # predictions of this kind
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -91,10 +90,10 @@ class GraphedLGMSNet(LGMSNet):
         statistics = [b.clone() for b in self.buffers()]
         parameters = {name: p for name, p in _WithoutGraphs(self).named_parameters() if p.requires_grad}
         try:
-            with _in_all_or_none(group, x.device):
-                self._training_step = _TrainingStep(x, parameters, group)
+            with in_all_or_none(group, x.device):
+                self._training_step = RecordedStep(x, parameters, group)
                 self._training_step.rehearse(self._with_converted_weights)
-            with _in_all_or_none(group, x.device):
+            with in_all_or_none(group, x.device):
                 self._training_step.record(self._with_converted_weights)
             self._training_kind = self._kind(x)
         except RuntimeError:
@@ -112,7 +111,7 @@ class GraphedLGMSNet(LGMSNet):
                 self._with_converted_weights(x)
         if self._prediction is None and self._computed == BEFORE_RECORDING:
             try:
-                self._prediction = _Prediction(self._with_converted_weights, x)
+                self._prediction = RecordedPrediction(self._with_converted_weights, x)
             except RuntimeError as error:  # out of memory, which is held for as long as the graph lives
                 warnings.warn(f"Predictions are not recorded as a CUDA graph ({error}).", stacklevel=2)
         self._computed += 1
@@ -191,160 +190,3 @@ def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     out = [torch.empty_like(t, dtype=dtype) for t in tensors]
     torch._foreach_copy_(out, tensors)
     return out
-
-
-class _Prediction:
-    """A recorded forward pass, for inputs like x."""
-
-    def __init__(self, forward: Callable, x: Tensor):
-        self._input = _memory_for(x)
-        self._graph = torch.cuda.CUDAGraph()
-        with _autocast_without_cache(), recording(self._graph, torch.cuda.Stream()):
-            self._output = forward(self._input)
-
-    def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
-        self._input.copy_(x)
-        self._graph.replay()
-        return tree_map(torch.clone, self._output)
-
-
-class _TrainingStep:
-    """A forward and backward pass, for batches like x, to be recorded."""
-
-    def __init__(self, x: Tensor, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None = None):
-        self._input, self._parameters, self._group = _memory_for(x), list(parameters.values()), group
-        # The same memory under other names: DDP holds on to where gradients of parameters are gathered, which is on a
-        # stream that a recording cannot wait for.
-        self._weights = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._stream = torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-
-    def rehearse(self, forward: Callable) -> None:
-        """Compiles the kernels and takes the step once, so that libraries have chosen their algorithms.
-
-        Nothing is exchanged, so that a process that has not enough memory leaves no other one waiting.
-        """
-        with without_exchange(), torch.cuda.stream(self._stream), _as_recorded():
-            with only_compiling():
-                outputs = forward(self._input, self._weights)
-                self._output_gradients = [torch.zeros_like(out) for out in tree_leaves(outputs)]
-                self._differentiate(outputs)
-            self._differentiate(forward(self._input, self._weights))
-
-    def record(self, forward: Callable) -> None:
-        with _as_recorded():
-            if self._group is not None:
-                with torch.cuda.stream(self._stream):  # once for NCCL, in the memory of the rehearsal
-                    self._exchange(*self._differentiate(forward(self._input, self._weights)))
-            with recording(self._forward, self._stream):
-                outputs = forward(self._input, self._weights)
-            with recording(self._backward, self._stream, self._forward.pool()):
-                self._gradients = self._exchange(*self._differentiate(outputs))
-        self._outputs = tree_map(torch.detach, outputs)
-
-    def _differentiate(self, outputs: Tensor | list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        weights = list(self._weights.values())
-        gradients = torch.autograd.grad(tree_leaves(outputs), weights, self._output_gradients)
-        return _together(gradients, weights)
-
-    def _exchange(self, together: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._group is not None:
-            dist.all_reduce(together, dist.ReduceOp.AVG, self._group)
-        return gradients
-
-    def end(self) -> None:
-        """Destroys the graphs, whoever holds this step. NCCL ends no exchange while a graph has it recorded."""
-        self._forward.reset()
-        self._backward.reset()
-
-    def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
-        self._input.copy_(x)
-        outputs = _Replay.apply(self, *self._parameters)
-        return outputs[0] if isinstance(self._outputs, Tensor) else list(outputs)
-
-    def replay_forward(self) -> tuple[Tensor, ...]:
-        self._forward.replay()
-        return tuple(out.detach() for out in tree_leaves(self._outputs))
-
-    def replay_backward(self, output_gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for memory, gradient in zip(self._output_gradients, output_gradients, strict=True):
-            memory.copy_(gradient)
-        for parameter, memory in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is not None and parameter.grad.data_ptr() == memory.data_ptr():
-                parameter.grad = parameter.grad.clone()  # of the step before, to which autograd adds this one's
-        self._backward.replay()
-        return tuple(gradient.detach() for gradient in self._gradients)
-
-
-def _together(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Gradients in one piece of memory, which processes exchange at once, and as parts of it.
-
-    They have the strides of their weights: autograd keeps such as they are, and copies others to new memory.
-    """
-    sizes = [weight.numel() for weight in weights]
-    together = gradients[0].new_empty(sum(sizes))
-    strides = (torch.empty_like(weight, device="meta").stride() for weight in weights)  # made dense
-    parts = zip(together.split(sizes), weights, strides, strict=True)
-    parts = tuple(part.as_strided(weight.shape, stride) for part, weight, stride in parts)
-    torch._foreach_copy_(parts, gradients)
-    return together, parts
-
-
-class _Replay(torch.autograd.Function):
-    """A recorded step as a function of the network's parameters."""
-
-    @staticmethod
-    def forward(ctx, step: _TrainingStep, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-        ctx.step = step
-        return step.replay_forward()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.step.replay_backward(output_gradients)
-
-
-@contextmanager
-def _in_all_or_none(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
-    """What fails in one process fails in all of them, once each has done it."""
-    if group is None:
-        yield
-        return
-    done = torch.ones((), device=device)  # as long as there is memory for it
-    try:
-        yield
-    except RuntimeError:
-        dist.all_reduce(done.zero_(), dist.ReduceOp.MIN, group)
-        raise
-    dist.all_reduce(done, dist.ReduceOp.MIN, group)
-    if not done:
-        raise RuntimeError("it failed in another process")
-
-
-@contextmanager
-def _as_recorded() -> Iterator[None]:
-    """The backward pass stays in this thread, which is the one that records."""
-    with _autocast_without_cache(), torch.autograd.set_multithreading_enabled(False):
-        yield
-
-
-def _memory_for(x: Tensor) -> Tensor:
-    """A copy of x, to be overwritten in inference mode and outside of it."""
-    with torch.inference_mode(False):
-        return torch.empty_like(x).copy_(x)
-
-
-def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.graph:
-    """Records what this thread launches; others, such as those that prepare the next batch, may go on using the GPU."""
-    return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
-
-
-def _autocast_without_cache() -> torch.autocast:
-    """The autocast that is on, without its memory of converted weights: a graph has to convert them every time."""
-    return torch.autocast(
-        "cuda",
-        dtype=torch.get_autocast_dtype("cuda"),
-        enabled=torch.is_autocast_enabled("cuda"),
-        cache_enabled=False,
-    )
