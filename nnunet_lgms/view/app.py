@@ -218,7 +218,7 @@ class SessionStream:
         try:
             headers = [(b"content-type", b"text/event-stream")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            event = f"data: {session.name}\n\n"
+            event = f"retry: 500\ndata: {session.name}\n\n"
             while True:
                 await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
                 if (await asyncio.wait({closing, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED))[0]:
