@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_lgms.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -45,3 +47,19 @@ def test_every_row_of_the_matrix_links_to_its_test():
             else:
                 relative = str(file.relative_to(ROOT))
                 assert file.is_file() and relative.startswith(("tests/", "benchmarks/")) and target.endswith(text), row
+
+
+def test_the_page_of_commands_names_each():
+    table = "".join(f"| `{name}` | {line} |\n" for name, line in COMMANDS.items())
+    assert table in (ROOT / "docs" / "reference" / "commands.md").read_text("utf-8"), table
+
+
+def test_the_navigation_has_every_page():
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+
+
+def test_docs_tell_no_dates():
+    """Machines and days belong to the diary, benchmarks/LOG.md."""
+    for page in PAGES:
+        assert not re.search(r"\b20\d\d-\d\d-\d\d\b", page.read_text("utf-8")), page
