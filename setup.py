@@ -53,6 +53,8 @@ PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "pl
 RUNTIME = ["SimpleITK>=2.3", "onnxruntime>=1.22"]
 EXPORT = [*RUNTIME, "onnx>=1.19", "onnxscript>=0.6"]
 VIEW = [*RUNTIME, "starlette>=0.46", "uvicorn>=0.30", "anyio>=4", "filelock>=3.12"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]
+VIEW = [*RUNTIME, "gradio>=6.20"]
 
 
 setup(
@@ -99,16 +101,21 @@ setup(
         "export": EXPORT,
         "runtime": RUNTIME,
         "view": VIEW,
+        "docs": DOCS,
         "test": [
             *STUDY,
             *EXPORT,
             *VIEW,
+            *DOCS,
             "playwright>=1.50",  # with a browser of the system's
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",
+            "mypy>=1.15",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "build>=1.2",
             "setuptools>=77",
             "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU

@@ -1,7 +1,7 @@
 """What the built pages have that the Markdown files do not.
 
-The Markdown files are read in the repository as well, where they link to files outside of docs/. In the built pages a picture
-from there is copied, any other such link becomes its text, and the page of the commands gets the options of each.
+The Markdown files are read in the repository as well, where they link to files outside of docs/. In the built pages a
+picture from there is copied, any other such link becomes its text, and the page of the commands gets their options.
 """
 
 import os
