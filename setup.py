@@ -48,13 +48,13 @@ STUDY = [*EVALUATION, *SNAKEMAKE, "pyyaml>=6"]
 
 # Top-level folders that are installed inside the package; Snakemake's has folders of its own.
 WORKFLOW = ["workflow", "workflow/rules", *(f"workflow/profiles/{name}" for name in ("local", "gpus", "slurm"))]
-PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "plans", "studies", *WORKFLOW)}
-# Without PyTorch and nnU-Net: pip install --no-deps nnunet-lgms && pip install numpy SimpleITK onnxruntime
+MODELS = [f"models/{model.name}{part}" for model in sorted((ROOT / "models").glob("*/")) for part in ("", "/fold_0")]
+PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "plans", "studies", *WORKFLOW, *MODELS)}
+# Without PyTorch and nnU-Net: pip install --no-deps . && pip install numpy SimpleITK onnxruntime
 RUNTIME = ["SimpleITK>=2.3", "onnxruntime>=1.22"]
 EXPORT = [*RUNTIME, "onnx>=1.19", "onnxscript>=0.6"]
 VIEW = [*RUNTIME, "starlette>=0.46", "uvicorn>=0.30", "anyio>=4", "filelock>=3.12"]
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]
-VIEW = [*RUNTIME, "gradio>=6.20"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]
 
 
 setup(
@@ -63,21 +63,37 @@ setup(
     description="LGMSNet, a light segmentation network, as a plugin on stock nnU-Net",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
+    author="The nnunet-lgms developers",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2508.15476",
+        "nnU-Net": "https://github.com/MIC-DKFZ/nnUNet",
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
         "Intended Audience :: Healthcare Industry",
         "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: Microsoft :: Windows",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
+        "Typing :: Typed",
     ],
     keywords=["medical image segmentation", "nnU-Net", "LGMSNet", "deep learning"],
     python_requires=">=3.10",
     packages=[*find_packages(include=["nnunet_lgms", "nnunet_lgms.*"]), *PACKAGE_DIR],
     package_dir=PACKAGE_DIR,
-    package_data={"": ["*.json", "*.html", "*.css", "*.js", "*.yaml", "*.smk", "Snakefile"]},
+    package_data={
+        **{f"nnunet_lgms.{model.replace('/', '.')}": ["README.md"] for model in MODELS},  # licence and attribution
+        "": ["py.typed", "*.json", "*.html", "*.css", "*.js", "*.yaml", "*.smk", "*.pth", "Snakefile"],
+    },
     cmdclass={"build_py": BuildPyWithTrainers},
     entry_points={"console_scripts": ["nnunet_lgms = nnunet_lgms.cli:main"]},
     # What is imported, with lower bounds only: constraints.txt lists the versions that this commit was tested with.

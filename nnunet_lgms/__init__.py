@@ -19,6 +19,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _HOME_OF = {
     "LGMSNet": "nnunet_lgms.architecture.lgmsnet",
+    "load": "nnunet_lgms.pretrained",
     "load_official": "nnunet_lgms.architecture.official",
     "predict": "nnunet_lgms.inference",
 }

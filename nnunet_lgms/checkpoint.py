@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,14 +29,14 @@ NUMPY_NUMBERS = [
 FOREIGN = re.compile(r"(?:GLOBAL|unrecognized function|unsupported class) (\S+)")
 
 
-def read_checkpoint(path: str | Path) -> Any:
-    """Content of a checkpoint, on the CPU; nothing in the file is executed.
+def read_checkpoint(path: str | Path | BinaryIO) -> Any:
+    """Content of a checkpoint, a file's or that of an open one, on the CPU; nothing in it is executed.
 
     Raises:
         ValueError: the file is damaged, is no checkpoint, or holds objects beside tensors, numbers and text.
         FileNotFoundError: it is not there.
     """
-    if not Path(path).is_file():
+    if isinstance(path, (str, Path)) and not Path(path).is_file():
         raise FileNotFoundError(f"The checkpoint {path} does not exist.")
     try:
         with safe_globals(NUMPY_NUMBERS):

@@ -1,10 +1,12 @@
-"""The one requirement worth a sentence of its own: nnU-Net, present and new enough.
+"""What this package stands on, and the line to type where something of it is missing.
 
 `import nnunet_lgms.nnunet` calls :func:`require_nnunetv2` before anything of nnunetv2 is imported, so that an older
 nnU-Net is named as such and does not surface as an ImportError from deep inside.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import re
+import shlex
+from importlib.metadata import PackageNotFoundError, requires, version
 
 MINIMUM_NNUNETV2 = "2.8"
 
@@ -32,3 +34,27 @@ def require_nnunetv2() -> str:
     if Version(found) < Version(MINIMUM_NNUNETV2):
         raise RequirementError(f"nnunet_lgms needs nnunetv2 {MINIMUM_NNUNETV2} or newer, found {found}: {way_out}")
     return found
+
+
+def install_extra(extra: str) -> str:
+    """The line that installs what is missing of an extra: no index has this package, but all have its requirements.
+
+    They are those of the installed package's own metadata; in a checkout that is not installed, the line is pip's for
+    the folder.
+    """
+    try:
+        listed = requires("nnunet-lgms") or []
+    except PackageNotFoundError:
+        return f"pip install '.[{extra}]' in the folder that nnunet_lgms comes from"
+    marked = [line.partition(";")[::2] for line in listed]
+    wanted = [name.strip() for name, marker in marked if re.search(rf"extra == ['\"]{extra}['\"]", marker)]
+    missing = [requirement for requirement in wanted if not _is_installed(requirement)]
+    return f"pip install {shlex.join(missing or wanted)}"
+
+
+def _is_installed(requirement: str) -> bool:
+    try:
+        version(re.match(r"[\w.-]+", requirement).group())
+    except PackageNotFoundError:
+        return False
+    return True

@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("nnunet_lgms", "trainers", "plans", "studies", "workflow"):
+    for name in ("nnunet_lgms", "trainers", "plans", "studies", "workflow", "models"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -110,7 +110,7 @@ def source_files() -> set[str]:
     files = {p.relative_to(ROOT).as_posix() for p in found}
     files |= {f"nnunet_lgms/trainers/{p.name}" for p in (ROOT / "trainers").glob("*.py")}
     files |= {f"nnunet_lgms/plans/{p.name}" for p in (ROOT / "plans").glob("*.json")}
-    data = [p for folder in ("studies", "workflow") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    data = [p for folder in ("studies", "workflow", "models") for p in (ROOT / folder).rglob("*") if p.is_file()]
     return files | {f"nnunet_lgms/{p.relative_to(ROOT).as_posix()}" for p in data}
 
 

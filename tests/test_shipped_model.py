@@ -1,11 +1,15 @@
 """The trained model in models/, through nnU-Net's own predictor."""
 
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+
+from nnunet_lgms import load
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = "hippocampus_025"  # of the fold that the model was validated on
@@ -31,3 +35,45 @@ def test_the_hippocampus_model_finds_both_labels(hippocampus, monkeypatch, tmp_p
 @pytest.mark.parametrize("name", ["plans.json", "dataset.json", "dataset_fingerprint.json"])
 def test_the_model_folder_names_no_folder_of_a_machine(name):
     assert '"/' not in (ROOT / "models" / "hippocampus" / name).read_text()
+
+
+MODEL = ROOT / "models" / "hippocampus"
+
+
+def zipped(path: Path, root: str = "Dataset004_Hippocampus/nnUNetTrainerLGMSNet__nnUNetPlans__3d_fullres/") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in MODEL.rglob("*.*"):
+            archive.write(file, root + file.relative_to(MODEL).as_posix())
+    return path
+
+
+def test_load_gives_the_network_by_name_folder_and_zip(tmp_path):
+    networks = [load("hippocampus"), load(MODEL, fold=0), load(zipped(tmp_path / "model.zip"))]
+    x = torch.randn(1, 1, 16, 24, 16)
+    with torch.no_grad():
+        first, *others = [network(x) for network in networks]
+    assert first.shape == (1, 3, 16, 24, 16)
+    for other in others:
+        assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda folder: (folder / "plans.json").unlink(), "has no plans.json"),
+        (lambda folder: (folder / "fold_0" / "checkpoint_final.pth").unlink(), "the training is not finished"),
+        (lambda folder: shutil.copytree(folder / "fold_0", folder / "fold_1"), "has the folds 0, 1: name one"),
+    ],
+)
+def test_load_refuses(change, sentence, tmp_path):
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    change(folder)
+    with pytest.raises(ValueError, match=sentence):
+        load(folder)
+
+
+def test_load_names_the_shipped_models(tmp_path):
+    with pytest.raises(ValueError, match="'brain' is neither .* hippocampus"):
+        load("brain")
+    with pytest.raises(ValueError, match="holds 0 trained models"):
+        load(zipped(tmp_path / "flat.zip", root=""))

@@ -44,14 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.requirements import RequirementError
+    from nnunet_lgms.requirements import RequirementError, install_extra
 
     try:
         from nnunet_lgms.runtime import Predictor
     except ImportError as error:
-        raise RequirementError(
-            f"runtime needs {error.name}: pip install numpy SimpleITK onnxruntime, or 'nnunet-lgms[runtime]'."
-        ) from error
+        raise RequirementError(f"runtime needs {error.name}: {install_extra('runtime')}") from error
 
     cores = os.cpu_count() or 1
     if args.threads is not None and not 1 <= args.threads <= cores:

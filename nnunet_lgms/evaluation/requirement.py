@@ -6,16 +6,16 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from nnunet_lgms.requirements import RequirementError
-
-_WAY_OUT = "pip install 'nnunet-lgms[evaluation]'"
+from nnunet_lgms.requirements import RequirementError, install_extra
 
 
 def require_evaluation_extra() -> None:
     """Raise RequirementError if something of the extra is not installed. Quick: nothing is imported."""
     missing = [name for name in ("monai", "jinja2", "scipy") if find_spec(name) is None]
     if missing:
-        raise RequirementError(f"Evaluation needs {', '.join(missing)}, which is not installed: {_WAY_OUT}")
+        raise RequirementError(
+            f"Evaluation needs {', '.join(missing)}, which is not installed: {install_extra('evaluation')}"
+        )
 
 
 def monai_metrics() -> tuple[Callable, Callable]:
