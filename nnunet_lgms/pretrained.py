@@ -21,7 +21,7 @@ PLACES = [Path(__file__).parent / "models", Path(__file__).parents[1] / "models"
 def load(model: str | Path, *, fold: int | str | None = None, checkpoint: str = "checkpoint_final.pth") -> LGMSNet:
     """Gives the network of a trained model, with its weights, on the CPU and in evaluation mode.
 
-    The network takes normalised patches (B, C, *spatial) and returns logits (B, heads, *spatial). For whole images, with
+    The network takes normalised patches (B, C, *spatial) and returns logits (B, heads, *spatial). For whole images,
     with nnU-Net's resampling and normalisation around it, there is :func:`nnunet_lgms.predict`.
 
     Args:
