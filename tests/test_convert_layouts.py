@@ -12,7 +12,7 @@ from PIL import Image
 
 from nnunet_lgms.data.convert import convert
 from nnunet_lgms.data.datasets import DESCRIPTIONS
-from nnunet_lgms.data.natural_images import read_mask
+from nnunet_lgms.data.masks import read_mask
 
 pytestmark = pytest.mark.usefixtures("verify_in_threads")
 

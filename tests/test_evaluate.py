@@ -18,8 +18,8 @@ from nnunet_lgms.cli.evaluate import raw_dataset
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import compute_metrics
-from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.evaluation.statistics import bootstrap_mean, compare, holm
+from nnunet_lgms.nnunet_files import Reader
 from nnunet_lgms.requirements import RequirementError
 
 pytestmark = pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")
@@ -265,6 +265,83 @@ def test_flat_images_are_measured_in_pixels(tmp_path: Path, capsys):
     assert summary["unit"] == "pixels" and list(summary["labels"]) == ["lesion"]
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_slice_is_flat_along_whichever_axis(axis: int):
+    """Across a single slice everything would be surface, and every distance next to nothing."""
+    reference = disc(2)
+    prediction = np.roll(disc(2), 4, axis=1)
+    expected = compute_metrics(prediction, reference, (1.5, 0.5), 1.0)
+    spacing = list(np.insert([1.5, 0.5], axis, 7.0))
+    assert compute_metrics(np.expand_dims(prediction, axis), np.expand_dims(reference, axis), spacing, 1.0) == expected
+    empty = np.zeros_like(prediction)
+    assert compute_metrics(np.expand_dims(empty, axis), np.expand_dims(reference, axis), spacing, 1.0)[
+        "HD95"
+    ] == pytest.approx(np.hypot(40 * 1.5, 56 * 0.5))
+
+
+def test_files_with_capitals_are_taken_and_hidden_ones_left_out(volumes: tuple[Path, Path], tmp_path: Path, capsys):
+    """Finder leaves `._` files beside all that it copies; some scanners write .NII.GZ."""
+    predictions, references = volumes
+    words = ["evaluate", str(predictions), str(references), "--labels", "1", "--bootstrap", "9", "-o"]
+    assert main([*words, str(tmp_path / "before")]) == 0
+    for folder in volumes:
+        (folder / "case_0.nii.gz").rename(folder / "scan[0] (ü).NII.GZ")
+        (folder / "._case_1.nii.gz").write_bytes(b"\0\5\x16\7" + bytes(160))
+    (predictions / "._case_9.nii.gz").write_bytes(b"\0\5\x16\7" + bytes(160))
+    assert main([*words, str(tmp_path / "after")]) == 0
+    rows = [list(csv.reader((tmp_path / name / "cases.csv").open()))[1:] for name in ("before", "after")]
+    assert sorted(row[2:] for row in rows[0]) == sorted(row[2:] for row in rows[1])
+    assert {row[1] for row in rows[1]} == {"scan[0] (ü)", *(f"case_{n}" for n in (1, 2, 3, 4))}
+    (references / "CASE_2.nii.gz").write_bytes((references / "case_2.nii.gz").read_bytes())
+    assert main([*words, str(tmp_path / "after")]) == 0  # another name, which no prediction has
+    (references / "case_2.NII.gz").write_bytes((references / "case_2.nii.gz").read_bytes())
+    assert "which are one case: remove one" in _refused(capsys, *words[1:], tmp_path / "again")
+
+
+@pytest.mark.parametrize("reader, same", [("NibabelIOWithReorient", True), ("SimpleITKIO", False)])
+def test_predictions_in_another_order_of_axes(reader: str, same: bool, tmp_path: Path, capsys):
+    """A reader that reorients gives both on one grid; for one that does not, they lie on two."""
+    for case in range(2):
+        labels = nib.Nifti1Image(blob(case, (16, 18, 10)).astype(np.uint8), np.diag([1.5, 1.5, 3, 1]))
+        turned = labels.as_reoriented(np.array([[1, -1], [0, 1], [2, 1]]))
+        for folder, image in (("predictions", turned), ("references", labels)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), tmp_path / folder / f"c{case}.nii.gz")
+    content = {"labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz", "overwrite_image_reader_writer": reader}
+    (tmp_path / "predictions/dataset.json").write_text(json.dumps(content))
+    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "references"), "--bootstrap", "9"]
+    assert main(words) == (0 if same else 2)
+    if same:
+        rows = csv.DictReader((tmp_path / "predictions/evaluation/cases.csv").open())
+        assert [float(row["Dice"]) for row in rows] == [1, 1]
+
+
+def test_a_small_tilt_of_a_large_image_is_another_place(tmp_path: Path):
+    """Half a degree is little in a direction matrix and four voxels at the far side of an image."""
+    angle = np.deg2rad(0.5)
+    tilt = np.eye(4)
+    tilt[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    grids = []
+    for name, affine in (("a", np.eye(4)), ("b", tilt), ("c", np.eye(4) + 1e-5 * tilt)):
+        nib.save(nib.Nifti1Image(np.zeros((400, 400, 2), np.uint8), affine), tmp_path / f"{name}.nii.gz")
+        grids.append(Reader(".nii.gz", "NibabelIO").read_labels(tmp_path / f"{name}.nii.gz").grid)
+    assert "up to 4.92 mm apart" in grids[0].differences(grids[1])
+    assert grids[0].differences(grids[2], rtol=1e-3) == ""
+
+
+def test_units_are_those_of_the_files(tmp_path: Path):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 4, 5), np.uint8), photometric="minisblack")
+    assert Reader(".tif", "Tiff3DIO").unit(tmp_path / "a.tif") == "voxels"
+    (tmp_path / "a.json").write_text('{"spacing": [1, 2, 3]}')
+    assert Reader(".tif", "Tiff3DIO").unit(tmp_path / "a.tif") == "mm"
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), np.diag([900, 900, 900, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert Reader(".nii.gz", "NibabelIO").unit(tmp_path / "a.nii.gz") == "µm"
+    assert Reader(".nii.gz", "SimpleITKIO").unit(tmp_path / "a.nii.gz") == "mm"
+
+
 def _refused(capsys, *words) -> str:
     assert main(["evaluate", *map(str, words)]) == 2
     return capsys.readouterr().err
@@ -279,7 +356,7 @@ def test_other_geometry_is_refused(volumes: tuple[Path, Path], tmp_path: Path, c
     moved[0, 3] = 20
     nib.save(nib.Nifti1Image(labels.T.astype(np.uint8), moved), predictions / "case_2.nii.gz")
     error = _refused(capsys, predictions, references, "--labels", 1, 2, 3, "-o", tmp_path / "out")
-    assert "case_0: " in error and "different spacings (3, 1.5, 1.4) and (3, 1.5, 1.5) mm" in error
+    assert "case_0: " in error and "different spacings (3, 1.5, 1.4) and (3, 1.5, 1.5)" in error
     assert "case_1: " in error and "different sizes (9, 18, 16) and (10, 18, 16)" in error
     assert "case_2: " in error and "different places in space" in error
     assert "3 prediction(s) cannot be evaluated" in error and not (tmp_path / "out").exists()
@@ -314,7 +391,7 @@ def test_folders_that_do_not_fit_are_refused(volumes: tuple[Path, Path], tmp_pat
     for folder in (predictions, references):
         assert "is a folder of label files" in _refused(capsys, predictions, references, "--labels", 1, "-o", folder)
     assert "at least 1" in _refused(capsys, predictions, references, "--labels", 1, "--workers", 0)
-    assert "no label files" in _refused(capsys, tmp_path / "empty", references, "--labels", 1)
+    assert "no image or label files" in _refused(capsys, tmp_path / "empty", references, "--labels", 1)
     assert "has no .nii.gz files" in _refused(capsys, predictions, tmp_path / "empty", "--labels", 1)
     (references / "case_4.nii.gz").unlink()
     assert "have no reference" in _refused(capsys, predictions, references, "--labels", 1)

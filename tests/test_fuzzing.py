@@ -33,7 +33,7 @@ from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.data.find import Case, find_cases
 from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
 from nnunet_lgms.evaluation.labels import LabelSet
-from nnunet_lgms.evaluation.segmentation import Reader, differences
+from nnunet_lgms.nnunet_files import Reader
 from nnunet_lgms.planning.auto_kernels import measure_components
 from nnunet_lgms.planning.override import override_plans
 from nnunet_lgms.planning.plans_files import read_dataset_json, read_override, read_plans
@@ -241,7 +241,7 @@ def test_nifti(folder, content, capfd):
     whole.write_bytes(nifti())
     for reader in (Reader(".nii", "SimpleITKIO"), Reader(".nii", "NibabelIOWithReorient")):
         with one_sentence():
-            differences(reader.read_labels(path), reader.read_labels(whole))
+            reader.read_labels(path).grid.differences(reader.read_labels(whole).grid)
     with one_sentence(), contextlib.redirect_stderr(io.StringIO()):
         measure_components(PLANS, DATASET, [path])
     inspection = volumes.inspect(Case("x", path, (whole,)), DESCRIPTIONS["btcv"])

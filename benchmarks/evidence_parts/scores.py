@@ -14,8 +14,8 @@ from provenance import commit_of
 from nnunet_lgms.evaluation.evaluate import evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import METRICS
-from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.files import atomic_write, read_json
+from nnunet_lgms.nnunet_files import Reader
 
 from .runs import Run, file_of
 
@@ -71,7 +71,7 @@ def score(predictions: Path, dataset: Path) -> dict:
         result = evaluate({"model": Path(folder)}, references, labels, Reader.of_dataset(content))
     table = result.values["model"]
     return {
-        "unit": result.reader.unit,
+        "unit": result.unit,
         "mean": {
             label: {metric: {k: _number(v) for k, v in asdict(mean).items()} for metric, mean in metrics.items()}
             for label, metrics in result.summary["model"].items()

@@ -94,7 +94,7 @@ def _what_to_evaluate(args: argparse.Namespace):
     """Labels, reader, and the folder of the images if it is known."""
     from nnunet_lgms.dataset_json import read_dataset_json
     from nnunet_lgms.evaluation.labels import LabelSet
-    from nnunet_lgms.evaluation.segmentation import Reader, find_file_ending
+    from nnunet_lgms.nnunet_files import Reader, file_ending_of
 
     if not args.predictions.is_dir():
         raise ValueError(f"The folder {args.predictions} does not exist.")
@@ -110,7 +110,7 @@ def _what_to_evaluate(args: argparse.Namespace):
     if content is None and not args.labels:
         raise ValueError(f"There is no dataset.json beside {args.predictions}: give --labels or --dataset.")
     labels = LabelSet.parse(args.labels) if args.labels else LabelSet.from_dataset_json(content)
-    reader = Reader.of_dataset(content) if content else Reader(find_file_ending(args.predictions))
+    reader = Reader.of_dataset(content) if content else Reader(file_ending_of(args.predictions))
     return labels, reader, images
 
 

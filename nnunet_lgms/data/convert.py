@@ -23,6 +23,11 @@ from nnunet_lgms.parallel import default_workers, parallel_map
 
 _FORMATS = {"image": natural_images, "volume": volumes}
 _RECORD = "conversion.json"
+_REMARKS = {
+    "empty": "have an empty mask",
+    "full": "have a mask that marks the whole picture",
+    "turned": "say that they are to be turned (EXIF orientation), image and mask were turned as viewers show them",
+}
 
 
 @dataclass(frozen=True)
@@ -216,9 +221,9 @@ def _checked_cases(
     if len(found.cases) not in description.published_cases:
         published = " or ".join(str(n) for n in description.published_cases)
         remarks.append(f"{len(found.cases)} cases were found; {description.title} is published with {published}.")
-    empty = [case.identifier for case, inspection in zip(complete, inspections) if inspection.empty]
-    if empty:
-        remarks.append(f"{len(empty)} case(s) have an empty mask, such as {empty[0]}.")
+    for kind, text in _REMARKS.items():
+        if of_kind := [case.identifier for case, seen in zip(complete, inspections) if getattr(seen, kind)]:
+            remarks.append(f"{len(of_kind)} case(s) {text}, such as {of_kind[0]}.")
     if description.note:
         remarks.append(description.note)
     return found.cases, sorted(problems), remarks

@@ -13,8 +13,12 @@ class Inspection:
         problems: one sentence for each reason not to convert the case.
         digest: fingerprint of the image's samples and shape; equal digests are equal images. None if unreadable.
         empty: whether the mask is empty.
+        full: whether a mask marks the whole picture.
+        turned: whether image or mask had to be turned, as their files say.
     """
 
     problems: tuple[str, ...]
     digest: str | None = None
     empty: bool = False
+    full: bool = False
+    turned: bool = False

@@ -14,21 +14,22 @@ from PIL import Image
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
-from nnunet_lgms.files import atomic_write, one_line
+from nnunet_lgms.data.masks import read_mask
+from nnunet_lgms.data.pictures import samples_of, says_to_turn
+from nnunet_lgms.files import atomic_write
 
-_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ASPECT_TOLERANCE = 0.01  # a relative difference that rounding to whole pixels explains
 
 
 def inspect(case: Case, description: DatasetDescription) -> Inspection:
     """Read image and masks of one case and say what is wrong with them."""
-    problems = []
+    problems, image, digest = [], None, None
     try:
-        image = _read_image(case.image, len(description.channel_names))
+        image = samples_of(case.image, len(description.channel_names))
+        digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).hexdigest()
     except ValueError as error:
-        return Inspection((str(error),))
-    digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).hexdigest()
-    sizes, empty = set(), True
+        problems.append(str(error))
+    sizes, empty, full = set(), True, False
     for path in case.masks:
         try:
             mask = read_mask(path)
@@ -37,11 +38,16 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
             continue
         sizes.add(mask.shape)
         empty &= not mask.any()
-        if not _sizes_agree(image.shape[:2], mask.shape, description.image_follows_mask):
-            problems.append(f"the image has {_size(image.shape)} pixels, the mask {path} has {_size(mask.shape)}")
+        full |= bool(mask.all())
+        if image is not None and not _sizes_agree(image.shape[:2], mask.shape, description.image_follows_mask):
+            turned = " as its orientation turns it" if says_to_turn(case.image) else ""
+            problems.append(
+                f"the image has {_size(image.shape)} pixels{turned}, the mask {path} has {_size(mask.shape)}"
+            )
     if len(sizes) > 1:
         problems.append(f"its masks differ in size: {', '.join(_size(size) for size in sorted(sizes))} pixels")
-    return Inspection(tuple(problems), digest, empty)
+    turned = not problems and any(map(says_to_turn, (case.image, *case.masks)))
+    return Inspection(tuple(problems), digest, empty, full, turned)
 
 
 def write(case: Case, description: DatasetDescription, image_file: Path, label_file: Path, size: int | None) -> None:
@@ -54,7 +60,7 @@ def write(case: Case, description: DatasetDescription, image_file: Path, label_f
         label_file: PNG to write, (H, W), values 0 and 1.
         size: height and width to resize to, in pixels, as the paper does it; None keeps the original size.
     """
-    image = Image.fromarray(_read_image(case.image, len(description.channel_names)))
+    image = Image.fromarray(samples_of(case.image, len(description.channel_names)))
     mask = Image.fromarray(np.logical_or.reduce([read_mask(path) for path in case.masks]).astype(np.uint8))
     target = mask.size if size is None else (size, size)
     if image.size != target:
@@ -64,37 +70,6 @@ def write(case: Case, description: DatasetDescription, image_file: Path, label_f
     for picture, path in ((image, image_file), (mask, label_file)):
         with atomic_write(path) as temporary:
             picture.save(temporary, format="PNG")
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """The foreground of a mask file, (H, W) of bool.
-
-    1-bit, grey, palette, RGB and RGBA masks are read alike (transparency is ignored). Grey edges, from anti-aliasing or
-    from JPEG, are cut at half of the full scale, which is 255, or 1 in a file that holds nothing but 0 and 1.
-
-    Raises:
-        ValueError: the file is not a readable image.
-    """
-    grey = np.asarray(_open(path).convert("L"))
-    full_scale = 1 if grey.max(initial=0) <= 1 else 255
-    return grey >= full_scale / 2
-
-
-def _read_image(path: Path, channels: int) -> np.ndarray:
-    return np.asarray(_open(path).convert("L" if channels == 1 else "RGB"))
-
-
-def _open(path: Path) -> Image.Image:
-    """Decode a file completely, so that a truncated one is noticed."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode in _EIGHT_BIT_MODES:
-                return image.copy()
-            mode = image.mode
-    except Exception as error:  # damaged files bring almost anything to light
-        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
-    raise ValueError(f"{path} has pixels of type {mode}, expected 8 bits a channel")
 
 
 def _sizes_agree(image: tuple[int, ...], mask: tuple[int, ...], image_follows_mask: bool) -> bool:

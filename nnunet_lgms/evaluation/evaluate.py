@@ -13,8 +13,8 @@ import numpy as np
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import METRICS, compute_metrics
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
-from nnunet_lgms.evaluation.segmentation import Reader, Segmentation, differences
 from nnunet_lgms.evaluation.statistics import Mean, PairedTest, bootstrap_mean, compare
+from nnunet_lgms.nnunet_files import Reader, Segmentation, cases_in
 from nnunet_lgms.parallel import default_workers, parallel_map
 
 FOREGROUND = "foreground mean"
@@ -31,6 +31,7 @@ class Evaluation:
         labels: what was evaluated.
         reader: how files were read.
         tolerance: of NSD, in mm (pixels for flat images).
+        unit: of distances.
         cases: names, sorted; the same for all models.
         values: model → (cases, labels, metrics), in the orders of `cases`, `labels.regions` and `METRICS`.
         summary: model → label or `FOREGROUND` → metric → mean over cases.
@@ -44,6 +45,7 @@ class Evaluation:
     labels: LabelSet
     reader: Reader
     tolerance: float
+    unit: str
     cases: tuple[str, ...]
     values: Mapping[str, np.ndarray]
     summary: Mapping[str, Mapping[str, Mapping[str, Mean]]]
@@ -53,8 +55,9 @@ class Evaluation:
 
     def read_pair(self, model: str, case: str) -> tuple[Segmentation, Segmentation]:
         """Prediction (mapped) and reference of one case."""
-        name = f"{case}{self.reader.file_ending}"
-        return _read_pair(self.models[model] / name, self.references / name, self.reader, self.mapping)
+        ending = self.reader.file_ending
+        files = (cases_in(folder, ending)[case] for folder in (self.models[model], self.references))
+        return _read_pair(*files, self.reader, self.mapping)
 
     def foreground_per_case(self, model: str, metric: str) -> np.ndarray:
         """Mean over labels in every case, (cases,)."""
@@ -115,12 +118,13 @@ def evaluate(
         raise ValueError(f"The NSD tolerance is {tolerance}: give a number of mm that is not negative.")
     if not labels.regions:
         raise ValueError("There is no label to evaluate.")
-    cases, remarks = _find_cases(models, references, reader.file_ending)
+    known = cases_in(references, reader.file_ending)
+    predicted = {model: cases_in(folder, reader.file_ending) for model, folder in models.items()}
+    cases, remarks = _common_cases(models, references, predicted, known)
     tasks = {
-        (model, case): _Task(case, folder / name, references / name, reader, labels, tolerance, mapping)
-        for model, folder in models.items()
+        (model, case): _Task(case, files[case], known[case], reader, labels, tolerance, mapping)
+        for model, files in predicted.items()
         for case in cases
-        for name in (f"{case}{reader.file_ending}",)
     }
     workers = workers or default_workers()
     outcomes = parallel_map(_evaluate_case, list(tasks.values()), workers, "evaluating", threads=True)
@@ -134,6 +138,7 @@ def evaluate(
         labels=labels,
         reader=reader,
         tolerance=tolerance,
+        unit=reader.unit(known[cases[0]]),
         cases=cases,
         values=values,
         summary={model: _summarise(values[model], labels, n_resamples) for model in models},
@@ -143,35 +148,29 @@ def evaluate(
     )
 
 
-def _find_cases(models: Mapping[str, Path], references: Path, ending: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    known = _cases_in(references, ending)
-    predicted = {model: _cases_in(folder, ending) for model, folder in models.items()}
+def _common_cases(
+    models: Mapping[str, Path],
+    references: Path,
+    predicted: Mapping[str, Mapping[str, Path]],
+    known: Mapping[str, Path],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for model, cases in predicted.items():
-        if orphans := sorted(cases - known):
+        if orphans := sorted(cases.keys() - known.keys()):
             raise ValueError(
                 f"{len(orphans)} prediction(s) in {models[model]} have no reference in {references}, such as "
-                f"{orphans[0]}{ending}: give the folder of their references."
+                f"{cases[orphans[0]].name}: give the folder of their references."
             )
     union = frozenset().union(*predicted.values())
     for model, cases in predicted.items():
-        if missing := sorted(union - cases):
+        if missing := sorted(union - cases.keys()):
             raise ValueError(
                 f"Model {model} lacks {len(missing)} case(s) that another model has, such as {missing[0]}: models can "
                 f"only be compared on the same cases."
             )
     remarks = []
-    if unpredicted := len(known - union):
+    if unpredicted := len(known.keys() - union):
         remarks.append(f"{unpredicted} of {len(known)} references have no prediction and were not evaluated.")
     return tuple(sorted(union)), tuple(remarks)
-
-
-def _cases_in(folder: Path, ending: str) -> frozenset[str]:
-    if not folder.is_dir():
-        raise ValueError(f"The folder {folder} does not exist.")
-    cases = frozenset(path.name[: -len(ending)] for path in folder.iterdir() if path.name.endswith(ending))
-    if not cases:
-        raise ValueError(f"{folder} has no {ending} files.")
-    return cases
 
 
 def _read_pair(
@@ -191,7 +190,7 @@ def _evaluate_case(task: _Task) -> _Result:
         prediction, reference = _read_pair(task.prediction, task.reference, task.reader, task.mapping)
     except ValueError as error:
         return _Result(task.case, str(error))
-    if difference := differences(prediction, reference):
+    if difference := prediction.grid.differences(reference.grid, rtol=1e-3):
         return _Result(task.case, f"{task.prediction} and {task.reference} have different {difference}")
     annotated = reference.labels != task.labels.ignore if task.labels.ignore is not None else True
     values = [

@@ -48,6 +48,11 @@ def compute_metrics(
 def _surface_metrics(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
+    # a mask of one slice, along whichever axis, is flat: across it everything would be surface
+    axes = [axis for axis, n in enumerate(prediction.shape) if n > 1]
+    if 2 <= len(axes) < prediction.ndim:
+        prediction, reference = prediction.squeeze(), reference.squeeze()
+        spacing = [spacing[axis] for axis in axes]
     if not prediction.any() or not reference.any():
         return float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0
     import torch

@@ -56,7 +56,7 @@ def summary_json(evaluation: Evaluation) -> dict:
     """Everything but the pictures, with null for what is undefined."""
     content = {
         "references": str(evaluation.references),
-        "unit": evaluation.reader.unit,
+        "unit": evaluation.unit,
         "nsd_tolerance": evaluation.tolerance,
         "convention": CONVENTION,
         "labels": {name: list(values) for name, values in evaluation.labels.regions.items()},
@@ -112,7 +112,7 @@ def report_html(evaluation: Evaluation, images: Path | None, n_worst: int) -> st
     from nnunet_lgms.evaluation import pictures
 
     template = resources.files("nnunet_lgms.evaluation").joinpath("report.html").read_text("utf-8")
-    labels, unit = list(evaluation.labels.regions), evaluation.reader.unit
+    labels, unit = list(evaluation.labels.regions), evaluation.unit
     return (
         Environment(autoescape=True, undefined=StrictUndefined)
         .from_string(template)
@@ -202,7 +202,7 @@ def _worst(evaluation: Evaluation, model: str, images: Path | None, n_worst: int
             np.isin(prediction.labels, foreground),
             np.isin(reference.labels, foreground),
             reference.spacing,
-            reader.read_image(file) if file and file.exists() else None,
+            reader.read_image(file)[0] if file and file.exists() else None,
         )
         shown.append({"name": case, "dice": _number(dice[c]), "uri": uri})
     return shown

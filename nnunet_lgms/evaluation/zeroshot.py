@@ -18,11 +18,11 @@ from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.output import write_all
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
-from nnunet_lgms.evaluation.segmentation import Reader
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
 from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.inference import load_predictor, trained_folds
 from nnunet_lgms.locks import locked
+from nnunet_lgms.nnunet_files import Reader
 
 
 @dataclass(frozen=True)

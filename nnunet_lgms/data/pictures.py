@@ -1,0 +1,70 @@
+"""Flat picture files as viewers show them: decoded to the end, turned as they say, of one page and 8 bits a channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nnunet_lgms.files import one_line
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
+_ORIENTATION = 0x0112
+
+
+def open_picture(path: Path, *, deep: bool = False) -> Image.Image:
+    """Decode a file completely, so that a truncated one is noticed, and turn it as its EXIF or XMP orientation says.
+
+    Args:
+        path: PNG, JPEG, BMP or TIFF.
+        deep: take one grey channel of 16 or 32 bits too.
+
+    Raises:
+        ValueError: it cannot be read, has several pages, or more than 8 bits a channel.
+    """
+    try:
+        # by its name Pillow would map a TIFF into memory and mix up the rows of one that is to be turned
+        with path.open("rb") as file, Image.open(file) as image:
+            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's photo with its preview
+            # Pillow halves 16-bit colours without a word
+            halved = any(";16" in str(tile) for tile in image.tile) and image.mode not in _DEEP_MODES
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+    except Exception as error:  # damaged files bring almost anything to light
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
+    if pages > 1:
+        raise ValueError(f"{path} has {pages} pages, expected one picture")
+    if halved or turned.mode not in (*_EIGHT_BIT_MODES, *_DEEP_MODES[: len(_DEEP_MODES) * deep]):
+        kind = "16 bits a channel" if halved else f"pixels of type {turned.mode}"
+        raise ValueError(f"{path} has {kind}, expected 8 bits a channel")
+    return turned
+
+
+def says_to_turn(path: Path) -> bool:
+    """Whether a readable picture says that viewers should turn or mirror it."""
+    with path.open("rb") as file, Image.open(file) as image:
+        said = image.getexif().get(_ORIENTATION, 1)  # of a TIFF, which Pillow turns when loading
+        image.load()  # a PNG may say so behind its pixels
+        return not {said, image.getexif().get(_ORIENTATION, 1)} <= {0, 1}
+
+
+def samples_of(path: Path, channels: int) -> np.ndarray:
+    """The samples of an image, (H, W) of uint8 for one channel, (H, W, 3) for three.
+
+    Raises:
+        ValueError: see `open_picture`; or parts of it are transparent, which hides samples that a network would see.
+    """
+    image = open_picture(path)
+    alpha = alpha_of(image)
+    if alpha is not None and alpha.min() < 255:
+        raise ValueError(f"{path} is transparent in places, where a viewer and a network see different things")
+    return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+
+
+def alpha_of(image: Image.Image) -> np.ndarray | None:
+    """The opacity of each pixel, (H, W) of uint8; None for a picture without."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return None
+    return np.asarray(image.convert("RGBA"))[..., 3]
