@@ -64,8 +64,8 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     return {**content, "labels": checked.labels}
 
 
-def n_channels(dataset_json: dict[str, Any]) -> int:
-    """Channels of an image.
+def channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the channels of an image, in their order; "modality" is what nnU-Net once called them.
 
     Raises:
         ValueError: the description names none.
@@ -73,4 +73,10 @@ def n_channels(dataset_json: dict[str, Any]) -> int:
     channels = dataset_json.get("channel_names") or dataset_json.get("modality")
     if not channels:
         raise ValueError(f"The dataset.json names no channels: it needs channel_names, {ALLOWED['channel_names']}.")
-    return len(channels)
+    ordered = sorted(channels, key=lambda key: int(key) if str(key).isdecimal() else len(channels))
+    return tuple(str(channels[key]) for key in ordered)
+
+
+def n_channels(dataset_json: dict[str, Any]) -> int:
+    """Channels of an image; see :func:`channel_names`."""
+    return len(channel_names(dataset_json))

@@ -16,6 +16,7 @@ from PIL import Image
 
 import nnunet_lgms
 from nnunet_lgms.cli import main
+from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
 from nnunet_lgms.files import nifti_is_finite
 from nnunet_lgms.inference import load_predictor
@@ -211,6 +212,79 @@ def test_zeroshot_table(tmp_path: Path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / f"out/{AWAY}").glob("fold_*/case_*.png")}
     assert main([*words, "--bootstrap", "50"]) == 0  # goes on from what is there
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 6
+
+
+def _zero_shot_dice(model: Path, out: Path, *more: str) -> float:
+    words = ["zeroshot", str(model), AWAY, "-o", str(out), "--device", "cpu", "--workers", "1", "--bootstrap", "9"]
+    assert main([*words, *more]) == 0
+    return float(next(csv.DictReader((out / "zeroshot.csv").open()))["zero_shot_mean"])
+
+
+def _times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / f"{AWAY}/fold_0").glob("case_*.png")}
+
+
+@needs_evaluation
+def test_kept_predictions_are_those_of_the_same_weights(model: Path, tmp_path: Path, capsys):
+    """Another checkpoint, or the same name after training anew, is another model."""
+    tiny_model.raw_dataset(tmp_path / "raw" / AWAY, seeds=(5, 6))
+    other = tiny_model.model_folder(tmp_path / "other", HOME, folds=(1,))
+    weights = model / "fold_0/checkpoint_final.pth"
+    shutil.copy(other / "fold_1/checkpoint_final.pth", model / "fold_0/checkpoint_best.pth")
+    best = ("--checkpoint", "checkpoint_best.pth")
+    final = _zero_shot_dice(model, tmp_path / "out")
+    assert _zero_shot_dice(model, tmp_path / "out", *best) == _zero_shot_dice(model, tmp_path / "fresh", *best) != final
+    assert "validation cases are not those of checkpoint_best.pth: no in-domain" in capsys.readouterr().out
+    assert _zero_shot_dice(model, tmp_path / "out") == final
+    before = _times(tmp_path / "out")
+    assert _zero_shot_dice(model, tmp_path / "out") == final and _times(tmp_path / "out") == before
+    shutil.copy(other / "fold_1/checkpoint_final.pth", weights)  # trained anew
+    assert _zero_shot_dice(model, tmp_path / "out") != final
+
+
+@needs_evaluation
+def test_kept_predictions_are_those_of_the_same_images(model: Path, tmp_path: Path, capsys):
+    away = tiny_model.raw_dataset(tmp_path / "raw" / AWAY, seeds=(5, 6, 7))
+    predictions = tmp_path / f"out/{AWAY}/fold_0"
+    _zero_shot_dice(model, tmp_path / "out")
+    before = _times(tmp_path / "out")
+    shutil.copy(away / "imagesTr/case_5_0000.png", away / "imagesTr/case_6_0000.png")  # another image
+    (away / "imagesTr/case_7_0000.png").unlink()  # and one less
+    (away / "labelsTr/case_7.png").unlink()
+    (away / "imagesTr/._case_5_0000.png").write_bytes(b"what Finder leaves")
+    (predictions / "mine.txt").touch()
+    _zero_shot_dice(model, tmp_path / "out")
+    assert "1 of 2 cases" in capsys.readouterr().out
+    after = _times(tmp_path / "out")
+    assert after["case_5.png"] == before["case_5.png"] and after["case_6.png"] != before["case_6.png"]
+    assert len(after) == 2 and (predictions / "mine.txt").exists()
+    whole = (predictions / "case_5.png").read_bytes()
+    (predictions / "case_5.png").write_bytes(whole[: len(whole) // 2])  # killed while it was written
+    _zero_shot_dice(model, tmp_path / "out")
+    assert (predictions / "case_5.png").read_bytes() == whole
+    (predictions / "made_from.json").unlink()  # nobody knows what made them
+    (predictions / "case_5.png").write_bytes((predictions / "case_6.png").read_bytes())
+    _zero_shot_dice(model, tmp_path / "out")
+    assert (predictions / "case_5.png").read_bytes() == whole
+
+
+@needs_evaluation
+@pytest.mark.parametrize("key", ["channel_names", "modality"])
+def test_zeroshot_compares_the_names_of_channels(model: Path, tmp_path: Path, capsys, key: str):
+    away = tiny_model.raw_dataset(tmp_path / "raw" / AWAY, seeds=(5,))
+    content = json.loads((away / "dataset.json").read_text())
+    del content["channel_names"]
+    words = ["zeroshot", str(model), AWAY, "-o", str(tmp_path / "out"), "--device", "cpu", "--workers", "1"]
+    (away / "dataset.json").write_text(json.dumps(content | {key: {"0": "CT"}}))
+    assert main(words) == 2
+    assert "has the channel(s) CT, the model in" in (said := capsys.readouterr().err) and "expects ultrasound" in said
+    (away / "dataset.json").write_text(json.dumps(content | {key: {"0": "Ultrasound"}}))
+    assert main([*words, "--bootstrap", "9"]) == 0
+
+
+def test_channels_are_in_the_order_of_their_numbers():
+    assert channel_names({"modality": {"1": "T2", "0": "T1"}}) == ("T1", "T2")
+    assert channel_names({"channel_names": {str(i): f"c{i}" for i in (10, 2, 1, 0)}}) == ("c0", "c1", "c2", "c10")
 
 
 @needs_evaluation

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.dataset_json import n_channels, read_dataset_json
+from nnunet_lgms.dataset_json import channel_names, read_dataset_json
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
+from nnunet_lgms.evaluation.kept import discard_outdated, image_files, made_by
 from nnunet_lgms.evaluation.label_mapping import LabelMapping, map_labels
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
@@ -22,7 +23,7 @@ from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
 from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.inference import load_predictor, trained_folds
 from nnunet_lgms.locks import locked
-from nnunet_lgms.nnunet_files import Reader
+from nnunet_lgms.nnunet_files import Reader, cases_in
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def zero_shot(
 
     Every fold's model predicts every unseen case alone, without averaging models: what is compared is what one model
     does at home and abroad. A case's metrics are averaged over folds. Predictions that are there from an earlier call
-    are kept, so an interrupted run goes on.
+    are kept if weights, plans and images are still the same (`made_from.json`), so an interrupted run goes on.
 
     Args:
         model_folder: what nnU-Net trained.
@@ -115,15 +116,21 @@ def _zero_shot(
         for dataset, _ in prepared:
             target = output / dataset.name / f"fold_{fold}"
             target.mkdir(parents=True, exist_ok=True)
-            print(f"Predicting {dataset.name} with fold {fold}")
-            _predict(predictor, dataset / "imagesTr", target, options["workers"])
+            files = image_files(dataset / "imagesTr", model["file_ending"])
+            maker = made_by(model_folder, fold, checkpoint)
+            missing = discard_outdated(target, maker, files, Reader.of_dataset(model))
+            print(f"Predicting {dataset.name} with fold {fold}: {len(missing)} of {len(files)} cases")
+            if missing:
+                _predict(predictor, {case: files[case] for case in missing}, target, options["workers"])
 
     rows, remarks, at_home = [], [], {}
     for dataset, label_mapping in prepared:
         abroad = _evaluate_unseen(dataset, label_mapping, folds, output / dataset.name, options)
         key = json.dumps(label_mapping.source.regions)
         if key not in at_home:
-            at_home[key], said = _evaluate_at_home(model_folder, model, label_mapping.source, folds, output, options)
+            at_home[key], said = _evaluate_at_home(
+                model_folder, model, label_mapping.source, folds, checkpoint, output, options
+            )
             remarks += [sentence for sentence in said if sentence not in remarks]
         rows += _rows(dataset.name, at_home[key], abroad, options["n_resamples"])
     result = ZeroShot(model_folder, tuple(rows), tuple(remarks))
@@ -143,12 +150,24 @@ def _prepare(
             f"{dataset.name} has {content['file_ending']} files, the model in {model_folder} reads "
             f"{model['file_ending']} files."
         )
-    theirs, ours = n_channels(content), n_channels(model)
-    if theirs != ours:
-        raise ValueError(f"{dataset.name} has {theirs} channel(s), the model in {model_folder} expects {ours}.")
+    theirs, ours = channel_names(content), channel_names(model)
+    if len(theirs) != len(ours):
+        raise ValueError(
+            f"{dataset.name} has {len(theirs)} channel(s), the model in {model_folder} expects {len(ours)}."
+        )
+    if [name.casefold() for name in theirs] != [name.casefold() for name in ours]:
+        raise ValueError(
+            f"{dataset.name} has the channel(s) {', '.join(theirs)}, the model in {model_folder} expects "
+            f"{', '.join(ours)}: if they are the same, give them the same names in {dataset / 'dataset.json'}."
+        )
     for folder in ("imagesTr", "labelsTr"):
         if not (dataset / folder).is_dir():
             raise ValueError(f"{dataset} has no folder {folder}.")
+    images = image_files(dataset / "imagesTr", content["file_ending"])
+    labels = cases_in(dataset / "labelsTr", content["file_ending"])
+    if not images or (without := sorted(images.keys() - labels.keys())):
+        missing = f"no label for {len(without)} image(s), such as {without[0]}" if images else "no images"
+        raise ValueError(f"{dataset} has {missing}: complete it, as nnU-Net trains on it.")
     return dataset, map_labels(model, content, dataset.name, mapping)
 
 
@@ -160,9 +179,11 @@ def _training_dataset(model_folder: Path) -> str:
     return name
 
 
-def _predict(predictor, images: Path, target: Path, workers: int | None) -> None:
+def _predict(predictor, cases: Mapping[str, Sequence[Path]], target: Path, workers: int | None) -> None:
+    images = [[str(path) for path in files] for files in cases.values()]
+    outputs = [str(target / case) for case in cases]  # to which nnU-Net adds the ending
     if workers == 1:
-        predictor.predict_from_files_sequential(str(images), str(target), overwrite=False)
+        predictor.predict_from_files_sequential(images, outputs)
         return
     processes = (
         {}
@@ -172,7 +193,7 @@ def _predict(predictor, images: Path, target: Path, workers: int | None) -> None
             "num_processes_segmentation_export": workers,
         }
     )
-    predictor.predict_from_files(str(images), str(target), overwrite=False, **processes)
+    predictor.predict_from_files(images, outputs, **processes)
 
 
 def _evaluate_unseen(
@@ -191,9 +212,17 @@ def _evaluate_unseen(
 
 
 def _evaluate_at_home(
-    model_folder: Path, model: Mapping, labels: LabelSet, folds: Sequence[str], output: Path, options: Mapping
+    model_folder: Path,
+    model: Mapping,
+    labels: LabelSet,
+    folds: Sequence[str],
+    checkpoint: str,
+    output: Path,
+    options: Mapping,
 ) -> tuple[list[Evaluation], list[str]]:
-    """The validation cases that nnU-Net predicted at the end of each fold's training."""
+    """The validation cases that nnU-Net predicted with the final weights, at the end of each fold's training."""
+    if checkpoint != "checkpoint_final.pth":
+        return [], [f"nnU-Net's validation cases are not those of {checkpoint}: no in-domain results."]
     name = _training_dataset(model_folder)
     candidates = [
         Path(root) / name / folder
@@ -210,10 +239,16 @@ def _evaluate_at_home(
         if not any(folder.glob(f"*{reader.file_ending}")):
             remarks.append(f"Fold {fold} has no predicted validation cases ({folder}): not in the in-domain results.")
             continue
+        if (folder / "summary.json").is_file() and _is_older(folder / "summary.json", folder.parent / checkpoint):
+            remarks.append(f"The validation cases of fold {fold} are older than its weights: was it trained anew?")
         evaluation = evaluate({f"fold {fold}": folder}, references, labels, reader, **options)
         write_all(evaluation, output / "in_domain" / f"fold_{fold}", images=references.parent / "imagesTr")
         evaluations.append(evaluation)
     return evaluations, remarks
+
+
+def _is_older(file: Path, other: Path) -> bool:
+    return file.stat().st_mtime < other.stat().st_mtime
 
 
 def _rows(dataset: str, at_home: Sequence[Evaluation], abroad: Evaluation, n_resamples: int) -> list[Row]:
