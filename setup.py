@@ -50,8 +50,10 @@ STUDY = [*EVALUATION, *SNAKEMAKE, "pyyaml>=6"]
 WORKFLOW = ["workflow", "workflow/rules", *(f"workflow/profiles/{name}" for name in ("local", "gpus", "slurm"))]
 MODELS = [f"models/{model.name}{part}" for model in sorted((ROOT / "models").glob("*/")) for part in ("", "/fold_0")]
 PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "plans", "studies", *WORKFLOW, *MODELS)}
-# Without PyTorch and nnU-Net: pip install --no-deps . && pip install numpy SimpleITK onnxruntime
-RUNTIME = ["SimpleITK>=2.3", "onnxruntime>=1.22"]
+# Without PyTorch and nnU-Net: pip install --no-deps . && pip install numpy onnxruntime, and the libraries of nnU-Net's
+# readers (imagecodecs for compressed TIFF)
+READERS = ["SimpleITK>=2.3", "nibabel>=5", "imageio>=2.33", "Pillow>=10", "tifffile>=2022.8.12", "imagecodecs"]
+RUNTIME = [*READERS, "onnxruntime>=1.22"]
 EXPORT = [*RUNTIME, "onnx>=1.19", "onnxscript>=0.6"]
 VIEW = [*RUNTIME, "starlette>=0.46", "uvicorn>=0.30", "anyio>=4", "filelock>=3.12"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import json
-import math
 import os
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 # No file of ours or of nnU-Net's comes near it, and walking through what does would exhaust Python's stack.
 DEEPEST_JSON = 64
 
 #: refusals that only writing meets; the system names no file with them
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-#: NIfTI's numbers for floating point, and their bytes
-NIFTI_FLOATS = {16: 4, 64: 8}
 
 
 @contextmanager
@@ -48,57 +41,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_gzip(path: Path) -> None:
-    """A compressed file is whole. SimpleITK reads one that was cut short without a word, as zeros from there on.
-
-    Raises:
-        ValueError: it is damaged or was cut short.
-        OSError: it cannot be read.
-    """
-    if path.suffix != ".gz":
-        return
-    try:
-        with gzip.open(path) as file:
-            while file.read(2**20):
-                pass
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or was cut short ({error})") from error
-
-
-def nifti_is_finite(path: Path) -> bool:
-    """Whether a NIfTI-1 file holds neither NaN nor infinity; True for what is none.
-
-    To be asked of the file, as SimpleITK, nnU-Net's default reader, gives 0 for them without a word. (It does not read
-    NIfTI-2.) Needs numpy alone, for machines without nibabel, and a MiB of memory, whatever the size of the image.
-    """
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return True
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        return _floats_are_finite(file)
-
-
-def _floats_are_finite(file: BinaryIO) -> bool:
-    import numpy as np
-
-    header = file.read(348)
-    order = next((order for order in "<>" if header[:4] == struct.pack(f"{order}i", 348)), None)
-    if order is None or len(header) < 348:
-        return True
-    (kind,) = struct.unpack_from(f"{order}h", header, 70)
-    if kind not in NIFTI_FLOATS:  # whole numbers are finite
-        return True
-    dtype = np.dtype(f"{order}f{NIFTI_FLOATS[kind]}")
-    n_axes, *sizes = struct.unpack_from(f"{order}8h", header, 40)
-    (start,) = struct.unpack_from(f"{order}f", header, 108)
-    left = math.prod(sizes[: max(n_axes, 0)]) * dtype.itemsize
-    file.seek(int(start))
-    while left > 0 and (part := file.read(min(left, 2**20))):
-        left -= len(part)
-        if not np.isfinite(np.frombuffer(part, dtype, len(part) // dtype.itemsize)).all():
-            return False
-    return True
 
 
 def read_json(path: Path, *, keys_once: bool = False) -> Any:

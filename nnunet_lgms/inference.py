@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_lgms.dataset_json import n_channels, read_dataset_json
-from nnunet_lgms.files import check_gzip, nifti_is_finite, one_line, read_json, shown
+from nnunet_lgms.files import one_line, read_json, shown
+from nnunet_lgms.image_files import check_image_file
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +53,6 @@ def predict(
     samples, properties = (
         _from_array(image, spacing) if isinstance(image, np.ndarray) else _from_files(image, predictor)
     )
-    if not np.isfinite(samples).all():
-        name = "The image" if isinstance(image, np.ndarray) else f"The image {image}"
-        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
     expected = n_channels(predictor.dataset_json)
     if len(samples) != expected:
         raise ValueError(f"The image has {len(samples)} channel(s), the model in {model_folder} expects {expected}.")
@@ -151,8 +149,8 @@ def trained_folds(model_folder: Path, checkpoint: str = "checkpoint_final.pth") 
                 f"{model_folder} is not a trained model: it has no {name}. Expected is nnU-Net's folder "
                 f"nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION."
             )
-    folds = sorted(path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
-    folds = [fold for fold in folds if re.fullmatch(r"\d+|all", fold)]
+    folders = [path for path in model_folder.iterdir() if re.fullmatch(r"fold_(\d+|all)", path.name)]
+    folds = sorted(path.name.removeprefix("fold_") for path in folders if (path / checkpoint).is_file())
     # as nnU-Net does: a model of all cases is asked for by name
     folds = [fold for fold in folds if fold != "all"] or folds
     if not folds:
@@ -164,21 +162,21 @@ def _from_files(image: str | Path | Sequence[str | Path], predictor: nnUNetPredi
     files = [image] if isinstance(image, (str, Path)) else list(image)
     if missing := [file for file in files if not Path(file).is_file()]:
         raise ValueError(f"The image {missing[0]} does not exist.")
+    for file in files:
+        check_image_file(Path(file))
+    said = io.StringIO()  # nnU-Net's readers print what is wrong and raise an error without words
     try:
-        for file in files:
-            check_gzip(Path(file))
-        samples, properties = predictor.plans_manager.image_reader_writer_class().read_images(list(map(str, files)))
+        with contextlib.redirect_stdout(said):
+            samples, properties = predictor.plans_manager.image_reader_writer_class().read_images(list(map(str, files)))
     except Exception as error:  # readers raise whatever their libraries raise
-        reason = one_line(error)
+        reason = one_line(str(error) or said.getvalue() or type(error).__name__)
         raise ValueError(
             f"The image {files[0]} cannot be read as the model's training images were ({reason})."
         ) from error
-    for file in files:  # nnU-Net's default reader hides it from who looks at the samples alone
-        if not nifti_is_finite(Path(file)):
-            raise ValueError(
-                f"The image {file} holds NaN or infinity, which nnU-Net would take for 0 or label as background, "
-                "depending on its reader: clean it first."
-            )
+    print(said.getvalue(), end="")
+    _check_finite(samples, f"The image {', '.join(map(str, files))}")
+    if not all(0 < mm < np.inf for mm in properties["spacing"]):
+        raise ValueError(f"The image {files[0]} has a spacing of {properties['spacing']} mm: correct its header.")
     return samples, properties
 
 
@@ -192,4 +190,10 @@ def _from_array(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple[n
         raise ValueError(f"The spacing {spacing} has {len(spacing)} axes, the image has {samples.ndim - 1}.")
     if samples.ndim == 3:  # flat images have a first axis with a spacing of no meaning, as in nnU-Net's reader
         samples, spacing = samples[:, None], (999.0, *spacing)
+    _check_finite(samples, "The image")
     return samples.astype(np.float32), {"spacing": spacing}
+
+
+def _check_finite(samples: np.ndarray, name: str) -> None:
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")

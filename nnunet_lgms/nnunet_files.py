@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.files import check_gzip, nifti_is_finite, one_line
+from nnunet_lgms.files import one_line
+from nnunet_lgms.image_files import check_image_file
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".tif", ".tiff", ".bmp")
 
@@ -120,14 +121,14 @@ class Reader:
         """The samples of an image file, (C, Z, Y, X) of float32, and where they lie.
 
         Raises:
-            ValueError: the file cannot be read.
+            ValueError: the file cannot be read, or is damaged.
         """
         return self._read(path, is_seg=False)
 
     def _read(self, path: Path, is_seg: bool) -> tuple[np.ndarray, Grid]:
         reader = self._make()
+        check_image_file(path)
         try:
-            check_gzip(path)
             samples, properties = reader.read_seg(str(path)) if is_seg else reader.read_images([str(path)])
         except Exception as error:  # readers raise whatever their libraries raise
             raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
@@ -142,11 +143,6 @@ class Reader:
             return determine_reader_writer_from_dataset_json(content, verbose=False)()
         except RuntimeError as error:
             raise ValueError(f"nnU-Net has no reader for {self.file_ending} files ({self.name}).") from error
-
-
-def is_finite(path: Path, samples: np.ndarray) -> bool:
-    """Whether an image holds neither NaN nor infinity; SimpleITK reads 0 for them, so that the file is asked too."""
-    return bool(np.isfinite(samples).all()) and nifti_is_finite(path)
 
 
 def file_ending_of(folder: Path) -> str:

@@ -18,7 +18,6 @@ import nnunet_lgms
 from nnunet_lgms.cli import main
 from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
-from nnunet_lgms.files import nifti_is_finite
 from nnunet_lgms.inference import load_predictor
 
 needs_evaluation = pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")
@@ -141,17 +140,9 @@ def test_predict_refuses_a_nifti_file_that_is_not_finite(model: Path, volumes, v
             nnunet_lgms.predict(model, file, device="cpu")
 
 
-def test_finite_nifti_files_are_known_as_such(model: Path, volumes, tmp_path: Path):
-    import nibabel as nib
-
-    files = volumes(1e10)
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "whole_numbers.nii.gz")
-    (tmp_path / "text.nii").write_text("text" * 1000)
-    (tmp_path / "short.nii").write_bytes(files[0].read_bytes()[:600])
-    assert all(
-        map(nifti_is_finite, [*files, *(tmp_path / n for n in ("whole_numbers.nii.gz", "text.nii", "short.nii"))])
-    )
-    assert nnunet_lgms.predict(model, files[1], device="cpu").shape == (3, 30, 32)
+def test_finite_nifti_files_are_predicted(model: Path, volumes):
+    for file in volumes(1e10)[:2]:
+        assert nnunet_lgms.predict(model, file, device="cpu").shape == (3, 30, 32)
 
 
 def test_no_code_in_a_model_is_run(model: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "runtime",
         help="predict with an exported model, without PyTorch and nnU-Net",
         description="Segment whole cases with a model that `nnunet_lgms export` wrote: what nnU-Net's predictor does, "
-        "with numpy, SimpleITK and ONNX Runtime alone.",
+        "with numpy, ONNX Runtime and the libraries that nnU-Net reads images with.",
     )
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="its .json lies beside it")
     parser.add_argument(
@@ -94,12 +94,15 @@ def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
     if len(images) > 1 or not images[0].is_dir():
         if missing := [file for file in images if not file.is_file()]:
             raise ValueError(f"The image {missing[0]} does not exist.")
-        case = re.sub(r"_\d{4}$", "", images[0].name.removesuffix(ending))
+        name = images[0].name
+        case = re.sub(r"_\d{4}$", "", name[: -len(ending)] if name.lower().endswith(ending.lower()) else name)
         if len(images) > 1:
             _check_channels(case, images, ending)
         return {case: images}
     cases: dict[str, list[Path]] = {}
-    for file in sorted(images[0].glob(f"*{ending}")):
+    for file in sorted(images[0].iterdir()):
+        if file.name.startswith("._") or not file.name.endswith(ending):  # macOS keeps its own beside every file
+            continue
         if match := re.fullmatch(r"(.+)_\d{4}", file.name.removesuffix(ending)):
             cases.setdefault(match[1], []).append(file)
     if not cases:

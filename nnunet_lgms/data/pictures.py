@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nnunet_lgms.files import one_line
+from nnunet_lgms.image_files import check_image_file
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
@@ -24,6 +25,7 @@ def open_picture(path: Path, *, deep: bool = False) -> Image.Image:
     Raises:
         ValueError: it cannot be read, has several pages, or more than 8 bits a channel.
     """
+    check_image_file(path)
     try:
         # by its name Pillow would map a TIFF into memory and mix up the rows of one that is to be turned
         with path.open("rb") as file, Image.open(file) as image:

@@ -14,6 +14,7 @@ from nnunet_lgms import __version__
 from nnunet_lgms.architecture.encoder import MaxPool
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.blocks.attention import SparseTransformer
+from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.export.onnx_file import MeanLogits
 from nnunet_lgms.inference import load_predictor, trained_folds
 from nnunet_lgms.runtime.description import NORMALIZATIONS, READERS, RESAMPLINGS, Description, Resampling
@@ -42,7 +43,7 @@ def load_model(
             f"{model_folder} is the second stage of a cascade and needs the segmentation of "
             f"{configuration.previous_stage_name}: export a model of 3d_fullres or 3d_lowres."
         )
-    channels = list(predictor.dataset_json["channel_names"].values())
+    channels = channel_names(predictor.dataset_json)
     schemes = configuration.normalization_schemes
     label_manager = predictor.label_manager
     description = Description(
@@ -58,7 +59,7 @@ def load_model(
         precision="fp32",
         reader=_known(plans.plans["image_reader_writer"], READERS, "image reader", model_folder),
         file_ending=predictor.dataset_json["file_ending"],
-        channel_names=tuple(channels),
+        channel_names=channels,
         transpose_forward=tuple(plans.transpose_forward),
         transpose_backward=tuple(plans.transpose_backward),
         spacing=tuple(map(float, configuration.spacing)),

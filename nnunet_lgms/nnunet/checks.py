@@ -45,7 +45,8 @@ def check_cases(
     """
     identifiers = sorted(identifiers)
     if previous_stage is not None:
-        lacking = [case for case in identifiers if not any(previous_stage.glob(f"{case}.*"))]
+        there = [file.name for file in previous_stage.iterdir()] if previous_stage.is_dir() else []
+        lacking = [case for case in identifiers if not any(name.startswith(f"{case}.") for name in there)]
         if lacking:
             raise ValueError(
                 f"{len(lacking)} case(s) have no segmentation from {stage_name}, such as {lacking[0]}: train all folds "

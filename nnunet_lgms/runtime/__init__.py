@@ -1,4 +1,4 @@
-"""Prediction of whole cases from an exported model: numpy, SimpleITK and ONNX Runtime, neither PyTorch nor nnU-Net.
+"""Prediction of whole cases from an exported model with ONNX Runtime, without PyTorch and nnU-Net.
 
 What nnU-Net's predictor does, in the same order: read, crop, normalise, resample, slide a window with Gaussian weights
 and mirrored copies over the image, resample back, take the largest label.

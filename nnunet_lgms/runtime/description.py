@@ -11,7 +11,14 @@ from pathlib import Path
 from nnunet_lgms.files import one_line, shown
 
 FORMAT = 2  # 1: the checksum was of the .onnx alone
-READERS = ("SimpleITKIO", "NibabelIO", "NaturalImage2DIO")
+READERS = (  # nnU-Net's names
+    "SimpleITKIO",
+    "SimpleITKIOWithReorient",
+    "NibabelIO",
+    "NibabelIOWithReorient",
+    "NaturalImage2DIO",
+    "Tiff3DIO",
+)
 NORMALIZATIONS = (
     "ZScoreNormalization",
     "CTNormalization",

@@ -1,54 +1,59 @@
-"""Reading images and writing labels as nnU-Net's readers do, through SimpleITK alone."""
+"""Cases: what is read of one image, compared over its channels, and labels written on its grid."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
-from nnunet_lgms.files import atomic_write, check_gzip, nifti_is_finite, one_line
+from nnunet_lgms.files import one_line
+from nnunet_lgms.image_files import check_image_file
 from nnunet_lgms.runtime.description import Description
+from nnunet_lgms.runtime.readers import READERS, Reader
 
-FLAT_SPACING = 999.0  # nnU-Net's spacing across a flat image, of no meaning
+LARGEST = 1e18  # nnU-Net's variance of larger values is infinite
 
 
 @dataclass
 class Case:
-    """Samples (C, Z, Y, X) in float32, their spacing (z, y, x) in mm, and where they lie in space."""
+    """Samples (C, Z, Y, X) in float32, their spacing (z, y, x) in mm, and where they lie in space, as `reader` says."""
 
     samples: np.ndarray
     spacing: tuple[float, ...]
     flat: bool
-    geometry: tuple | None = None
+    reader: str = ""
+    geometry: Any = None
 
 
 def read_case(files: Sequence[Path], description: Description) -> Case:
     """One image, a file a channel (or one file of several channels).
 
     Raises:
-        ValueError: a file is missing or unreadable, or channels or sizes are not what the model expects.
+        ValueError: a file is missing or unreadable, or channels, sizes or places are not what the model expects.
     """
-    parts, geometries = [], []
-    for file in files:
-        part, spacing, geometry = _read(Path(file), description)
-        parts.append(part)
-        geometries.append((part.shape[1:], spacing, geometry))
-    for file, part, (shape, spacing, _) in zip(files, parts, geometries):
-        if shape != geometries[0][0] or spacing != geometries[0][1]:
+    files = [Path(file) for file in files]
+    parts, spacings, geometries = zip(*(_read(file, description) for file in files))
+    reader = READERS[description.reader]
+    for file, part, spacing, geometry in zip(files, parts, spacings, geometries):
+        if part.shape != parts[0].shape or not np.allclose(spacing, spacings[0]):
             raise ValueError(
-                f"The channels of a case differ: {files[0]} has {geometries[0][0]} voxels of {geometries[0][1]} mm, "
-                f"{file} has {shape} of {spacing}."
+                f"The channels of a case differ: {files[0]} has {parts[0].shape[1:]} voxels of {spacings[0]} mm, "
+                f"{file} has {part.shape[1:]} of {spacing}."
             )
-        if not (all(np.isfinite(plane).all() for plane in part) and nifti_is_finite(Path(file))):
-            raise ValueError(f"The image {file} holds NaN or infinity: correct it before it is predicted.")
+        if (distance := _farthest(reader, geometries[0], geometry, part.shape[1:])) > min(spacing) / 2:
+            raise ValueError(
+                f"The channels of a case lie in different places: voxels of {file} are up to {distance:.4g} mm from "
+                f"those of {files[0]}; resample one to the grid of the other."
+            )
     samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    _, spacing, geometry = geometries[0]
     check_channels(len(samples), description, str(files[0]))
-    flat = geometry is None or len(geometry[0]) == 2
-    return Case(samples, spacing, flat, geometry)
+    return Case(samples, spacings[0], reader.is_flat(geometries[0]), description.reader, geometries[0])
 
 
 def check_channels(found: int, description: Description, what: str) -> None:
@@ -61,52 +66,53 @@ def check_channels(found: int, description: Description, what: str) -> None:
         )
 
 
-def _read(file: Path, description: Description) -> tuple[np.ndarray, tuple[float, ...], tuple | None]:
+def _read(file: Path, description: Description) -> tuple[np.ndarray, tuple[float, ...], Any]:
+    """Samples (C, Z, Y, X), spacing and geometry of one file that is whole and finite."""
     if not file.is_file():
         raise ValueError(f"The image {file} does not exist.")
-    check_gzip(file)
+    check_image_file(file)
     try:
-        image = sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise ValueError(f"The image {file} cannot be read ({one_line(error)}).") from error
-    samples = sitk.GetArrayFromImage(image)
-    geometry = (image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-    colours = image.GetNumberOfComponentsPerPixel() > 1
-    del image  # two copies of a large volume are enough
-    samples = samples.astype(np.float32)
-    if description.reader == "NaturalImage2DIO":
-        if samples.ndim != (3 if colours else 2):
-            raise ValueError(f"The image {file} has {samples.ndim} axes, the model takes flat images.")
-        return (np.moveaxis(samples, -1, 0) if colours else samples[None])[:, None], (FLAT_SPACING, 1.0, 1.0), None
-    if colours:
-        raise ValueError(f"The image {file} has several values a voxel: give one file for each channel.")
-    spacing = tuple(abs(s) for s in geometry[0][::-1])
-    if samples.ndim == 2:
-        return samples[None, None], (max(spacing) * FLAT_SPACING, *spacing), geometry
-    if samples.ndim == 4:  # several channels in one file
-        return samples, spacing[1:], geometry
-    if samples.ndim != 3:
-        raise ValueError(f"The image {file} has {samples.ndim} axes, expected are 2 to 4.")
-    return samples[None], spacing, geometry
+        samples, spacing, geometry = READERS[description.reader].read(file)
+    except Exception as error:  # libraries raise whatever they like
+        raise ValueError(f"The image {file} cannot be read: {_reason(error)}.") from error
+    if not samples.size:
+        raise ValueError(f"The image {file} has no voxels: its shape is {samples.shape[1:]}.")
+    if not all(0 < mm < np.inf for mm in spacing):
+        raise ValueError(f"The image {file} has a spacing of {spacing} mm (z, y, x): correct its header.")
+    if not all(np.isfinite(plane).all() for plane in samples):
+        raise ValueError(f"The image {file} holds NaN or infinity: correct it before it is predicted.")
+    if not all(-LARGEST < plane.min() and plane.max() < LARGEST for plane in samples):
+        raise ValueError(f"The image {file} holds values beyond {LARGEST:g}, whose squares float32 cannot hold.")
+    return samples, spacing, geometry
+
+
+def _reason(error: Exception) -> str:
+    """What a library said, on one line, without the places in its source that ITK puts before it."""
+    return one_line(str(error).rpartition("ERROR: ")[2].strip() or type(error).__name__).rstrip(".!")
+
+
+def _farthest(reader: Reader, one: Any, other: Any, shape: tuple[int, ...]) -> float:
+    """The largest distance between the corners of two grids of (Z, Y, X) voxels, in mm; 0 without a place in space."""
+    affine = reader.affine(one)
+    if affine is None:
+        return 0.0
+    corners = np.array([(*corner, 1) for corner in product(*((0, n - 1) for n in shape[::-1]))])
+    return float(np.linalg.norm(corners @ (affine - reader.affine(other)).T, axis=1).max())
 
 
 def write_labels(labels: np.ndarray, case: Case, path: Path) -> None:
     """Write (Z, Y, X) or (Y, X) labels on the grid of the case, whole or not at all.
 
+    Formats of two files, such as `.tif` with its spacing in a JSON file, are written beside their place and moved.
+
     Raises:
         OSError: they cannot be written.
     """
-    image = sitk.GetImageFromArray(labels)
-    if case.geometry is not None:
-        spacing, origin, direction = case.geometry
-        if len(spacing) == 4:  # channels in one file: the first three axes are space
-            spacing, origin = spacing[:3], origin[:3]
-            direction = tuple(np.reshape(direction, (4, 4))[:3, :3].ravel())
-        image.SetSpacing(spacing)
-        image.SetOrigin(origin)
-        image.SetDirection(direction)
-    with atomic_write(path) as temporary:
-        try:
-            sitk.WriteImage(image, str(temporary), True)
-        except RuntimeError as error:
-            raise OSError(f"{path} cannot be written ({one_line(error)}).") from error
+    labels = labels.astype(np.uint8 if labels.max() < 255 else np.uint16, copy=False)
+    try:
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            READERS[case.reader].write(labels, case.geometry, Path(folder, path.name))
+            for made in sorted(Path(folder).iterdir()):
+                os.replace(made, path.with_name(made.name))
+    except Exception as error:  # libraries raise whatever they like
+        raise OSError(f"{path} cannot be written: {_reason(error)}.") from error
