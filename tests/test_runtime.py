@@ -20,10 +20,10 @@ import namespace  # noqa: E402
 import onnx_stub  # noqa: E402
 
 from nnunet_lgms.cli import main  # noqa: E402
+from nnunet_lgms.cli.runtime import NEEDED  # noqa: E402
 from nnunet_lgms.runtime import Predictor  # noqa: E402
 from nnunet_lgms.runtime.description import checksum  # noqa: E402
 
-NEEDED = ("numpy", "SimpleITK", "onnxruntime")
 UNWANTED = ("torch", "nnunetv2", "scipy", "skimage", "batchgenerators", "matplotlib", "pydantic", "tqdm")
 REPORT = """
 import json, sys
@@ -42,7 +42,7 @@ def bare(tmp_path_factory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", ROOT / "constraints.txt", *NEEDED], check=True, timeout=300)
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", *NEEDED.split()], check=True, timeout=300)
     # `pip install --no-deps` puts the same folder there; test_packaging holds what a wheel has
     site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
     Path(site.strip(), "checkout.pth").write_text(f"{ROOT}\n")
@@ -256,7 +256,7 @@ def test_a_case_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert main(words) == 2
     out, error = capsys.readouterr()
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
-    assert "[3/3] c" in out and "[2/3] b: " in error and "damaged" in error
+    assert "[3/3] c" in out and "[2/3] b: " in error and "cannot be read" in error
     assert error.splitlines()[-1] == (
         f"nnunet_lgms: 1 of 3 cases are not predicted, for the reasons above: b; the others are in {tmp_path / 'out'}."
     )
