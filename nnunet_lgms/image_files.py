@@ -62,7 +62,7 @@ def check_image_file(path: Path) -> None:
         if header and voxels and (nifti is None or nifti.is_pair):
             _check_pair(header, voxels)
     except (EOFError, gzip.BadGzipFile, zlib.error, _CutShort) as error:
-        raise ValueError(f"{path} is damaged or was cut short ({error}): get it anew.") from error
+        raise ValueError(f"{path} cannot be read: it is damaged or was cut short ({error}); get it anew.") from error
 
 
 class _CutShort(Exception):

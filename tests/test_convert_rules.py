@@ -87,7 +87,7 @@ def test_faulty_volumes(tmp_path: Path, capsys):
         _convert("kits23", tmp_path / "download", tmp_path / "raw")
     listed = capsys.readouterr().err
     assert "case_00000/segmentation.nii.gz has the value(s) 4, allowed are 0, 1, 2, 3" in listed
-    assert "case_00000/imaging.nii.gz has voxels that are NaN or infinite" in listed
+    assert "case_00000/imaging.nii.gz holds NaN or infinity" in listed
     assert "case_00003/segmentation.nii.gz have different spacings (3, 0.8, 0.8) and (5, 1, 1)" in listed
     assert "case_00007" in listed and "cannot be read" in listed
 
