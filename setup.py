@@ -55,7 +55,7 @@ PACKAGE_DIR = {f"nnunet_lgms.{f.replace('/', '.')}": f for f in ("trainers", "pl
 READERS = ["SimpleITK>=2.3", "nibabel>=5", "imageio>=2.33", "Pillow>=10", "tifffile>=2022.8.12", "imagecodecs"]
 RUNTIME = [*READERS, "onnxruntime>=1.22"]
 EXPORT = [*RUNTIME, "onnx>=1.19", "onnxscript>=0.6"]
-VIEW = [*RUNTIME, "starlette>=0.46", "uvicorn>=0.30", "anyio>=4", "filelock>=3.12"]
+VIEW = [*RUNTIME, "starlette>=0.46", "uvicorn>=0.30", "anyio>=4", "filelock>=3.30"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]
 
 

@@ -245,6 +245,20 @@ def test_command_line_writes_table_summary_and_report(volumes: tuple[Path, Path]
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_names_are_text_in_the_report(tmp_path: Path, capsys):
+    """Neither HTML nor the mathematics of matplotlib."""
+    hostile = "<script>alert(1)<b onload>$x^{$"
+    for folder in (hostile, "references", hostile + "2"):
+        save(tmp_path / folder / f"{hostile}.png", disc(1).astype(np.uint8))
+    dataset_json = {"labels": {"background": 0, hostile: 1}, "file_ending": ".png", "channel_names": {"0": "x"}}
+    (tmp_path / hostile / "dataset.json").write_text(json.dumps(dataset_json))
+    words = ["evaluate", str(tmp_path / hostile), str(tmp_path / "references"), "-o", str(tmp_path / "out")]
+    assert main([*words, "--compare", f"{hostile}2={tmp_path / hostile}2", "--bootstrap", "50"]) == 0
+    html = (tmp_path / "out/report.html").read_text()
+    assert html.count("&lt;script&gt;alert(1)&lt;b onload&gt;$x^{$") >= 4  # title, models, label, cases
+    assert "<script" not in html and "<b onload" not in html
+
+
 def test_flat_images_are_measured_in_pixels(tmp_path: Path, capsys):
     for number in (1, 2):
         for folder, seed in (("predictions", number + 1), ("references", number)):

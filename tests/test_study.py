@@ -339,7 +339,7 @@ def test_a_case_counts_once_however_often_it_was_predicted_and_missing_folds_are
     graph = Graph(written(folders, SMALLEST + "folds: [0, 1]\nseeds: [1, 2]\n"))
     (model,) = graph.models("Dataset101_B")
     # Dice of two labels; fold 1 of the second seed is missing, and one prediction lacks a label
-    dice = {("seed_1", 0): {"x": (0.2, 0.6)}, ("seed_1", 1): {"y": (0.4, 1.0)}, ("seed_2", 0): {"x": (0.6, None)}}
+    dice = {("seed_1", 0): {"x": (0.2, 0.6)}, ("seed_1", 1): {"<b>y": (0.4, 1.0)}, ("seed_2", 0): {"x": (0.6, None)}}
     for (run, fold), cases in dice.items():
         summary = graph.folder / graph.validated(run, model.dataset, model.name, fold)
         summary.parent.mkdir(parents=True)
@@ -362,6 +362,7 @@ def test_a_case_counts_once_however_often_it_was_predicted_and_missing_folds_are
         ("x", pytest.approx(0.6)),
     ]
     page = report_html(results)
+    assert "&lt;b&gt;y" in page and "<b>" not in page  # what a file is called is text
     assert "0.6000" in page and "3 of 4 folds" in page
     assert "validate: 1</summary>" in page and "train: 4</summary>" in page  # nothing was trained here
 

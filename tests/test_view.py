@@ -280,6 +280,12 @@ def test_an_upload_that_stands_still_ends(server, monkeypatch):
         assert not [path for path in server.root.rglob("*") if path.is_file()]
 
 
+def _caused(cause: Exception) -> Exception:
+    error = ValueError("The image cannot be read.")
+    error.__cause__ = cause
+    return error
+
+
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -289,6 +295,7 @@ Usage = namedtuple("Usage", "total used free")
         (MemoryError(), "There is too little memory for this image"),
         (RuntimeError("Failed to allocate memory for requested buffer of size 9"), "There is too little memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "The disk for temporary files is full"),
+        (_caused(MemoryError()), "There is too little memory for this image"),
         (RuntimeError("of the\nlibrary"), "This went wrong (RuntimeError: of the library)."),
     ],
 )

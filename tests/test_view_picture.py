@@ -41,18 +41,19 @@ def cut(picture: Picture, axis: int, index: int) -> tuple[np.ndarray, np.ndarray
     return image, np.frombuffer(content[n:], "<u2").reshape(shape if len(content) > n else 0)
 
 
-def test_planes_are_the_body_s_however_the_axes_lie(tmp_path):
+@pytest.mark.parametrize("reader, ending", [("SimpleITKIO", "nrrd"), ("NibabelIO", "nii")])
+def test_planes_are_the_body_s_however_the_axes_lie(tmp_path, reader, ending):
     """One scene, stored with its axes in every order and direction, is shown the same."""
     scene = np.random.default_rng(0).integers(0, 200, (4, 5, 6)).astype(np.float32)  # towards head, back, left
     spacing = (2.0, 1.0, 0.5)
-    shown = []
+    shown, model = [], described(tmp_path, reader=reader)
     for number, (order, flips) in enumerate(product(permutations(range(3)), product((False, True), repeat=3))):
         stored = scene.transpose(order)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
         direction = np.zeros((3, 3))
         for stored_axis, (axis, flip) in enumerate(zip(order, flips)):
             direction[2 - axis, 2 - stored_axis] = -1 if flip else 1
-        file = volume(tmp_path, stored, [spacing[axis] for axis in order][::-1], direction, f"{number}.nrrd")
-        picture = Picture(read_case([file], described(tmp_path)))
+        file = volume(tmp_path, stored, [spacing[axis] for axis in order][::-1], direction, f"{number}.{ending}")
+        picture = Picture(read_case([file], model))
         assert [plane.name for plane in picture.planes] == ["axial", "coronal", "sagittal"]
         assert picture.planes[1].shape == (4, 6) and picture.planes[1].spacing == (2.0, 0.5)
         shown.append([cut(picture, axis, 1)[0] for axis in range(3)])
@@ -93,7 +94,7 @@ def test_there_is_no_such_slice(tmp_path, index, axis):
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((3, 4, 5)), np.full((3, 4, 5), 1e30), np.arange(60.0).reshape(3, 4, 5) * 1e9]
+    "image", [np.zeros((3, 4, 5)), np.full((3, 4, 5), 1e15), np.arange(60.0).reshape(3, 4, 5) * 1e9]
 )
 def test_every_range_of_values_is_shown(tmp_path, image):
     picture = Picture(read_case([volume(tmp_path, image.astype(np.float32))], described(tmp_path)))
@@ -138,6 +139,13 @@ def test_units_are_the_image_s_own(tmp_path):
     picture = volume(tmp_path, (labels * 200).astype(np.uint8), name="a.png")
     (row,) = amounts(labels, read_case([picture], natural), natural)
     assert (row["amount"], row["unit"]) == (8, "pixels")  # a PNG says nothing of its size
+    tiff = described(tmp_path, reader="Tiff3DIO", file_ending=".tif")
+    stack = volume(tmp_path, np.stack([labels] * 3), name="c_0000.tif")
+    for content, amount, unit in (("", 24, "voxels"), ('{"spacing": [2, 1, 0.5]}', 24, "mm³")):
+        if content:
+            (tmp_path / "c.json").write_text(content)
+        (row,) = amounts(np.stack([labels] * 3), read_case([stack], tiff), tiff)
+        assert (row["amount"], row["unit"]) == (amount, unit)
     slice_ = described(tmp_path, **flat)
     case = read_case([volume(tmp_path, labels.astype(np.float32), (0.5, 0.5), name="b.nii.gz")], slice_)
     (row,) = amounts(labels, case, slice_)

@@ -7,13 +7,18 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 REFERENCE_COLOUR, PREDICTION_COLOUR = "#00a6d6", "#e4572e"
 _MODEL_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
+#: names of labels and models are shown as they are: matplotlib takes what stands between two $ for mathematics
+plain_text = rc_context({"text.parse_math": False})
 
+
+@plain_text
 def distribution(metric: str, unit: str, values: Mapping[str, np.ndarray], labels: Sequence[str]) -> str:
     """Boxes and single cases of one metric, a group a label, a colour a model; a PNG as data URI.
 

@@ -9,13 +9,14 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from nnunet_lgms.evaluation.evaluate import FOREGROUND
-from nnunet_lgms.evaluation.pictures import data_uri
+from nnunet_lgms.evaluation.pictures import data_uri, plain_text
 from nnunet_lgms.study.graph import Model
 from nnunet_lgms.study.results import Results
 
 COSTS = {"gmac": "GMAC of one patch", "hours": "training hours of a fold"}
 
 
+@plain_text
 def pareto(results: Results) -> list[dict[str, str]]:
     """Dice over cost, one picture a data set and configuration; what nothing beats in both is joined by a line."""
     means = {
@@ -57,6 +58,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
+@plain_text
 def training_curves(results: Results) -> list[dict[str, str]]:
     """nnU-Net's moving average of the Dice, thin for each training, thick for a variant's mean."""
     pictures = []

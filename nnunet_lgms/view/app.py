@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -63,6 +63,7 @@ class Page:
         self.sessions: dict[str, Session] = {}
         self.turn = CapacityLimiter(1)
         self.closing = asyncio.Event()
+        self._uploads: set[asyncio.Task] = set()
         files = resources.files(__package__)
         self._files = {path: (files.joinpath(name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
         routes = [
@@ -116,7 +117,7 @@ class Page:
                 raise Refused("The disk for temporary files has no room for these files: free some space.", 507)
             with TemporaryDirectory(dir=session.folder, ignore_cleanup_errors=True) as folder:
                 files = [Path(folder, path) for path in paths]
-                await receive(request.stream(), files, sizes)
+                await self._until_closing(receive(request.stream(), files, sizes))
                 for file, name in zip(files, names):
                     check_self_contained(file, name)
                 return _opened(await session.show(files, names))
@@ -168,6 +169,8 @@ class Page:
         async def lines() -> AsyncIterator[str]:
             told = None
             while not (await asyncio.wait({task}, timeout=TICK))[0]:
+                if self.closing.is_set():
+                    return
                 if told != shown.progress:
                     told = shown.progress
                     yield json.dumps({"done": told[0], "of": told[1]}) + "\n"
@@ -193,9 +196,25 @@ class Page:
         disposition = f"attachment; filename*=UTF-8''{quote(name, safe='')}"
         return Response(content, media_type="application/octet-stream", headers={"content-disposition": disposition})
 
+    async def _until_closing(self, work: Coroutine) -> None:
+        """Waits for it, unless the program ends."""
+        task = asyncio.ensure_future(work)
+        self._uploads.add(task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if self.closing.is_set():
+                raise Refused("The program was ended.", 503) from None
+            raise
+        finally:
+            task.cancel()
+            self._uploads.discard(task)
+
     def close(self) -> None:
-        """Ends all sessions."""
+        """Ends all sessions and uploads."""
         self.closing.set()
+        for upload in self._uploads:
+            upload.cancel()
         for session in self.sessions.values():
             session.close()
 
@@ -230,8 +249,8 @@ class SessionStream:
         finally:
             closing.cancel()
             gone.cancel()
-            self.page.sessions.pop(session.name, None)
             session.close()
+            self.page.sessions.pop(session.name)
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -10,10 +10,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from nnunet_lgms.locks import NO_LOCKS, acquired, file_lock
 
 PREFIX = "nnunet_lgms_view_"
 LOCK = "lock"
@@ -21,18 +21,24 @@ LOCK = "lock"
 
 @contextmanager
 def program_folder() -> Iterator[Path]:
-    """A new folder that only this user can read, removed at the end; those of dead programs are removed first."""
+    """A new folder that only this user can read, removed at the end; those of dead programs are removed first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     remove_left()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))  # mode 0700
-        lock = FileLock(folder / LOCK, timeout=0)
+        lock = file_lock(folder / LOCK)
         try:
-            lock.acquire()
-            break
-        except (Timeout, OSError):
-            # another one that starts took it for a dead program's, before it was locked
-            if folder.exists():
+            held = acquired(lock)
+        except OSError as error:
+            held = error.errno in NO_LOCKS  # then nobody else removes it either
+            if not held and folder.exists():
                 raise
+        # another one that started just now may have taken it for a dead program's
+        if held and folder.exists():
+            break
     try:
         yield folder
     finally:
@@ -43,18 +49,14 @@ def program_folder() -> Iterator[Path]:
 def remove_left() -> None:
     """Removes the folders of this user's programs that do not run any more."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        if folder.is_symlink() or not folder.is_dir() or not _is_own(folder):
-            continue
-        lock = FileLock(folder / LOCK, timeout=0)
-        try:
-            with lock:
-                for entry in folder.iterdir():  # the lock itself last: until then nobody else takes the folder
-                    if entry.name != LOCK:
-                        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-        except (Timeout, OSError):  # it runs, or is being removed by another one
-            continue
+        with suppress(OSError):  # another one removes it, or its file system has no locks
+            if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != _user():
+                continue
+            lock = file_lock(folder / LOCK)
+            if acquired(lock):
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.release()
 
 
-def _is_own(folder: Path) -> bool:
-    return not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0  # Windows gives every file the user 0

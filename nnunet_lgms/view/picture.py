@@ -10,6 +10,7 @@ import numpy as np
 
 from nnunet_lgms.runtime.description import Description
 from nnunet_lgms.runtime.images import Case
+from nnunet_lgms.runtime.readers import READERS, NibabelReader
 
 #: colours of the first labels (Okabe and Ito's palette, told apart by most eyes); others go round the colour circle
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -125,8 +126,10 @@ class Picture:
 
 
 def has_spacing(case: Case) -> bool:
-    """Whether the image's format says how large a voxel is."""
-    return case.geometry is not None
+    """Whether the image says how large a voxel is."""
+    if case.geometry is None:
+        return False
+    return READERS[case.reader].affine(case.geometry) is not None or set(case.spacing) != {1.0}  # a TIFF without one
 
 
 def orientation(case: Case) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[str, ...]]:
@@ -137,11 +140,12 @@ def orientation(case: Case) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[st
         not say how the patient lies.
     """
     as_it_is = (0, 1, 2), (False,) * 3, ("",) * 6
-    if case.flat or case.geometry is None:
+    affine = None if case.flat or case.geometry is None else READERS[case.reader].affine(case.geometry)
+    if affine is None:
         return as_it_is
-    n = len(case.geometry[0])
-    # SimpleITK: columns are the axes x, y, z, rows point to L, P and H; ours are z, y, x and H, P, L
-    direction = np.reshape(case.geometry[2], (n, n))[:3, :3][::-1, ::-1]
+    towards_lph = affine[:3, :3] * ([[-1], [-1], [1]] if isinstance(READERS[case.reader], NibabelReader) else 1)
+    spacing = np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-12)
+    direction = (towards_lph / spacing)[::-1, ::-1]  # rows H, P, L; columns z, y, x
     order = [int(np.abs(row).argmax()) for row in direction]
     if sorted(order) != [0, 1, 2]:  # turned by 45°, or no rotation at all
         return as_it_is

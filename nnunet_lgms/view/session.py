@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import secrets
 import shutil
 import tempfile
@@ -87,8 +88,8 @@ class Session:
         case, picture = await _told(self._read, files, called=dict(zip(map(str, files), names)))
         if number != self._numbers or not self.folder.exists():
             raise Refused("Another image was opened in the meantime.", 409)
-        ending = self.predictor.description.file_ending
-        self.shown = Shown(number, names[0].removesuffix(ending), case, picture)
+        name = re.split(r"[\\/]", names[0])[-1].removesuffix(self.predictor.description.file_ending)
+        self.shown = Shown(number, name, case, picture)
         return self.shown
 
     def _read(self, files: Sequence[Path]) -> tuple[Case, Picture]:
@@ -158,9 +159,12 @@ async def _told(work, *arguments, called: dict[str, str] | None = None, limiter:
 
 def explained(error: Exception) -> tuple[str, int]:
     """One sentence for the user about what went wrong, and the status of the answer."""
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(c, MemoryError) or any(words in str(c).lower() for words in NO_MEMORY) for c in causes):
         return "There is too little memory for this image: close other programs, or use a machine with more.", 507
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+    if any(isinstance(c, OSError) and c.errno in NO_ROOM for c in causes):
         return "The disk for temporary files is full: free some space, or set TMPDIR to a folder that has more.", 507
     if isinstance(error, OSError) and error.errno == errno.ENOENT:
         return "The page was closed, or its temporary files were removed: load it again.", 410
