@@ -8,12 +8,19 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
 
 from nnunet_lgms.files import read_json, shown
+from nnunet_lgms.names import FILE_ENDING, MAX_LABEL, is_text
 
-MAX_LABEL = 2**15 - 1  # nnU-Net keeps segmentations as int16
 
+def _line_of_text(value: str) -> str:
+    if not is_text(value):
+        raise ValueError("no line of text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_line_of_text)]
 LabelValue = Annotated[int, Field(ge=0, le=MAX_LABEL)]
 Region = Annotated[list[LabelValue], Field(min_length=1)]
-Channels = Annotated[dict[str, Any], Field(min_length=1)]
+Channels = Annotated[dict[Text, Any], Field(min_length=1)]
 
 
 def _has_background(labels: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +32,8 @@ def _has_background(labels: dict[str, Any]) -> dict[str, Any]:
 class DatasetJson(BaseModel):
     """What this package reads of it; the rest is nnU-Net's matter."""
 
-    labels: Annotated[dict[str, LabelValue | Region], Field(min_length=2), AfterValidator(_has_background)]
-    file_ending: Annotated[str, StringConstraints(pattern=r"^(\.[A-Za-z0-9]+)+$")]
+    labels: Annotated[dict[Text, LabelValue | Region], Field(min_length=2), AfterValidator(_has_background)]
+    file_ending: Annotated[str, StringConstraints(pattern=f"^{FILE_ENDING.pattern}$")]
     channel_names: Channels | None = None
     modality: Channels | None = None
 

@@ -7,13 +7,14 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnunet_lgms.dataset_json import n_channels, read_dataset_json
 from nnunet_lgms.files import one_line, read_json, shown
 from nnunet_lgms.image_files import check_image_file
+from nnunet_lgms.names import check_plans_names
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def load_predictor(
         raise ValueError(f"{folder} has no fold_{missing[0]}/{checkpoint}; trained are: {', '.join(trained)}.")
     device = usable_device(device)
     read_dataset_json(folder)
-    read_json(folder / "plans.json")
+    read_model_plans(folder)
     for fold in folds:
         read_checkpoint(folder / f"fold_{fold}" / checkpoint)  # nnU-Net runs what a file tells it to
     try:
@@ -135,6 +136,20 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
             f"The device {wanted} is not on this machine: use {' or '.join(d for d in there if there[d])}."
         )
     return wanted
+
+
+def read_model_plans(model_folder: Path) -> dict[str, Any]:
+    """The plans that a model was trained with.
+
+    Raises:
+        ValueError: they are not nnU-Net's, or a name in them would lead elsewhere when it becomes part of a path.
+    """
+    path = model_folder / "plans.json"
+    plans = read_json(path)
+    if not isinstance(plans, dict):
+        raise ValueError(f"{path} holds {shown(plans)} instead of a table: it is no plans file of nnU-Net's.")
+    check_plans_names(plans, str(path))
+    return plans
 
 
 def trained_folds(model_folder: Path, checkpoint: str = "checkpoint_final.pth") -> list[str]:

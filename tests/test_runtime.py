@@ -229,6 +229,25 @@ def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):
         ("resampling_data", {"function": "resample_torch"}),
         ("resampling_data", {"function": "resample_data_or_seg_to_shape", "order": 7}),
         ("resampling_probabilities", {"function": "resample_data_or_seg_to_shape", "order_z": -1}),
+        ("labels", {"background": 0, "gap": 2}),
+        ("labels", {"background": 0, "fraction": 1.5}),
+        ("labels", {"background": 0, "beyond uint16": 70000}),
+        ("labels", {"background": 1, "a": 0}),
+        ("labels", {"background": 0, "a": 1, "ignore": 1}),
+        ("labels", {"background": 0, "a": [1, -1]}),
+        ("regions_class_order", [-1]),
+        ("regions_class_order", [True]),
+        ("patch_size", [10**9, 10**9, 10**9]),
+        ("patch_size", [8192, 8192, 8192]),
+        ("steps", [0, 0]),
+        ("spacing", [1, 1, float("nan")]),
+        ("spacing", [1, 1, 10**400]),
+        ("dataset", "/tmp/elsewhere"),
+        ("configuration", "../2d"),
+        ("folds", ["../0"]),
+        ("precision", "fp64"),
+        ("format", True),
+        ("an_entry_that_nobody_knows", 1),
     ],
 )
 def test_a_damaged_description_is_one_sentence(tmp_path, field, value):
@@ -237,6 +256,16 @@ def test_a_damaged_description_is_one_sentence(tmp_path, field, value):
     description.write_text(json.dumps(json.loads(description.read_text()) | {field: value}))
     with pytest.raises(ValueError, match="m.json is not what `nnunet_lgms export` writes"):
         Predictor(model)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mean": "a lot"}, {"std": -1}, {"std": None}, {"percentile_00_5": 3}, {"percentile_99_5": float("inf")}]
+)
+def test_intensities_that_cannot_be_are_refused(tmp_path, wrong):
+    properties = {"percentile_00_5": 0, "percentile_99_5": 2, "mean": 1, "std": 1}
+    fields = {"normalization_schemes": ["CTNormalization"], "intensity_properties": [properties | wrong]}
+    with pytest.raises(ValueError, match="intensity_properties is .*, allowed is for CTNormalization numbers for perc"):
+        Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx", **fields))
 
 
 @pytest.mark.parametrize("step", ["1e-4", "nan", "2"])

@@ -16,9 +16,10 @@ from nnunetv2.preprocessing.normalization import default_normalization_schemes a
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 from torch import nn
 
-from nnunet_lgms.runtime.description import NORMALIZATIONS, Resampling
+from nnunet_lgms.runtime.description import Resampling
 from nnunet_lgms.runtime.preprocessing import bounding_box, fill_holes, normalise
 from nnunet_lgms.runtime.resampling import axis_matrices, resample
+from nnunet_lgms.runtime.schema import NORMALIZATIONS
 from nnunet_lgms.runtime.sliding_window import gaussian, resampled_rows, sliding_window, window_starts
 from nnunet_lgms.splines import new_shape, thick_axis
 

@@ -20,8 +20,8 @@ from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.output import write_all
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
-from nnunet_lgms.files import atomic_write, read_json, shown
-from nnunet_lgms.inference import load_predictor, trained_folds
+from nnunet_lgms.files import atomic_write
+from nnunet_lgms.inference import load_predictor, read_model_plans, trained_folds
 from nnunet_lgms.locks import locked
 from nnunet_lgms.nnunet_files import Reader, cases_in
 
@@ -143,7 +143,7 @@ def _prepare(
 ) -> tuple[Path, LabelMapping]:
     """Everything about an unseen dataset that can be wrong, before hours of prediction."""
     content = read_dataset_json(dataset)
-    if dataset.name == _training_dataset(model_folder):
+    if dataset.name == read_model_plans(model_folder)["dataset_name"]:
         raise ValueError(f"{dataset.name} is what the model was trained on: give datasets that it has not seen.")
     if content["file_ending"] != model["file_ending"]:
         raise ValueError(
@@ -169,14 +169,6 @@ def _prepare(
         missing = f"no label for {len(without)} image(s), such as {without[0]}" if images else "no images"
         raise ValueError(f"{dataset} has {missing}: complete it, as nnU-Net trains on it.")
     return dataset, map_labels(model, content, dataset.name, mapping)
-
-
-def _training_dataset(model_folder: Path) -> str:
-    plans = read_json(model_folder / "plans.json")
-    name = plans.get("dataset_name") if isinstance(plans, dict) else None
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"plans.json of {model_folder} has the dataset_name {shown(name)}: it is not nnU-Net's.")
-    return name
 
 
 def _predict(predictor, cases: Mapping[str, Sequence[Path]], target: Path, workers: int | None) -> None:
@@ -223,7 +215,7 @@ def _evaluate_at_home(
     """The validation cases that nnU-Net predicted with the final weights, at the end of each fold's training."""
     if checkpoint != "checkpoint_final.pth":
         return [], [f"nnU-Net's validation cases are not those of {checkpoint}: no in-domain results."]
-    name = _training_dataset(model_folder)
+    name = read_model_plans(model_folder)["dataset_name"]
     candidates = [
         Path(root) / name / folder
         for variable, folder in (("nnUNet_raw", "labelsTr"), ("nnUNet_preprocessed", "gt_segmentations"))

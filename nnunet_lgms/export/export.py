@@ -114,9 +114,10 @@ def check_replaceable(path: Path) -> None:
 
 def write(model: onnx.ModelProto, description: Description, path: Path) -> None:
     """Both files, each whole or not at all; the checksum tells a pair that was torn apart, by a kill in between say."""
+    content = json.loads(description.to_json())
+    Description.from_content(content)  # what the runtime would refuse is not written
     with atomic_write(path) as file, atomic_write(path.with_suffix(".json")) as beside:
         onnx.save(model, file)
-        content = json.loads(description.to_json())
         description = replace(description, sha256=checksum(file.read_bytes(), content))
         beside.write_text(description.to_json(), "utf-8")
 

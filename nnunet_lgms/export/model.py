@@ -17,7 +17,8 @@ from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.export.onnx_file import MeanLogits
 from nnunet_lgms.inference import load_predictor, trained_folds
-from nnunet_lgms.runtime.description import NORMALIZATIONS, READERS, RESAMPLINGS, Description, Resampling
+from nnunet_lgms.runtime.description import Description, Resampling
+from nnunet_lgms.runtime.schema import NORMALIZATIONS, READERS, RESAMPLINGS
 
 
 def load_model(

@@ -16,11 +16,11 @@ from nnunet_lgms.architecture.topology import is_int
 from nnunet_lgms.config import KEY
 from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.locks import locked
+from nnunet_lgms.names import check_plans_names, is_dataset_name, is_file_name
 from nnunet_lgms.nearest import did_you_mean
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}")
-CONFIGURATION_NAME = re.compile(r"[^-./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
 MAX_BATCH = 4096
 #: of which a message shows all
 LONGEST_PATH = 300
@@ -59,7 +59,7 @@ def dataset_name(dataset: str | int) -> str:
             return str(maybe_convert_to_dataset_name(int(dataset)))
         except RuntimeError as error:
             raise ValueError(f"{dataset!r} names no dataset: {' '.join(str(error).split())}") from None
-    if not re.fullmatch(r"Dataset[0-9]{3,9}_[^/\\\x00-\x1f]{1,200}", str(dataset)):
+    if not is_dataset_name(str(dataset)):
         raise ValueError(
             f"{shown(dataset)} names no dataset: give nnU-Net's number, or a name such as Dataset004_Hippocampus."
         )
@@ -114,6 +114,7 @@ def read_plans(name: str, plans_name: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not a plans file of nnU-Net: it must be a table with 'configurations'.")
     try:
         check_configurations(plans)
+        check_plans_names(plans, "it")
     except ValueError as error:
         raise ValueError(f"{path.name} of {name}: {error}") from None
     return plans
@@ -131,7 +132,7 @@ def check_configurations(plans: Mapping[str, Any]) -> None:
     for name, content in there.items():
         if not isinstance(content, Mapping):
             raise ValueError(f"configuration {shown(name)} is {shown(content)}: it must be a table; plan again.")
-        if not CONFIGURATION_NAME.fullmatch(name):
+        if not is_file_name(name):
             raise ValueError(f"{shown(name)} cannot name a configuration, which names files and folders: rename it.")
     for name in there:
         resolved: dict[str, Any] = {}

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from nnunet_lgms.files import one_line, shown
-
-FORMAT = 2  # 1: the checksum was of the .onnx alone
-READERS = (  # nnU-Net's names
-    "SimpleITKIO",
-    "SimpleITKIOWithReorient",
-    "NibabelIO",
-    "NibabelIOWithReorient",
-    "NaturalImage2DIO",
-    "Tiff3DIO",
-)
-NORMALIZATIONS = (
-    "ZScoreNormalization",
-    "CTNormalization",
-    "NoNormalization",
-    "RescaleTo01Normalization",
-    "RGBTo01Normalization",
-)
-CT_PROPERTIES = ("percentile_00_5", "percentile_99_5", "mean", "std")  # what CTNormalization needs of a channel
-RESAMPLINGS = ("resample_data_or_seg_to_shape", "no_resampling_hack")
-SPLINE_ORDERS = (0, 1, 3)
-TURNS = ("LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unicode's marks that reverse what follows
+from nnunet_lgms.files import read_json, shown
+from nnunet_lgms.runtime.schema import FORMAT, first_fault
 
 
 @dataclass(frozen=True)
@@ -40,12 +21,6 @@ class Resampling:
     order: int = 3
     order_z: int = 0
     force_separate_z: bool | None = None
-
-    @property
-    def known(self) -> bool:
-        """Whether the runtime can do it."""
-        orders = (self.order, self.order_z)
-        return self.function in RESAMPLINGS and all(order in SPLINE_ORDERS for order in orders)
 
 
 @dataclass(frozen=True)
@@ -113,78 +88,41 @@ class Description:
         """The description in a file.
 
         Raises:
-            ValueError: it is missing, no description, or of a newer format.
+            ValueError: it is missing, no description, or of a newer format; one sentence.
         """
         if not path.is_file():
             raise ValueError(
                 f"{path} is missing: an exported model is two files, the .onnx and its .json; keep them together."
             )
+        content = read_json(path, keys_once=True)
+        version = content.get("format") if isinstance(content, dict) else None
+        if type(version) is int and version > FORMAT:
+            raise ValueError(f"{path} has format {version}, this nnunet_lgms reads up to {FORMAT}: upgrade it.")
         try:
-            content = json.loads(path.read_text("utf-8"))
-            if content["format"] > FORMAT:
-                raise ValueError(
-                    f"{path} has format {content['format']}, this nnunet_lgms reads up to {FORMAT}: upgrade it."
-                )
-            for key in ("resampling_data", "resampling_probabilities"):
-                content[key] = Resampling(**content[key])
-            description = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
-            wrong = description._wrong_field()
-        except (
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            UnicodeDecodeError,
-            json.JSONDecodeError,
-        ) as error:
-            raise ValueError(f"{path} is not what `nnunet_lgms export` writes ({one_line(error)}).") from error
-        if wrong:
+            return cls.from_content(content)
+        except ValueError as error:
             raise ValueError(
-                f"{path} is not what `nnunet_lgms export` writes: {wrong} is {shown(getattr(description, wrong))}; "
-                "export the model again."
-            )
-        return description
+                f"{path} is not what `nnunet_lgms export` writes: {error}; export the model again."
+            ) from None
 
-    def _wrong_field(self) -> str:
-        """Name of a field that cannot be, "" if there is none."""
-        axes, channels = len(self.patch_size), len(self.channel_names)
-        values, regions = self.label_values, self.regions_class_order
-        forward, back = self.transpose_forward, self.transpose_backward
-        fine = {
-            "transpose_forward": sorted(forward) == [0, 1, 2],
-            "patch_size": axes in (2, 3) and all(isinstance(n, int) and n > 0 for n in self.patch_size),
-            "spacing": len(self.spacing) == axes
-            and all(isinstance(mm, (int, float)) and 1e-4 < mm < 1e4 for mm in self.spacing),
-            "transpose_backward": sorted(back) == [0, 1, 2] and [forward[axis] for axis in back] == [0, 1, 2],
-            "mirror_axes": sorted(set(self.mirror_axes) & set(range(axes))) == sorted(self.mirror_axes),
-            "channel_names": channels > 0 and all(map(_printable, self.channel_names)),
-            "normalization_schemes": len(self.normalization_schemes) == channels,
-            "use_mask_for_norm": isinstance(self.use_mask_for_norm, tuple) and len(self.use_mask_for_norm) == channels,
-            "intensity_properties": isinstance(self.intensity_properties, tuple)
-            and len(self.intensity_properties) == channels
-            and all(
-                isinstance(properties, dict) and set(CT_PROPERTIES) <= set(properties)
-                for properties, scheme in zip(self.intensity_properties, self.normalization_schemes)
-                if scheme == "CTNormalization"
-            ),
-            "resampling_data": self.resampling_data.known,
-            "resampling_probabilities": self.resampling_probabilities.known,
-            "labels": len(values) > 1 and all(map(_printable, self.labels)),
-            "regions_class_order": regions is None
-            or (isinstance(regions, tuple) and len(regions) == len(set(regions)) > 0 and set(regions) <= set(values)),
-            **{name: _printable(getattr(self, name)) for name in ("trainer", "dataset", "plans", "configuration")},
-            "file_ending": _printable(self.file_ending)
-            and self.file_ending.startswith(".")
-            and not set(self.file_ending) & set("/\\"),
-        }
-        return next((name for name, is_fine in fine.items() if not is_fine), "")
+    @classmethod
+    def from_content(cls, content: Any) -> Description:
+        """The description that a JSON holds.
 
-
-def _printable(name: object) -> bool:
-    """Whether it is text without what acts on a terminal: control characters, ends of lines, turns of the direction."""
-    return isinstance(name, str) and not any(
-        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in TURNS for c in name
-    )
+        Raises:
+            ValueError: a field is missing or cannot be; the message names it and what is allowed.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"it holds {shown(content)} instead of a table")
+        optional = {f.name for f in fields(cls) if f.default is not MISSING}
+        if fault := first_fault(content, optional):
+            name, allowed = fault
+            given = f"{name} is {shown(content[name])}" if name in content else f"{name} is missing"
+            raise ValueError(f"{given}, allowed is {allowed}")
+        content = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        for key in ("resampling_data", "resampling_probabilities"):
+            content[key] = Resampling(**content[key])
+        return cls(**content)
 
 
 def checksum(model: bytes, content: dict) -> str:

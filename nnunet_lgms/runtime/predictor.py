@@ -10,10 +10,11 @@ import numpy as np
 import onnxruntime
 
 from nnunet_lgms.files import one_line
-from nnunet_lgms.runtime.description import NORMALIZATIONS, READERS, Description, check_pair
+from nnunet_lgms.runtime.description import Description, check_pair
 from nnunet_lgms.runtime.images import Case, check_channels, read_case, write_labels
 from nnunet_lgms.runtime.preprocessing import preprocess
 from nnunet_lgms.runtime.readers import FLAT_SPACING
+from nnunet_lgms.runtime.schema import NORMALIZATIONS, READERS
 from nnunet_lgms.runtime.sliding_window import resampled_rows, sliding_window
 
 INPUT = "image"  # what the exporter names the network's input
