@@ -43,6 +43,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_utf8(name: object, what: str = "file") -> None:
+    """A name is UTF-8, as everything that tables, JSON files and messages hold.
+
+    Raises:
+        ValueError: it is not; one sentence that shows its bytes.
+    """
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"The {what} {os.fsencode(str(name))!r} is not UTF-8: rename it.") from None
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """The files of a folder with that ending, sorted, but for hidden ones such as ``._case.png``.
+
+    Raises:
+        ValueError: the name of one is not UTF-8.
+        OSError: the folder cannot be read.
+    """
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(ending) and path.name[0] != ".")
+    for path in found:
+        check_utf8(path)
+    return found
+
+
 def read_json(path: Path, *, keys_once: bool = False) -> Any:
     """The content of a JSON file in UTF-8, with or without a byte order mark.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnunet_lgms.arrays import FLAT_SPACING, checked_image
 from nnunet_lgms.dataset_json import n_channels, read_dataset_json
 from nnunet_lgms.files import one_line, read_json, shown
 from nnunet_lgms.image_files import check_image_file
@@ -51,14 +52,17 @@ def predict(
         labels = nnunet_lgms.predict("nnUNet_results/Dataset101_BUSI/nnUNetTrainerLGMSNet__nnUNetPlans__2d", "case.png")
     """
     predictor = load_predictor(model_folder, folds=folds, checkpoint=checkpoint, device=device)
-    samples, properties = (
-        _from_array(image, spacing) if isinstance(image, np.ndarray) else _from_files(image, predictor)
-    )
+    if isinstance(image, np.ndarray):
+        samples, spacing, flat = checked_image(image, spacing)
+        properties = {"spacing": spacing}
+    else:
+        samples, properties = _from_files(image, predictor)
+        flat = _is_flat(properties)
     expected = n_channels(predictor.dataset_json)
     if len(samples) != expected:
         raise ValueError(f"The image has {len(samples)} channel(s), the model in {model_folder} expects {expected}.")
     labels = predictor.predict_single_npy_array(samples, properties)
-    return labels[0] if labels.shape[0] == 1 else labels
+    return labels[0] if flat else labels
 
 
 def load_predictor(
@@ -80,6 +84,8 @@ def load_predictor(
     folder = Path(model_folder)
     trained = trained_folds(folder, checkpoint)
     folds = trained if folds is None else [str(fold) for fold in folds]
+    if not folds:
+        raise ValueError(f"No fold of {folder} is named: name one of {', '.join(trained)}, or leave folds out for all.")
     if missing := [fold for fold in folds if fold not in trained]:
         raise ValueError(f"{folder} has no fold_{missing[0]}/{checkpoint}; trained are: {', '.join(trained)}.")
     device = usable_device(device)
@@ -189,26 +195,18 @@ def _from_files(image: str | Path | Sequence[str | Path], predictor: nnUNetPredi
             f"The image {files[0]} cannot be read as the model's training images were ({reason})."
         ) from error
     print(said.getvalue(), end="")
-    _check_finite(samples, f"The image {', '.join(map(str, files))}")
+    if not np.isfinite(samples).all():
+        raise ValueError(
+            f"The image {', '.join(map(str, files))} holds NaN or infinity, which would make every label background: "
+            "clean it first."
+        )
     if not all(0 < mm < np.inf for mm in properties["spacing"]):
         raise ValueError(f"The image {files[0]} has a spacing of {properties['spacing']} mm: correct its header.")
     return samples, properties
 
 
-def _from_array(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple[np.ndarray, dict]:
-    if samples.ndim not in (3, 4):
-        raise ValueError(f"The image has shape {samples.shape}, expected (C, Y, X) or (C, Z, Y, X).")
-    if samples.ndim == 4 and spacing is None:
-        raise ValueError("A volume needs its spacing, (z, y, x) in mm.")
-    spacing = tuple(spacing or (1.0, 1.0))
-    if len(spacing) != samples.ndim - 1:
-        raise ValueError(f"The spacing {spacing} has {len(spacing)} axes, the image has {samples.ndim - 1}.")
-    if samples.ndim == 3:  # flat images have a first axis with a spacing of no meaning, as in nnU-Net's reader
-        samples, spacing = samples[:, None], (999.0, *spacing)
-    _check_finite(samples, "The image")
-    return samples.astype(np.float32), {"spacing": spacing}
-
-
-def _check_finite(samples: np.ndarray, name: str) -> None:
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
+def _is_flat(properties: dict[str, Any]) -> bool:
+    """Whether nnU-Net's reader gave the image its first axis: pictures, and medical images of two axes."""
+    if "sitk_stuff" in properties:
+        return len(properties["sitk_stuff"]["spacing"]) == 2
+    return "nibabel_stuff" not in properties and properties["spacing"][0] == FLAT_SPACING

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.files import one_line
+from nnunet_lgms.files import check_utf8, one_line
 from nnunet_lgms.image_files import check_image_file
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".tif", ".tiff", ".bmp")
@@ -171,6 +171,7 @@ def cases_in(folder: Path, ending: str) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.name.lower().endswith(ending.lower()):
             continue
+        check_utf8(path)
         case = path.name[: -len(ending)]
         if case in cases:
             raise ValueError(f"{folder} has {cases[case].name} and {path.name}, which are one case: remove one.")

@@ -6,13 +6,43 @@ nnU-Net is named as such and does not surface as an ImportError from deep inside
 
 import re
 import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+
+from nnunet_lgms.files import one_line
 
 MINIMUM_NNUNETV2 = "2.8"
 
 
 class RequirementError(ImportError):
     """A package that the plugin stands on is missing or too old; the message is one sentence with the way out."""
+
+
+@contextmanager
+def needs(what: str, packages: Sequence[str], extra: str) -> Iterator[None]:
+    """Around imports: what is not installed is told from what is and cannot be loaded.
+
+    Args:
+        what: what needs them, first word of the sentence.
+        packages: names as they are imported.
+        extra: of this package, that has them.
+
+    Raises:
+        RequirementError: a package is not installed, or the block's imports fail.
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise RequirementError(f"{what} needs {', '.join(missing)}: {install_extra(extra)}")
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, RequirementError):
+            raise
+        raise RequirementError(
+            f"{what} needs {', '.join(packages)}, of which one is installed and cannot be loaded ({one_line(error)}): "
+            "allow more memory if that is limited (ulimit -v), or install it anew."
+        ) from error
 
 
 def require_nnunetv2() -> str:

@@ -31,11 +31,11 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_lgms import inference
-from nnunet_lgms.runtime.description import READERS as NAMES
 from nnunet_lgms.runtime.description import Resampling
 from nnunet_lgms.runtime.images import Case, read_case, write_labels
 from nnunet_lgms.runtime.preprocessing import preprocess
 from nnunet_lgms.runtime.readers import READERS
+from nnunet_lgms.runtime.schema import READERS as NAMES
 
 ALIKE, BOTH, OURS = "alike", "both refuse", "ours refuses"
 #: what the runtime alone may refuse, and reads nothing else of

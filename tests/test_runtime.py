@@ -359,7 +359,7 @@ def test_names_that_act_on_a_terminal_are_refused(tmp_path, field, name):
 def test_arrays_that_are_not_finite_are_refused(tmp_path, value):
     image = np.zeros((1, 4, 5, 6))
     image[0, 1, 2, 3] = value
-    with pytest.raises(ValueError, match="The array holds NaN, infinity or more"):
+    with pytest.raises(ValueError, match="The image holds NaN, infinity or more"):
         Predictor(onnx_stub.threshold_model(tmp_path / "m.onnx")).predict(image, spacing=(1, 1, 1))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import tiny_model
 import torch
 from conftest import ROOT
@@ -15,9 +16,11 @@ from hostile import RunsCode
 from PIL import Image
 
 import nnunet_lgms
+from nnunet_lgms.arrays import checked_image
 from nnunet_lgms.cli import main
 from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
+from nnunet_lgms.evaluation.zeroshot import zero_shot
 from nnunet_lgms.inference import load_predictor
 
 needs_evaluation = pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")
@@ -91,7 +94,7 @@ def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
         nnunet_lgms.predict(broken, samples, device="cpu")
     for wrong, at in ((np.nan, (0, 3, 4)), (np.inf, ())):
         samples[at] = wrong
-        with pytest.raises(ValueError, match="The image holds NaN or infinity, which would make every label backgr"):
+        with pytest.raises(ValueError, match="The image holds NaN, infinity or more than float32 can hold, which"):
             nnunet_lgms.predict(model, samples, device="cpu")
     samples[:] = 0
     with pytest.raises(ValueError, match="The device 'tpu' is not known: use cuda, cuda:0, mps or cpu"):
@@ -350,3 +353,48 @@ def test_mapping_files_with_mistakes(tmp_path: Path):
         _map({"lesion": 1}, {"tumour": 1}, {"*": {"lesion": None}})
     with pytest.raises(ValueError, match="is not understood"):
         read_mapping_file(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("image", "spacing", "said"),
+    [
+        (np.ma.masked_array(np.zeros((1, 9, 9)), mask=True), None, "is a masked array, and its mask would be ignored"),
+        (np.zeros((1, 9, 9), complex), None, "holds complex128 values: give whole or real numbers"),
+        (np.array([[["a"]]]), None, "holds <U1 values: give whole or real numbers"),
+        (np.zeros((1, 0, 9)), None, r"has shape \(1, 0, 9\), expected"),
+        (np.zeros((1, 4, 9, 9)), [1, 0, 1], r"The spacing \(1.0, 0.0, 1.0\) must be of positive numbers of mm"),
+        (np.zeros((1, 4, 9, 9)), [1, np.nan, 1], "must be of positive numbers of mm"),
+        (np.zeros((1, 4, 9, 9)), [1, -1, 1], "must be of positive numbers of mm"),
+        (np.zeros((1, 4, 9, 9)), "x,y", "The spacing 'x,y' is no list of 3 numbers of mm"),
+        (np.zeros((1, 4, 9, 9)), 1.0, "The spacing 1.0 is no list of 3 numbers of mm"),
+        (np.full((1, 9, 9), 1e300), None, "more than float32 can hold"),
+    ],
+)
+def test_arrays_that_are_no_images(image: np.ndarray, spacing: object, said: str):
+    with pytest.raises(ValueError, match=said):
+        checked_image(image, spacing)
+
+
+def test_arrays_of_one_slice_and_spacings_that_are_arrays(model: Path):
+    """The number of axes decides whether an image is flat, not the number of its slices."""
+    samples = np.random.default_rng(0).normal(size=(1, 32, 32)).astype(np.float32)
+    flat = nnunet_lgms.predict(model, samples, spacing=np.array([1.0, 1.0]), device="cpu")
+    volume = nnunet_lgms.predict(model, samples[:, None], spacing=np.array([3.0, 1.0, 1.0]), device="cpu")
+    assert flat.shape == (32, 32) and volume.shape == (1, 32, 32)
+    np.testing.assert_array_equal(volume[0], flat)
+
+
+def test_files_of_one_slice_keep_their_axes(model: Path, volumes, tmp_path: Path):
+    volumes(0)  # the model reads volumes
+    samples = np.random.default_rng(0).normal(size=(1, 24, 26)).astype(np.float32)
+    sitk.WriteImage(sitk.GetImageFromArray(samples), tmp_path / "volume.nii.gz")
+    sitk.WriteImage(sitk.GetImageFromArray(samples[0]), tmp_path / "flat.nii.gz")
+    assert nnunet_lgms.predict(model, tmp_path / "volume.nii.gz", device="cpu").shape == (1, 24, 26)
+    assert nnunet_lgms.predict(model, tmp_path / "flat.nii.gz", device="cpu").shape == (24, 26)
+
+
+def test_no_fold_is_not_all_folds(model: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="No fold of .* is named: name one of 0, or leave folds out for all"):
+        nnunet_lgms.predict(model, np.zeros((1, 32, 32), np.float32), folds=[], device="cpu")
+    with pytest.raises(ValueError, match="No fold of .* is named"):
+        zero_shot(model, [], tmp_path / "out", folds=[])

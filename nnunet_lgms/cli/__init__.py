@@ -9,14 +9,16 @@ sentence on stderr; 130 interrupted.
 """
 
 import argparse
-import errno
 import os
 import sys
-from difflib import get_close_matches
+from contextlib import suppress
 from importlib import import_module
 
 from nnunet_lgms import __version__
+from nnunet_lgms.files import check_utf8
+from nnunet_lgms.nearest import did_you_mean
 from nnunet_lgms.requirements import RequirementError
+from nnunet_lgms.sentences import out_of_memory, sentence
 
 # name of the module and of the command -> its line in `nnunet_lgms --help`
 COMMANDS = {
@@ -51,40 +53,27 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-WAY_OUT = {
-    errno.EACCES: "change its permissions, or name another folder",
-    errno.EPERM: "change its permissions, or name another folder",
-    errno.EROFS: "name a folder that can be written to",
-    errno.ENOSPC: "free some space, or name another folder",
-    errno.EDQUOT: "free some space, or name another folder",
-    errno.ENOENT: "correct the path, or make its folder",
-}
-
-
-def _said(error: Exception) -> str:
-    """The sentence for the user; what the system reports gets the file in front and a way out behind."""
-    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
-        return str(error)
-    way_out = WAY_OUT.get(error.errno)
-    return f"{error.filename}: {error.strerror}" + (f"; {way_out}." if way_out else ".")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; never a traceback for what the user can put right."""
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if not word.startswith("-")), None)
+    with suppress(AttributeError):  # whatever the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        for word in argv:
+            check_utf8(word, "argument")
         if command is not None and command not in COMMANDS:
-            nearest = get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are: {', '.join(COMMANDS)}"
+            hint = did_you_mean(command, COMMANDS) or f"there are: {', '.join(COMMANDS)}"
             raise ValueError(f"unknown command {command!r}; {hint}")
         args = build_parser(command).parse_args(argv)
         return import_module(f"{__name__}.{args.command}").run(args)
     except BrokenPipeError:  # `nnunet_lgms … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at exit
         return 1
-    except (ValueError, OSError, RequirementError) as error:
-        print(f"nnunet_lgms: {' '.join(_said(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError, RequirementError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        print(f"nnunet_lgms: {sentence(error)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # argparse: --help, --version, a wrong option
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -36,16 +36,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.requirements import RequirementError, install_extra, require_nnunetv2
+    from nnunet_lgms.requirements import needs, require_nnunetv2
 
     require_nnunetv2()
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise RequirementError(f"export needs {error.name}: {install_extra('export')}") from error
-    from nnunet_lgms.export.export import export
+    with needs("export", ("onnx", "onnxruntime", "onnxscript"), "export"):
+        from nnunet_lgms.export.export import export
 
     precision = "int8" if args.int8 else "fp16" if args.fp16 else "fp32"
     path, description = export(

@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from nnunet_lgms.files import files_in
+from nnunet_lgms.sentences import sentence
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -44,12 +47,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.requirements import RequirementError, install_extra
+    from nnunet_lgms.requirements import needs
 
-    try:
+    with needs("runtime", ("numpy", "SimpleITK", "nibabel", "imageio", "tifffile", "onnxruntime"), "runtime"):
         from nnunet_lgms.runtime import Predictor
-    except ImportError as error:
-        raise RequirementError(f"runtime needs {error.name}: {install_extra('runtime')}") from error
 
     cores = os.cpu_count() or 1
     if args.threads is not None and not 1 <= args.threads <= cores:
@@ -70,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
         target, title = args.output / f"{name}{ending}", f"[{number}/{len(cases)}] {name}"
         try:
             predictor.predict_file(files, target, progress=_progress(title))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             if len(cases) == 1:
                 raise
             failed.append(name)
-            print(f"{title}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"{title}: {sentence(error)}", file=sys.stderr, flush=True)
         else:
             print(f"\r{title}: {time.perf_counter() - begin:.1f} s -> {target}", flush=True)
     if failed:
@@ -100,9 +101,7 @@ def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
             _check_channels(case, images, ending)
         return {case: images}
     cases: dict[str, list[Path]] = {}
-    for file in sorted(images[0].iterdir()):
-        if file.name.startswith("._") or not file.name.endswith(ending):  # macOS keeps its own beside every file
-            continue
+    for file in files_in(images[0], ending):
         if match := re.fullmatch(r"(.+)_\d{4}", file.name.removesuffix(ending)):
             cases.setdefault(match[1], []).append(file)
     if not cases:

@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.requirements import RequirementError
+    from nnunet_lgms.requirements import needs
 
     if args.model.is_dir():
         raise ValueError(f"{args.model} is a folder: export it first, `nnunet_lgms export {args.model} -o model.onnx`.")
@@ -37,11 +37,21 @@ def run(args: argparse.Namespace) -> int:
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: give one from 1 to 65535, or leave it out.")
     check_address(args.host, args.port)
-    try:
+    packages = (
+        "numpy",
+        "SimpleITK",
+        "nibabel",
+        "imageio",
+        "tifffile",
+        "onnxruntime",
+        "starlette",
+        "uvicorn",
+        "anyio",
+        "filelock",
+    )
+    with needs("view", packages, "view"):
         from nnunet_lgms.view.folders import program_folder
         from nnunet_lgms.view.server import serve
-    except ImportError as error:
-        raise RequirementError(f"view needs {error.name}: pip install 'nnunet-lgms[view]'.") from error
 
     # However it is stopped, images and masks go with it.
     with signals_interrupt(), program_folder() as folder:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_lgms.data.description import DatasetDescription, Layout
+from nnunet_lgms.files import check_utf8
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def _match(layout: Layout, source: Path, paths: Iterable[Path]) -> Matches:
     above = source.resolve().name
     for path in paths:
         name = f"{above}/{path.relative_to(source).as_posix()}"
-        if match := layout.image_pattern.fullmatch(name):
-            images[match["case"]].append(path)
-        if match := layout.mask_pattern.fullmatch(name):
-            masks[match["case"]].append(path)
+        for pattern, found in ((layout.image_pattern, images), (layout.mask_pattern, masks)):
+            if match := pattern.fullmatch(name):
+                check_utf8(path)
+                found[match["case"]].append(path)
     return dict(images), dict(masks)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nnunet_lgms
-from nnunet_lgms.files import atomic_write, read_json
+from nnunet_lgms.files import atomic_write, files_in, read_json
 from nnunet_lgms.nnunet_files import Reader
 
 RECORD = "made_from.json"
@@ -28,8 +28,8 @@ def made_by(model_folder: Path, fold: int | str, checkpoint: str) -> dict[str, s
 def image_files(folder: Path, ending: str) -> dict[str, list[Path]]:
     """Case → one file a channel, in nnU-Net's names `CASE_0000.nii.gz`; hidden files are left out."""
     cases = defaultdict(list)
-    for path in sorted(folder.iterdir()):
-        if (match := re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", path.name)) and path.name[0] != ".":
+    for path in files_in(folder, ending):
+        if match := re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", path.name):
             cases[match[1]].append(path)
     return dict(cases)
 

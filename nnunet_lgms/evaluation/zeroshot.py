@@ -93,7 +93,9 @@ def zero_shot(
             another run writes to `output`.
     """
     require_evaluation_extra()
-    folds = list(folds or trained_folds(model_folder, checkpoint))
+    folds = trained_folds(model_folder, checkpoint) if folds is None else list(folds)
+    if not folds:
+        raise ValueError(f"No fold of {model_folder} is named: leave folds out for all that are trained.")
     model = read_dataset_json(model_folder)
     prepared = [_prepare(model_folder, model, dataset, mapping) for dataset in datasets]
     options = {"tolerance": tolerance, "n_resamples": n_resamples, "workers": workers}

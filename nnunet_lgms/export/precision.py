@@ -13,6 +13,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from nnunet_lgms.export.onnx_file import INPUT
+from nnunet_lgms.files import files_in
 from nnunet_lgms.runtime.description import Description
 from nnunet_lgms.runtime.images import read_case
 from nnunet_lgms.runtime.predictor import Predictor
@@ -47,7 +48,8 @@ class CalibrationSet:
         """
         ending, channels = description.file_ending, len(description.channel_names)
         cases = []
-        for label in sorted((dataset / "labelsTr").glob(f"*{ending}")):
+        labels = dataset / "labelsTr"
+        for label in files_in(labels, ending) if labels.is_dir() else ():
             name = label.name.removesuffix(ending)
             files = tuple(dataset / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(channels))
             if all(file.is_file() for file in files):

@@ -26,7 +26,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from nnunet_lgms.config.resolve import Topology
-from nnunet_lgms.files import one_line
+from nnunet_lgms.files import files_in, one_line
 from nnunet_lgms.planning.plans_files import environment_folder, read_dataset_json
 
 N_GROUPS = 4
@@ -164,8 +164,7 @@ def segmentation_files(preprocessed: Path, raw: Path, dataset_json: dict[str, An
         ValueError: there are none.
     """
     for folder in (preprocessed / "gt_segmentations", raw / "labelsTr"):
-        files = sorted(folder.glob(f"*{dataset_json['file_ending']}"))
-        if files:
+        if folder.is_dir() and (files := files_in(folder, dataset_json["file_ending"])):
             return files
     raise ValueError(
         f'"lms_kernels": "auto" measures the segmentations of {preprocessed.name}, but neither gt_segmentations nor '

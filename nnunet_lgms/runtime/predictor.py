@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from nnunet_lgms.arrays import checked_image
 from nnunet_lgms.files import one_line
 from nnunet_lgms.runtime.description import Description, check_pair
 from nnunet_lgms.runtime.images import Case, check_channels, read_case, write_labels
 from nnunet_lgms.runtime.preprocessing import preprocess
-from nnunet_lgms.runtime.readers import FLAT_SPACING
 from nnunet_lgms.runtime.schema import NORMALIZATIONS, READERS
 from nnunet_lgms.runtime.sliding_window import resampled_rows, sliding_window
+from nnunet_lgms.sentences import out_of_memory
 
 INPUT = "image"  # what the exporter names the network's input
 MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, until the machine stands still
@@ -73,8 +74,17 @@ class Predictor:
             )
 
     def network(self, window: np.ndarray) -> np.ndarray:
-        """(B, C, *patch) float32 -> logits (B, heads, *patch)."""
-        return self._session.run(None, {INPUT: window})[0]
+        """(B, C, *patch) float32 -> logits (B, heads, *patch).
+
+        Raises:
+            MemoryError: there is too little for the network's maps.
+        """
+        try:
+            return self._session.run(None, {INPUT: window})[0]
+        except Exception as error:  # ONNX Runtime has classes of its own
+            if out_of_memory(RuntimeError(str(error))):
+                raise MemoryError(str(error)) from error
+            raise
 
     def predict(
         self,
@@ -163,20 +173,8 @@ def _as_list(image: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _from_array(samples: np.ndarray, spacing: Sequence[float] | None, description: Description) -> Case:
-    if samples.ndim not in (3, 4):
-        raise ValueError(f"The image has shape {samples.shape}, expected (C, Y, X) or (C, Z, Y, X).")
-    if samples.ndim == 4 and spacing is None:
-        raise ValueError("A volume needs its spacing, (z, y, x) in mm.")
-    spacing = (1.0, 1.0) if spacing is None else tuple(map(float, spacing))
-    if len(spacing) != samples.ndim - 1:
-        raise ValueError(f"The spacing {spacing} has {len(spacing)} axes, the image has {samples.ndim - 1}.")
+    samples, spacing, flat = checked_image(samples, spacing)
     check_channels(len(samples), description, "The array")
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused
-        samples = samples.astype(np.float32)
-    if not np.isfinite(samples).all():
-        raise ValueError("The array holds NaN, infinity or more than float32 can hold: correct it before.")
-    if flat := samples.ndim == 3:
-        samples, spacing = samples[:, None], (FLAT_SPACING, *spacing)
     return Case(samples, spacing, flat)
 
 

@@ -20,9 +20,9 @@ import tifffile
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
+from nnunet_lgms.arrays import FLAT_SPACING
 from nnunet_lgms.files import read_json
 
-FLAT_SPACING = 999.0  # nnU-Net's spacing across a flat image, of no meaning
 TIFF_ENDINGS = (".tif", ".tiff")
 
 #: samples (C, Z, Y, X) in float32, spacing (z, y, x), and what the writer needs to put labels on the same grid
