@@ -171,6 +171,9 @@ def test_plans_that_changed_after_the_training_are_refused(study: Study, monkeyp
     model = graph.models(DATASET, "kernels_3")[0].name
     done = study.folder / graph.trained("unseeded", DATASET, model, 0)
     before = done.read_bytes()
-    with pytest.raises(ValueError, match="was trained with other plans than .* holds now: move it away"):
+    with pytest.raises(
+        ValueError,
+        match="was trained with lgmsnet.lms_kernels .3., and it is .7. now: put back what it was trained with",
+    ):
         train(graph, done, "unseeded", DATASET, model, "0")
     assert done.read_bytes() == before

@@ -111,12 +111,16 @@ def profile(graph: Graph, done: Path, dataset: str, plans: str, configuration: s
 def train(graph: Graph, done: Path, run: str, dataset: str, model: str, fold: str) -> None:
     """One fold, from where it stands: trained and validated, trained only, half-trained, or not begun."""
     _use_results_of(run)
+    from nnunet_lgms.nnunet.same_training import check_same_training
+
     trained = graph.model(dataset, model)
     folder = _model_folder(dataset, model) / f"fold_{fold}"
     # A training outlives a Snakemake that was killed. Then the next one waits here, and finds the fold done.
     with locked(done.with_suffix(".lock"), f"training of fold {fold} of {model}", wait=True):
         _check_fold(dataset, int(fold))
-        _check_same_plans(trained)
+        preprocessed = nnunet_folder("nnUNet_preprocessed") / dataset
+        plans, description = (_read(preprocessed / f"{name}.json") for name in (trained.plans, "dataset"))
+        check_same_training(folder.parent, plans, description, trained.configuration)
         final, latest, best = (_readable(folder / f"checkpoint_{name}.pth") for name in ("final", "latest", "best"))
         if not (final and (folder / "validation" / "summary.json").is_file()):
             with _gpu(graph.study.device):
@@ -185,24 +189,6 @@ def _check_fold(dataset: str, fold: int) -> None:
     splits = _read(nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json")
     if fold >= len(splits):
         raise ValueError(f"{dataset} has {len(splits)} folds, there is no fold {fold}: correct folds in the study.")
-
-
-def _check_same_plans(model: Model) -> None:
-    """What is trained already was trained with other plans if the two files differ."""
-    copy = _model_folder(model.dataset, model.name) / "plans.json"
-    if not copy.is_file():
-        return
-    plans = nnunet_folder("nnUNet_preprocessed") / model.dataset / f"{model.plans}.json"
-    then, now = (_resolved(_read(file)["configurations"], model.configuration) for file in (copy, plans))
-    if then != now:
-        raise ValueError(f"{copy.parent} was trained with other plans than {plans} holds now: move it away.")
-
-
-def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
-    """A configuration with what it inherits, as nnU-Net reads it."""
-    own = configurations.get(name, {})
-    parent = own.get("inherits_from")
-    return {**(_resolved(configurations, parent) if parent else {}), **own}
 
 
 def _readable(checkpoint: Path) -> bool:
