@@ -60,6 +60,71 @@ def test_folder_must_be_a_folder_and_results_writable_but_raw_data_need_not_be(
     assert doctor.check_folder("nnUNet_raw", must_write=False).state == doctor.OK
 
 
+@pytest.mark.parametrize(
+    ("value", "said", "meant"),
+    [
+        ('"{folder}"', "its quotation marks are part of it", "{folder}"),
+        ("'{folder}'", "its quotation marks are part of it", "{folder}"),
+        ("{folder}\r", "line ends around it", "{folder}"),
+        (" {folder}", "blanks or line ends", "{folder}"),
+        ("~/results", "nobody replaces ~", "{home}/results"),
+        ("$HOME/results", "nobody replaces the $", "{home}/results"),
+        ("${{HOME}}/a b", "nobody replaces the $", "'{home}/a b'"),
+        ("results", "another folder wherever nnU-Net is started", "{cwd}/results"),
+    ],
+)
+def test_a_misspelt_path_is_named_with_its_value_and_no_folder_of_that_name_is_advised(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str, meant: str
+) -> None:
+    monkeypatch.setenv("HOME", str(ready))
+    monkeypatch.setenv("USERPROFILE", str(ready))
+    monkeypatch.chdir(ready)
+    (ready / "results").mkdir()
+    places = {"folder": ready / "results", "home": ready, "cwd": ready}
+    value = value.format(**places)
+    monkeypatch.setenv("nnUNet_results", value)
+    finding = doctor.check_folder("nnUNet_results", must_write=True)
+    assert finding.state == (doctor.WARNING if value == "results" else doctor.PROBLEM)
+    assert repr(value) in finding.text and said in finding.text
+    assert finding.fix == f"export nnUNet_results={meant.format(**places)}"
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_def_n_proc", "nnUNet_n_proc_DA"])
+@pytest.mark.parametrize("value", ["abc", "", "4.0", "-1"])
+def test_a_number_that_is_none_is_named_and_nothing_is_reinstalled(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"{variable:20} is {value!r}, " in out and f"-> unset {variable}" in out
+    assert "reinstall nnunet-lgms" not in out and "trainers " not in out
+
+
+@pytest.mark.parametrize(("variable", "value"), [("nnUNet_def_n_proc", "1"), ("nnUNet_n_proc_DA", "0"), ("x", "x")])
+def test_numbers_that_are_some_are_not_spoken_of(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    assert not list(doctor.check_numbers())
+
+
+def test_a_trainer_of_the_users_own_that_fails_is_named(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finder imports every file it passes; reinstalling this package would change nothing."""
+    (ready / "own").mkdir()
+    (ready / "own/trainer_of_mine.py").write_text("from nnunetv2 import no_such_thing\n")
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(ready / "own"), str(ROOT / "trainers")]))
+    finding = doctor.check_trainers()
+    assert finding.state == doctor.PROBLEM and finding.fix is None
+    assert f"fails in {ready / 'own/trainer_of_mine.py'} with ImportError: " in finding.text
+
+
+def test_gpus_hidden_by_a_variable_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert "as CUDA_VISIBLE_DEVICES is '-1'" in doctor.check_gpu().text
+
+
 def test_missing_nnunet_is_named_with_the_line_to_type(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

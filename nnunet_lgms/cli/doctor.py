@@ -14,11 +14,13 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_lgms import __version__
+from nnunet_lgms.files import one_line
 from nnunet_lgms.requirements import RequirementError, require_nnunetv2
 
 OK, WARNING, PROBLEM = "ok", "warning", "PROBLEM"
@@ -80,7 +82,10 @@ def examine() -> Iterator[Finding]:
     yield versions
     if versions.state == PROBLEM:
         return
-    yield check_trainers()
+    numbers = list(check_numbers())
+    yield from numbers
+    if not numbers:  # nnU-Net cannot be imported with these
+        yield check_trainers()
     yield check_gpu()
     yield check_compile()
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -104,6 +109,19 @@ def check_versions() -> Finding:
     return Finding(OK, "versions", f"{ours}, nnunetv2 {nnunet}, torch {torch.__version__}, {python}")
 
 
+def check_numbers() -> Iterator[Finding]:
+    """Numbers that nnU-Net reads from the environment as it is imported; what is no number stops it."""
+    for variable, least in (("nnUNet_def_n_proc", 1), ("nnUNet_n_proc_DA", 0)):
+        value = os.environ.get(variable)
+        try:
+            if value is None or int(value) >= least:
+                continue
+            text = f"is {value!r}, a number below {least}"
+        except ValueError:
+            text = f"is {value!r}, which is not a whole number"
+        yield Finding(PROBLEM, variable, f"{text}: nnU-Net takes it for processes", f"unset {variable}")
+
+
 def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
     """Asks nnU-Net's own finder for each of our trainers, as nnUNetv2_train does."""
     said = io.StringIO()
@@ -124,8 +142,12 @@ def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
             folders = os.environ.get("nnUNet_extTrainer", "")
             text = f"nnU-Net does not find {name} (nnUNet_extTrainer={folders!r})"
             return Finding(PROBLEM, "trainers", text, f"export nnUNet_extTrainer={_trainers_folder() or 'TRAINERS'}")
-        text = f"nnU-Net's finder fails with {type(error).__name__}: {reason}"
-        return Finding(PROBLEM, "trainers", text, "pip install --force-reinstall nnunet-lgms")
+        file = _file_that_failed(error)
+        text = f"nnU-Net's finder fails in {file} with {type(error).__name__}: {one_line(reason)}"
+        ours = Path(__file__).resolve().parents[1]
+        if ours in file.parents or file.parent == _trainers_folder():
+            return Finding(PROBLEM, "trainers", text, "pip install --force-reinstall nnunet-lgms")
+        return Finding(PROBLEM, "trainers", text)
     where = said.getvalue().rsplit("from: ", 1)[-1].strip() if "from: " in said.getvalue() else "nnunetv2 itself"
     also = ", ".join(variant.removeprefix(name) for variant in variants)
     return Finding(OK, "trainers", f"{name} ({also}) found in {where}")
@@ -138,6 +160,10 @@ def check_gpu() -> Finding:
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
             text = f"torch {torch.__version__} is a build without CUDA, though an NVIDIA driver is installed"
             return Finding(WARNING, "GPU", text, "pip install --force-reinstall torch torchvision  # a CUDA build")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None and torch.version.cuda and shutil.which("nvidia-smi"):
+            text = f"no CUDA device, as CUDA_VISIBLE_DEVICES is {visible!r}"
+            return Finding(WARNING, "GPU", text, "unset CUDA_VISIBLE_DEVICES")
         text = "no CUDA device: training needs -device cpu, and suits small data only"
         return Finding(WARNING, "GPU", text)
     properties = torch.cuda.get_device_properties(0)
@@ -157,7 +183,7 @@ def check_compile() -> Finding:
     if not _has_cuda() or os.name == "nt":
         return Finding(OK, "compile", "nnU-Net does not compile on this machine, nothing is needed")
     if os.environ.get("nnUNet_compile", "true").lower() not in ("true", "1", "t"):
-        text = "switched off (nnUNet_compile), so training is slower"
+        text = f"switched off (nnUNet_compile is {os.environ['nnUNet_compile']!r}), so training is slower"
         return Finding(WARNING, "compile", text, "unset nnUNet_compile")
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "gcc", "gcc", "cc", "clang"])), None)
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -175,7 +201,13 @@ def check_folder(variable: str, must_write: bool) -> Finding:
     if not value:
         place = Path.home() / "nnunet" / variable
         return Finding(PROBLEM, variable, "is not set", f"export {variable}={shlex.quote(str(place))}")
+    if misspelt := _misspelt_path(variable, value):
+        return misspelt
     folder, quoted = Path(value), shlex.quote(value)
+    if not folder.is_absolute():
+        text = f"is {value!r}, another folder wherever nnU-Net is started"
+        state = WARNING if folder.is_dir() else PROBLEM
+        return Finding(state, variable, text, f"export {variable}={shlex.quote(os.path.abspath(value))}")
     if not folder.exists():
         return Finding(PROBLEM, variable, f"{value} does not exist", f"mkdir -p {quoted}")
     if not folder.is_dir():
@@ -187,6 +219,24 @@ def check_folder(variable: str, must_write: bool) -> Finding:
     return Finding(
         PROBLEM, variable, f"{value} cannot be written to", f"chmod u+w {quoted}  # or choose another folder"
     )
+
+
+def _misspelt_path(variable: str, value: str) -> Finding | None:
+    """What a shell, a container or a file of settings left in a path; the folder itself may well be there."""
+    bare = value.strip()
+    unquoted = bare.strip("\"'")
+    if bare != value:
+        text = f"is {value!r}, with blanks or line ends around it that belong to no folder"
+    elif unquoted != bare:
+        text = f"is {value!r}: its quotation marks are part of it, take them off"
+    elif bare.startswith("~"):
+        text = f"is {value!r}: nobody replaces ~ in it, write the folder's whole name"
+    elif os.path.expandvars(bare) != bare or "$" in bare and not Path(bare).exists():
+        text = f"is {value!r}: nobody replaces the $ in it, write the folder's whole name"
+    else:
+        return None
+    meant = os.path.expandvars(os.path.expanduser(unquoted.strip()))
+    return Finding(PROBLEM, variable, text, f"export {variable}={shlex.quote(meant)}")
 
 
 def check_disk() -> Iterator[Finding]:
@@ -231,6 +281,14 @@ def _can_write(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _file_that_failed(error: Exception) -> Path:
+    """The innermost file of a traceback that is no library's: the trainer that cannot be imported, mostly."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    theirs = [file for file in files if not {"site-packages", "dist-packages", "importlib"} & {*file.parts}]
+    theirs = [file for file in theirs if file.is_absolute() and file != Path(__file__)]
+    return (theirs or files)[-1]
 
 
 def _trainers_folder() -> Path | None:
