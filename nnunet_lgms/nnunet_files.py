@@ -14,6 +14,9 @@ from nnunet_lgms.image_files import check_image_file
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".tif", ".tiff", ".bmp")
 
+WITHOUT_SPACING = ("NaturalImage2DIO",)
+"""Readers of formats that know no mm: nnU-Net plans with a spacing of 1, which is a pixel."""
+
 SAME_PLACE = 0.05
 """Of a voxel's shortest edge: nearer than this is where headers were rounded."""
 
@@ -92,7 +95,7 @@ class Reader:
 
     def unit(self, example: Path) -> str:
         """Unit of distances in files such as `example`: pixels or voxels where the format or the file knows no mm."""
-        if self.class_name == "NaturalImage2DIO":
+        if self.class_name in WITHOUT_SPACING:
             return "pixels"
         if self.class_name == "Tiff3DIO":
             return "mm" if example.with_suffix(".json").is_file() else "voxels"

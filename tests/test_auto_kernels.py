@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image
 
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.planning.auto_kernels import (
@@ -111,6 +112,17 @@ def test_measures_mm_in_the_plans_axis_order(tmp_path):
     np.testing.assert_allclose(found.edges, [(12, 5, 5), (12, 5, 3)])
     turned = measure_components(plans((2, 0, 1)), DATASET, [tmp_path / "a.nii.gz"])
     np.testing.assert_allclose(turned.edges, [(5, 12, 5), (3, 12, 5)])
+
+
+def test_objects_in_flat_images_are_measured_in_pixels(tmp_path):
+    """nnU-Net plans them with a spacing of 1, which is a pixel and no mm."""
+    segmentation = np.zeros((40, 50), np.uint8)
+    segmentation[2:12, 5:25] = 1
+    Image.fromarray(segmentation).save(tmp_path / "a.png")
+    found = measure_components(plans() | {"image_reader_writer": "NaturalImage2DIO"}, DATASET, [tmp_path / "a.png"])
+    assert found.unit == "pixels" and measure_components(plans(), DATASET, []).unit == "mm"
+    (level,) = choose_kernels(found, topology((1.0, 1.0), patch=(64, 64)), (1,))
+    assert "voxels of 1 x 1 pixels, objects of 14.1 pixels" in str(level) and "mm" not in str(level)
 
 
 def test_regions_are_measured_as_regions(tmp_path):

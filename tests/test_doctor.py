@@ -63,11 +63,11 @@ def test_folder_must_be_a_folder_and_results_writable_but_raw_data_need_not_be(
 @pytest.mark.parametrize(
     ("value", "said", "meant"),
     [
-        ('"{folder}"', "its quotation marks are part of it", "{folder}"),
-        ("'{folder}'", "its quotation marks are part of it", "{folder}"),
+        ('"{folder}"', "take the quotes off", "{folder}"),
+        ("'{folder}'", "take the quotes off", "{folder}"),
         ("{folder}\r", "line ends around it", "{folder}"),
         (" {folder}", "blanks or line ends", "{folder}"),
-        ("~/results", "nobody replaces ~", "{home}/results"),
+        ("~/results", "nobody replaces the ~", "{home}/results"),
         ("$HOME/results", "nobody replaces the $", "{home}/results"),
         ("${{HOME}}/a b", "nobody replaces the $", "'{home}/a b'"),
         ("results", "another folder wherever nnU-Net is started", "{cwd}/results"),

@@ -333,6 +333,15 @@ def test_receptive_fields():
     assert theirs["receptive_field"][1]["voxels"] == [1 + 2 + 4, 5 + 2 + 4, 11]
 
 
+def test_flat_images_have_pixels_and_no_mm():
+    flat = plans() | {"image_reader_writer": "NaturalImage2DIO"}
+    told = static_profile(Subject(LGMSNET, flat, "2d", DATASET))
+    assert told["spacing_mm"] == [] and all(level["mm"] is None for level in told["receptive_field"])
+    table = as_table([told])
+    assert "patch (pixels)" in table and "13x13 pixels" in table and "mm" not in table
+    assert "mm)" in as_table([static_profile(Subject(LGMSNET, plans(), "2d", DATASET))])
+
+
 def test_a_receptive_field_is_where_the_gradient_is():
     planned_2d = configuration((96, 96), 2, {"lms_kernels": [3, 7]})
     network = build_network(ConfigurationManager(planned_2d), 1, 2, enable_deep_supervision=False)

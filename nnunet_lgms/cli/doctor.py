@@ -116,10 +116,10 @@ def check_numbers() -> Iterator[Finding]:
         try:
             if value is None or int(value) >= least:
                 continue
-            text = f"is {value!r}, a number below {least}"
+            text = f"is {value!r}, not a number from {least} on"
         except ValueError:
-            text = f"is {value!r}, which is not a whole number"
-        yield Finding(PROBLEM, variable, f"{text}: nnU-Net takes it for processes", f"unset {variable}")
+            text = f"is {value!r}, not a number"
+        yield Finding(PROBLEM, variable, f"{text}: nnU-Net starts that many processes", f"unset {variable}")
 
 
 def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
@@ -228,9 +228,9 @@ def _misspelt_path(variable: str, value: str) -> Finding | None:
     if bare != value:
         text = f"is {value!r}, with blanks or line ends around it that belong to no folder"
     elif unquoted != bare:
-        text = f"is {value!r}: its quotation marks are part of it, take them off"
+        text = f"is {value!r}: its quotation marks belong to it, take the quotes off"
     elif bare.startswith("~"):
-        text = f"is {value!r}: nobody replaces ~ in it, write the folder's whole name"
+        text = f"is {value!r}: nobody replaces the ~ in it, write $HOME"
     elif os.path.expandvars(bare) != bare or "$" in bare and not Path(bare).exists():
         text = f"is {value!r}: nobody replaces the $ in it, write the folder's whole name"
     else:

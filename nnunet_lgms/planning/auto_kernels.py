@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.files import files_in, one_line
+from nnunet_lgms.nnunet_files import Reader
 from nnunet_lgms.planning.plans_files import environment_folder, read_dataset_json
 
 N_GROUPS = 4
@@ -40,12 +41,14 @@ class Components:
     """Bounding boxes of the foreground components of a dataset.
 
     Attributes:
-        edges: (N, 3) mm per axis, in the plan's order of axes.
+        edges: (N, 3) per axis, in the plan's order of axes.
         n_cases: cases that were looked at.
+        unit: of the edges; "pixels" for formats without a spacing.
     """
 
     edges: np.ndarray
     n_cases: int
+    unit: str = "mm"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class LevelKernels:
 
     Attributes:
         level: its number, 1 at full resolution.
-        spacing: mm per axis at that level.
-        size: the objects' size that it answers for, in mm.
+        spacing: per axis at that level, in `unit`.
+        size: the objects' size that it answers for, in `unit`.
         kernels: odd voxels per axis, one kernel per channel group.
     """
 
@@ -63,11 +66,13 @@ class LevelKernels:
     spacing: tuple[float, ...]
     size: float
     kernels: tuple[tuple[int, ...], ...]
+    unit: str = "mm"
 
     def __str__(self) -> str:
         voxels = " x ".join(f"{s:.3g}" for s in self.spacing)
         kernels = ", ".join("x".join(map(str, k)) for k in self.kernels)
-        return f"level {self.level}: voxels of {voxels} mm, objects of {self.size:.3g} mm -> kernels {kernels}"
+        objects = f"objects of {self.size:.3g} {self.unit}"
+        return f"level {self.level}: voxels of {voxels} {self.unit}, {objects} -> kernels {kernels}"
 
 
 def choose_kernels(components: Components, topology: Topology, levels: Sequence[int]) -> list[LevelKernels]:
@@ -98,7 +103,7 @@ def choose_kernels(components: Components, topology: Topology, levels: Sequence[
             tuple(1 if t else k for t, k in zip(thick.tolist(), _nearest_odd(extent / spacing, largest)))
             for extent in extents
         )
-        chosen.append(LevelKernels(level, tuple(spacing.tolist()), size, kernels))
+        chosen.append(LevelKernels(level, tuple(spacing.tolist()), size, kernels, components.unit))
     return chosen
 
 
@@ -154,7 +159,8 @@ def measure_components(plans: dict[str, Any], dataset_json: dict[str, Any], file
             raise ValueError(f"{path} has the spacing {spacing.tolist()} mm: correct its header.")
         for region in regions:
             edges += [voxels * spacing for voxels in _component_boxes(np.isin(segmentation, region))]
-    return Components(np.array(edges).reshape(-1, 3), len(files))
+    unit = Reader(files[0].suffix, type(reader).__name__).unit(files[0]) if files else "mm"
+    return Components(np.array(edges).reshape(-1, 3), len(files), unit)
 
 
 def segmentation_files(preprocessed: Path, raw: Path, dataset_json: dict[str, Any]) -> list[Path]:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from nnunet_lgms.blocks.lms import MultiKernelDepthwise
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.nnunet.builder import build_network
+from nnunet_lgms.nnunet_files import WITHOUT_SPACING
 from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
 from nnunet_lgms.planning.training_step import WARM_UP, InferenceStep, peak_memory, planned_training_step
 
@@ -102,6 +103,8 @@ class Subject:
 def static_profile(subject: Subject) -> dict[str, Any]:
     """What needs no step: parameters, GMAC of one patch, receptive field per encoder level, estimated GPU memory."""
     topology = Topology.of(subject.manager.configuration)
+    if subject.plans.get("image_reader_writer") in WITHOUT_SPACING:
+        topology = replace(topology, spacing=None)  # nnU-Net writes 1, which is no mm
     with torch.device("meta"):
         network = subject.build(deep_supervision=False)
     with torch.device("meta"):
@@ -232,9 +235,10 @@ def machine(device: str) -> dict[str, str]:
 
 def as_table(profiles: Sequence[dict[str, Any]]) -> str:
     """The profiles side by side, one column each."""
+    samples = "voxels" if any(p["spacing_mm"] for p in profiles) else "pixels"
     rows: list[tuple[str, list[str]]] = [
         ("plans", [p["plans"] for p in profiles]),
-        ("patch (voxels)", ["x".join(map(str, p["patch_size"])) for p in profiles]),
+        (f"patch ({samples})", ["x".join(map(str, p["patch_size"])) for p in profiles]),
         ("batch", [str(p["batch_size"]) for p in profiles]),
         ("parameters", [f"{p['parameters']:,}" for p in profiles]),
         ("GMAC, one patch", [f"{p['gmac']:.2f}" for p in profiles]),
@@ -262,7 +266,7 @@ def _field(levels: list[dict[str, Any]], i: int) -> str:
     if i >= len(levels):
         return ""
     level = levels[i]
-    text = "x".join(map(str, level["voxels"]))
+    text = "x".join(map(str, level["voxels"])) + ("" if level["mm"] else " pixels")
     if level["mm"]:
         text += " (" + "x".join(f"{v:.0f}" for v in level["mm"]) + " mm)"
     return "whole patch" if level["whole_patch"] else text
