@@ -59,7 +59,7 @@ def prepare(folder: Path, device: str, workers: int) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[name] = str(folder / name)
         (folder / name).mkdir()
-    os.environ["nnUNet_extTrainer"] = str(HERE.parent / "trainers")
+    os.environ["nnUNet_extTrainer"] = str(HERE.parent / "demo" / "trainers")
     os.environ["nnUNet_def_n_proc"] = "2"
     raw = folder / "nnUNet_raw" / DATASET
     for sub in ("imagesTr", "labelsTr"):

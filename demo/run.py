@@ -80,6 +80,8 @@ def set_environment() -> dict[str, str]:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = {name: str(WORK / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     environment["nnUNet_def_n_proc"] = os.environ.get("nnUNet_def_n_proc", str(min(cpus, 8)))
+    trainers = [*filter(None, [os.environ.get("nnUNet_extTrainer")]), str(DEMO / "trainers")]
+    environment["nnUNet_extTrainer"] = os.pathsep.join(trainers)
     os.environ.update(environment, PYTHONUNBUFFERED="1")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         Path(environment[name]).mkdir(parents=True, exist_ok=True)

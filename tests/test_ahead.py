@@ -17,7 +17,7 @@ from test_trainer import make_batch, make_trainer
 
 from nnunet_lgms.graphs.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.errors import TrainingError
-from nnunet_lgms.nnunet.trainer import MAX_STEPS_LEFT_OUT
+from nnunet_lgms.nnunet.graphed import MAX_STEPS_LEFT_OUT
 
 N = 2**22  # numbers of a batch: its copy takes longer than a launch
 ONE = torch.ones(())  # a norm of gradients

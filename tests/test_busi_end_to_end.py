@@ -24,9 +24,10 @@ pytestmark = [
 
 TRAINER = "nnUNetTrainerLGMSNet_busiTest"
 TRAINER_MODULE = f"""
+import runpy
 import torch
-from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet_demo
 
+nnUNetTrainerLGMSNet_demo = runpy.run_path({str(ROOT / "demo" / "trainers" / "demo.py")!r})["nnUNetTrainerLGMSNet_demo"]
 
 class {TRAINER}(nnUNetTrainerLGMSNet_demo):
     def __init__(self, plans, configuration, fold, dataset_json, device):

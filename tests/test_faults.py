@@ -208,16 +208,15 @@ def test_disk_full_while_a_checkpoint_is_written(workshop, small_disk):
     assert_checkpoint_survives(trainer, small_disk, fill)
 
 
+def no_room(*_) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_error_while_a_checkpoint_is_written(workshop, tmp_path, monkeypatch):
-    """The same without the right to mount: half of the file is written, then the system says no."""
-
-    def save(checkpoint: dict, file: str) -> None:
-        Path(file).write_bytes(bytes(1000))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    """The same without the right to mount: all is written, then the system says no."""
     with workshop.environment():
         trainer = make_trainer()
-    assert_checkpoint_survives(trainer, tmp_path, lambda: monkeypatch.setattr(torch, "save", save))
+    assert_checkpoint_survives(trainer, tmp_path, lambda: monkeypatch.setattr(os, "fsync", no_room))
 
 
 def test_disk_full_at_the_start(workshop, organs, model, monkeypatch):
@@ -259,14 +258,10 @@ def test_preprocessed_data_that_is_read_only(workshop, organs, small_disk, monke
     sentence(error)
 
 
-def test_progress_plot_that_cannot_be_written(workshop, organs, model, monkeypatch):
-    from nnunetv2.training.logging.nnunet_logger import MetaLogger
-
-    def plot(self, folder: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", plot)
-    with pytest.raises(TrainingError, match="No space left.*continue with --c"):
+def test_progress_picture_that_cannot_be_written(workshop, organs, model):
+    (model / "fold_0" / "progress.png").unlink()
+    (model / "fold_0" / "progress.png" / "in the way").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="fold_0 cannot be written .*Is a directory.*continue with --c"):
         workshop.train(organs)
     assert torch.load(model / "fold_0" / "checkpoint_best.pth", weights_only=False)["current_epoch"] == 1
 

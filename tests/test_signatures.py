@@ -33,7 +33,7 @@ def imports() -> Iterator[tuple[str, str]]:
 def subclasses() -> Iterator[type]:
     """Classes of ours that inherit from nnU-Net's."""
     for file in sorted(PACKAGE.rglob("*.py")):
-        if not any(base in file.read_text() for base in BASES):
+        if not any(base in file.read_text() for base in (*BASES, "nnunet_lgms.nnunet")):
             continue
         module = importlib.import_module(".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts))
         for _, cls in inspect.getmembers(module, inspect.isclass):

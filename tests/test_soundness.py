@@ -17,8 +17,8 @@ from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.graphs.optimizer import FusedSGD
 from nnunet_lgms.graphs.update import update_weights
 from nnunet_lgms.nnunet.errors import TrainingError
+from nnunet_lgms.nnunet.graphed import MAX_STEPS_LEFT_OUT
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
-from nnunet_lgms.nnunet.trainer import MAX_STEPS_LEFT_OUT
 from nnunet_lgms.planning.memory import label_manager
 
 # Four levels, none of them 2 deep: oneDNN 3.12 leaves a bfloat16 weight gradient uninitialised where a map that deep

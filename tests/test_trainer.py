@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -21,16 +22,19 @@ from tiny_plans import LABELS, REGIONS, configuration, dataset_json, plans
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.graphs.optimizer import FusedSGD
 from nnunet_lgms.graphs.update import RecordedUpdate
+from nnunet_lgms.nnunet import graphed, robust, smoke
 from nnunet_lgms.nnunet import trainer as trainers
 from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
-NAMES = [
-    "nnUNetTrainerLGMSNet",
-    "nnUNetTrainerLGMSNet_nnUNetDA",
-    "nnUNetTrainerLGMSNet_5epochs",
-    "nnUNetTrainerLGMSNet_demo",
+EPOCHS = (5, 50, 100, 250, 1000)
+IN_TRAINERS = ["nnUNetTrainerLGMSNet", "nnUNetTrainerLGMSNet_nnUNetDA", "nnUNetTrainerLGMSNet_smoke"]
+IN_TRAINERS += [f"nnUNetTrainerLGMSNet_{n}epochs" for n in EPOCHS]
+TRAINERS = {name: getattr(trainers, name, None) or getattr(smoke, name) for name in IN_TRAINERS}
+TRAINERS["nnUNetTrainerLGMSNet_demo"] = runpy.run_path(ROOT / "demo" / "trainers" / "demo.py")[
+    "nnUNetTrainerLGMSNet_demo"
 ]
+NAMES = list(TRAINERS)
 PATCH = {2: [16, 16], 3: [8, 12, 8]}
 
 
@@ -42,7 +46,7 @@ def nnunet_folders(tmp_path, monkeypatch):
 
 def make_trainer(name="nnUNetTrainerLGMSNet", labels=None, *, patch_size=(8, 12, 8), **more) -> nnUNetTrainer:
     """A trainer with network, optimiser and loss, as after ``initialize`` but without a preprocessed dataset."""
-    trainer = getattr(trainers, name)(
+    trainer = TRAINERS[name](
         plans(only=configuration(list(patch_size), **more)), "only", 0, dataset_json(labels), torch.device("cpu")
     )
     trainer._set_batch_size_and_oversample()
@@ -97,15 +101,16 @@ def test_stock_finder_finds_every_trainer(clean_env):
     code = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 import sys
-for name in {NAMES}:
+for name in {IN_TRAINERS[1:4]}:
     found = find(name)
     assert found.__name__ == name, found
-    assert found.__module__ == "nnunet_lgms.nnunet.trainer", found.__module__
+    assert found.__module__ in ("nnunet_lgms.nnunet.trainer", "nnunet_lgms.nnunet.smoke"), found.__module__
     assert sys.modules[found.__module__].__dict__[name] is found  # pickling looks it up there
 """
     env = {**clean_env, "nnUNet_extTrainer": str(ROOT / "trainers"), "PYTHONPATH": _search_path()}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert {name for name in runpy.run_path(ROOT / "trainers" / "lgmsnet.py")["__all__"]} == set(IN_TRAINERS)
 
 
 def _search_path() -> str:
@@ -117,14 +122,12 @@ def _search_path() -> str:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["__init__", "build_network_architecture"])
 def test_signatures_are_nnunets(name, method):
-    assert inspect.signature(getattr(getattr(trainers, name), method)) == inspect.signature(
-        getattr(nnUNetTrainer, method)
-    )
+    assert inspect.signature(getattr(TRAINERS[name], method)) == inspect.signature(getattr(nnUNetTrainer, method))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_override_takes_the_same_arguments(name):
-    trainer = getattr(trainers, name)
+    trainer = TRAINERS[name]
     for attribute, stock in vars(nnUNetTrainer).items():
         if inspect.isroutine(stock) and not attribute.startswith("__"):
             ours = inspect.getattr_static(trainer, attribute)
@@ -150,7 +153,7 @@ def test_recipe_is_the_papers():
     assert isinstance(trainer.optimizer, torch.optim.SGD)
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.02, 0.9, 1e-4, False)
     assert trainer.batch_size == 2  # the plan's
-    assert make_trainer("nnUNetTrainerLGMSNet_5epochs").num_epochs == 5
+    assert [make_trainer(f"nnUNetTrainerLGMSNet_{n}epochs").num_epochs for n in EPOCHS] == list(EPOCHS)
     assert make_trainer("nnUNetTrainerLGMSNet_nnUNetDA").num_epochs == 500
 
 
@@ -506,7 +509,7 @@ def test_graphs_are_where_nnunet_would_compile(switch, graphs, monkeypatch):
     trainer = make_trainer()
     assert not trainer._trains_on_graphs()  # a CPU
     trainer.device = torch.device("cuda")
-    monkeypatch.setattr(trainers, "use_kernels", lambda parameter: True)
+    monkeypatch.setattr(graphed, "use_kernels", lambda parameter: True)
     monkeypatch.delenv("nnUNet_compile", raising=False)
     if switch:
         monkeypatch.setenv("nnUNet_compile", switch)
@@ -542,9 +545,9 @@ def test_what_trains_on_graphs_is_not_compiled(ddp, monkeypatch):
         self.network = SimpleNamespace(module=compiled, parameters=compiled.parameters) if ddp else compiled
 
     monkeypatch.setattr(nnUNetTrainer, "initialize", initialize)
-    monkeypatch.setattr(trainers, "check_preprocessed", lambda *args: None)
-    monkeypatch.setattr(trainers, "use_kernels", lambda parameter: True)
-    monkeypatch.setattr(trainers, "GraphedDataParallel", lambda module, device_ids: SimpleNamespace(module=module))
+    monkeypatch.setattr(robust, "check_preprocessed", lambda *args: None)
+    monkeypatch.setattr(graphed, "use_kernels", lambda parameter: True)
+    monkeypatch.setattr(graphed, "GraphedDataParallel", lambda module, device_ids: SimpleNamespace(module=module))
     monkeypatch.delenv("nnUNet_compile", raising=False)
     trainer.device = torch.device("cuda")
     trainer.initialize()

@@ -129,8 +129,10 @@ def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
         with contextlib.redirect_stdout(said):
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 
-            module = sys.modules[find(name).__module__]
-            variants = sorted(other for other in vars(module) if other.startswith(f"{name}_"))
+            derived = [
+                trainer for trainer in find(name).__subclasses__() if trainer.__module__.startswith("nnunet_lgms.")
+            ]
+            variants = sorted(trainer.__name__ for trainer in derived)
             for variant in variants:
                 find(variant)
     except Exception as error:  # the finder imports every trainer it passes, so anything may surface here

@@ -1,0 +1,156 @@
+"""A fast trainer of nnU-Net's for LGMSNet: CUDA graphs, Python a step ahead of the GPU, unusable steps left out."""
+
+from collections import deque
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnunet_lgms.files import one_line
+from nnunet_lgms.graphs.ahead import LossOfAStep, StepResult, copied_ahead
+from nnunet_lgms.graphs.data_parallel import GraphedDataParallel
+from nnunet_lgms.graphs.step import record_step, training_step
+from nnunet_lgms.graphs.update import RecordedUpdate
+from nnunet_lgms.nnunet.checks import check_images
+from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
+from nnunet_lgms.nnunet.robust import RobustTrainer
+from nnunet_lgms.ops.backend import use_kernels
+
+# A step that a precision cannot hold is nothing unusual, and it is left out; this many in a row are the end.
+MAX_STEPS_LEFT_OUT = 20
+
+
+class GraphedTrainer(RobustTrainer):
+    """nnU-Net's training of LGMSNet, with the same steps in less time.
+
+    Where nnU-Net would compile, the step is recorded as CUDA graphs. On a GPU, Python is a step ahead, and a loss is
+    looked at when it is there. A step whose gradients are not finite is left out and counted.
+    """
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature, to the letter
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.recorded_update: RecordedUpdate | None = None
+        self.steps_ahead = int(device.type == "cuda")  # that Python may be, and the GPU not
+        self.launched: deque[tuple[dict, LossOfAStep]] = deque()  # steps whose loss was not looked at
+        self.steps_left_out = 0  # of the epoch
+        self.steps_left_out_in_a_row = 0
+
+    def initialize(self):
+        super().initialize()
+        if self._trains_on_graphs():  # nothing is compiled before its first step
+            if self.is_ddp:
+                self.network = GraphedDataParallel(self.network.module._orig_mod, device_ids=[self.local_rank])
+            else:
+                self.network = self.network._orig_mod
+
+    def _trains_on_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs: where nnU-Net would compile.
+
+        On several GPUs, what batch norms exchange and the mean of the gradients are part of the graphs.
+        """
+        return self._do_i_compile() and use_kernels(next(self.network.parameters()))
+
+    def _own_network(self) -> nn.Module:
+        return self.network.module if self.is_ddp else self.network
+
+    def _record_step(self):
+        """Records the training step before the loaders' threads, which use the GPU as well, begin."""
+        self.print_to_log_file("Recording the training step as a CUDA graph...")
+        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+        self.network.train()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        network = self._own_network()
+        x, group = torch.zeros(shape, device=self.device), self.network.process_group if self.is_ddp else None
+        reason = None
+        try:
+            self.recorded_update = record_step(network, self.optimizer, self.grad_scaler, x, group)
+        except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
+            reason = one_line(error)
+        if reason is not None:
+            torch.cuda.empty_cache()
+            self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
+
+    def on_train_start(self):
+        if not self.was_initialized:
+            self.initialize()
+        if self._trains_on_graphs():
+            self._record_step()
+        super().on_train_start()
+
+    def run_training(self):
+        self.launched.clear()
+        self.steps_left_out_in_a_row = 0
+        try:
+            super().run_training()
+        finally:
+            if self.network is not None and self._trains_on_graphs():
+                # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
+                self._own_network().forget_graphs()
+                self.recorded_update = None
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.steps_left_out = 0
+
+    def train_step(self, batch: dict) -> StepResult:
+        """nnU-Net's step on ``{"data": (B, C, *patch), "target": (B, 1, *patch) or a list of them}``.
+
+        It ends when the step before it has: on a GPU, this one is being computed while nnU-Net gets the next batch.
+
+        Raises:
+            TrainingError: the loss is no number, on a GPU that of the step before, so going on would only lose time:
+                images hold NaN or infinity, or the network diverged.
+        """
+        data, target = copied_ahead((batch["data"], batch["target"]), self.device)
+        arriving = LossOfAStep(*self._take_step(data, target))
+        self.launched.append((batch, arriving))
+        self._look_at_losses(self.steps_ahead)
+        return StepResult(loss=arriving)
+
+    def _take_step(self, data: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The loss and the norm of its gradients, on the device (see :func:`training_step`)."""
+        return training_step(
+            self.network, self.loss, self.optimizer, self.grad_scaler, data, target, self.recorded_update
+        )
+
+    def _look_at_losses(self, but: int):
+        """Looks at the losses of all steps so far but the latest ``but``."""
+        while len(self.launched) > but:
+            self._look_at_loss(*self.launched.popleft())
+
+    def _look_at_loss(self, batch: dict, loss: LossOfAStep):
+        has_loss, was_taken = bool(np.isfinite(loss.read())), loss.step_was_taken()
+        self.steps_left_out += not was_taken
+        if has_loss and was_taken:
+            self.steps_left_out_in_a_row = 0
+            return
+        if not has_loss:
+            with said_in_one_sentence():
+                check_images(batch)
+        self.steps_left_out_in_a_row += 1
+        # without float16 there is nothing that would bring a loss back
+        no_loss_comes_back = not has_loss and self.grad_scaler is None
+        if no_loss_comes_back or self.steps_left_out_in_a_row == MAX_STEPS_LEFT_OUT:
+            found = f"The gradients are not finite in epoch {self.current_epoch}, {MAX_STEPS_LEFT_OUT} steps in a row"
+            if not has_loss:
+                found = f"The loss is {float(loss.read())} in epoch {self.current_epoch}"
+            raise TrainingError(
+                f"{found}, for images that are finite: the training diverged; continue from the last checkpoint with "
+                "--c, and with a lower initial_lr if it happens again."
+            )
+
+    def on_train_epoch_end(self, train_outputs: list[StepResult]):
+        self._look_at_losses(0)
+        if self.steps_left_out:
+            self.print_to_log_file(
+                f"{self.steps_left_out} of {self.num_iterations_per_epoch} steps were left out: their gradients were "
+                "not finite."
+            )
+        super().on_train_epoch_end(train_outputs)
