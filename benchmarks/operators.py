@@ -28,14 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM
 from nnunet_lgms.files import atomic_write
-from nnunet_lgms.ops.bottleneck import inverted_bottleneck
-from nnunet_lgms.ops.channels import join_channels
-from nnunet_lgms.ops.conv import same_conv
-from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
-from nnunet_lgms.ops.max_pool import max_pool
+from nnunet_lgms.ops import (
+    concatenate,
+    linear_upsample,
+    max_pool,
+    multi_kernel_depthwise,
+    norm_act,
+    same_conv,
+)
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST
-from nnunet_lgms.ops.norm_act import norm_act
-from nnunet_lgms.ops.upsample import linear_upsample
 
 RESULTS = Path(__file__).parent / "results"
 MAPS = {"3d": (2, (128, 128, 128)), "2d": (16, (256, 256))}
@@ -60,6 +61,10 @@ class Operator(NamedTuple):
 
 
 def operators(dim: int, device: torch.device) -> list[Operator]:
+    if device.type == "cuda":
+        from nnunet_lgms.ops.triton.bottleneck import inverted_bottleneck
+    else:
+        from nnunet_lgms.ops.cpu.bottleneck import inverted_bottleneck
     conv_op = {2: nn.Conv2d, 3: nn.Conv3d}[dim]
     norm = (lambda c: BATCH_NORM[2](c)) if dim == 2 else (lambda c: INSTANCE_NORM[3](c, affine=False))
     two, small = (2,) * dim, 1 / 2**dim
@@ -80,7 +85,7 @@ def operators(dim: int, device: torch.device) -> list[Operator]:
         Operator("GELU + norm", lambda x: norm_act(x, norms[64], "gelu_first"), ((64, 1),), 3 * 64, 5 * 64),
         Operator(
             "inverted bottleneck 32, 64, 16",
-            lambda x: inverted_bottleneck(x, norms[32], expand, norms[64], squeeze, norms[16])[0],
+            lambda x: inverted_bottleneck(x, norms[32], expand, norms[64], squeeze),
             ((32, 1),),
             3 * 32 + 16,  # three passes over x, and the result
             2 * (32 + 16) + 32 + 3 * 32,  # two over x and its gradient, then norm1's
@@ -95,7 +100,7 @@ def operators(dim: int, device: torch.device) -> list[Operator]:
             32 + 32 * small,
         ),
         Operator("max pooling of 16", lambda x: max_pool(x, two), ((16, 1),), 16 + 16 * small, 32 + 16 * small),
-        Operator("joining 16 and 16", lambda x, y: join_channels([x, y]), ((16, 1), (16, 1)), 64, 64),
+        Operator("concatenating 16 and 16", lambda x, y: concatenate([x, y]), ((16, 1), (16, 1)), 64, 64),
     ]
 
 

@@ -12,7 +12,7 @@ from nnunet_lgms import LGMSNet
 from nnunet_lgms.graphs import network as graphed
 from nnunet_lgms.graphs import recorded
 from nnunet_lgms.graphs.network import GraphedLGMSNet
-from nnunet_lgms.ops import norm_act_synced
+from nnunet_lgms.ops import exchange
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
 
@@ -110,7 +110,7 @@ def test_processes_exchange_nothing_before_all_have_rehearsed(without_cuda, monk
     compute = network._with_converted_weights
 
     def computes(x, parameters):
-        computed.append(norm_act_synced._exchanges)
+        computed.append(exchange._exchanges)
         return compute(x, parameters)
 
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: exchanged.append(tensor.numel()))

@@ -7,7 +7,7 @@ import torch
 
 from nnunet_lgms import LGMSNet
 from nnunet_lgms.blocks import ConvNormAct
-from nnunet_lgms.ops import backend, conv
+from nnunet_lgms.ops import set_kernels
 from nnunet_lgms.ops.memory_format import channels_last
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
@@ -31,17 +31,19 @@ def test_maps_are_channels_last_from_the_first_convolution_on(dim, channels):
 
 @pytest.fixture(params=[2, 3])
 def network_and_batch(request, monkeypatch):
-    for threshold in ("MIN_VOXELS", "MIN_VOXELS_FINISHED"):  # the kernels of large maps on small ones
+    from nnunet_lgms.ops.triton import conv
+
+    for threshold in ("MIN_VOXELS", "MIN_VOXELS_EPILOGUE"):  # the kernels of large maps on small ones
         monkeypatch.setattr(conv, threshold, 0)
     torch.manual_seed(0)
     shape = SHAPE[request.param]
     yield LGMSNet.paper(shape[1], 3, dim=request.param).cuda(), torch.randn(shape, device="cuda")
-    backend.set_kernels("auto")
+    set_kernels("auto")
 
 
 def run(network, x, kernels, half=True, compiled=False):
     """Output and all gradients in float64."""
-    backend.set_kernels(kernels)
+    set_kernels(kernels)
     network = copy.deepcopy(network)
     network, x = (network, x) if half else (network.double(), x.double())
     if compiled:  # the copy: one of a compiled network has forgotten that sizes are fixed

@@ -22,10 +22,10 @@ from torch import distributed as dist
 from torch import nn
 from torch._library.triton import is_wrap_triton_enabled
 
-from nnunet_lgms.ops import norm_act as ops
+from nnunet_lgms.ops.backend import as_on_gpu
+from nnunet_lgms.ops.exchange import without_exchange
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.norm_act import ACTIVATIONS, norm_act
-from nnunet_lgms.ops.norm_act_synced import without_exchange
 
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 SAMPLES = (1, 2)  # of each process
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     activation: str
     affine: bool = True
     residual: bool = False
-    shift: bool = False
+    bias: bool = False
     contiguous: bool = False  # the input
     mean: float = 1.0
 
@@ -46,14 +46,14 @@ CASES = {
     "3d_relu": Case((3, 5, 4, 5, 6), "relu", contiguous=True),
     "3d_none_residual": Case((3, 8, 3, 5, 7), "none", residual=True),
     "2d_large_mean": Case((3, 4, 6, 7), "relu", mean=1000.0),
-    "2d_gelu_first_shifted": Case((3, 20, 5, 6), "gelu_first", shift=True, mean=0.0),
-    "2d_gelu_shifted": Case((3, 6, 5, 6), "gelu", residual=True, shift=True),
+    "2d_gelu_first_biased": Case((3, 20, 5, 6), "gelu_first", bias=True, mean=0.0),
+    "2d_gelu_biased": Case((3, 6, 5, 6), "gelu", residual=True, bias=True),
     "2d_not_affine": Case((3, 7, 5, 6), "silu", affine=False, contiguous=True),
 }
 
 
 def make(case: Case) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A norm, and input, residual, shift and gradient of the output, all in float64."""
+    """A norm, and input, residual, bias and gradient of the output, all in float64."""
     shape = case.shape
     torch.manual_seed(0)
     norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1], affine=case.affine).double()
@@ -62,7 +62,12 @@ def make(case: Case) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     x, residual, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     x += case.mean * over_channels(torch.linspace(0.5, 1.5, shape[1]), x)
     # numbers that float32 has, too
-    return norm, {"x": x.float().double(), "residual": residual, "shift": torch.randn(shape[1]).double(), "grad": grad}
+    return norm, {
+        "x": x.float().double(),
+        "residual": residual,
+        "bias in front": torch.randn(shape[1]).double(),
+        "grad": grad,
+    }
 
 
 def over_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -71,13 +76,13 @@ def over_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def reference(case: Case) -> dict[str, torch.Tensor]:
     norm, tensors = make(case)
-    x, residual, shift = (tensors[name].requires_grad_() for name in ("x", "residual", "shift"))
-    value = x + over_channels(shift, x) if case.shift else x
+    x, residual, bias = (tensors[name].requires_grad_() for name in ("x", "residual", "bias in front"))
+    value = x + over_channels(bias, x) if case.bias else x
     first = case.activation == "gelu_first"
     out = norm(F.gelu(value)) if first else ACTIVATIONS[case.activation](norm(value))
     out = out + residual if case.residual else out
     out.backward(tensors["grad"])
-    found = {"out": out, "x": x.grad, "residual": residual.grad, "shift": shift.grad}
+    found = {"out": out, "x": x.grad, "residual": residual.grad, "bias in front": bias.grad}
     return collected(found, norm)
 
 
@@ -90,11 +95,11 @@ def part(case: Case, rank: int) -> dict[str, torch.Tensor]:
         tensors[n].float()[mine].contiguous(memory_format=LAYOUT[len(case.shape)]) for n in ("x", "residual", "grad")
     )
     x = (x.contiguous() if case.contiguous else x).requires_grad_()
-    residual, shift = residual.requires_grad_(), tensors["shift"].float().requires_grad_()
-    added, left = residual if case.residual else None, shift if case.shift else None
-    out = norm_act(x, norm, case.activation, added, shift=left)
+    residual, bias = residual.requires_grad_(), tensors["bias in front"].float().requires_grad_()
+    added, left = residual if case.residual else None, bias if case.bias else None
+    out = norm_act(x, norm, case.activation, added, left)
     out.backward(grad)
-    return collected({"out": out, "x": x.grad, "residual": residual.grad, "shift": shift.grad}, norm)
+    return collected({"out": out, "x": x.grad, "residual": residual.grad, "bias in front": bias.grad}, norm)
 
 
 def collected(found: dict[str, torch.Tensor | None], norm: nn.Module) -> dict[str, torch.Tensor]:
@@ -126,11 +131,11 @@ def differences_alone(case: Case) -> float:
 
 
 def process(rank: int, port: int, folder: str) -> None:
-    from nnunet_lgms.ops.triton import norm_act as kernels
+    from nnunet_lgms.ops.triton import norm_act_kernels as kernels
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(SAMPLES))
     with (
-        patch.object(ops, "use_kernels", lambda x: True),
+        as_on_gpu(),
         patch.object(kernels, "launch", as_it_is),
         patch.object(nn.SyncBatchNorm, "forward", side_effect=AssertionError("PyTorch's own was asked")),
     ):

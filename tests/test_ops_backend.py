@@ -1,6 +1,7 @@
 """Which path operators take on which device, and what happens where a kernel cannot be built or run."""
 
 import subprocess
+import sys
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -209,3 +210,26 @@ def test_processes_that_train_together_stop(card, monkeypatch):
     with pytest.raises(RuntimeError, match="set NNUNET_LGMS_KERNELS=off for all processes") as caught:
         with_fallback(launch(Kernel(errors()[0]))[(1,)], on_card(1))
     assert not isinstance(caught.value, KernelsSwitchedOff)
+
+
+# --- without Triton --------------------------------------------------------------------------------------------------
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # an import of it fails
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+import torch
+from nnunet_lgms import LGMSNet
+from nnunet_lgms.ops.backend import HAS_TRITON, kernels_for
+network = LGMSNet.paper(1, 2, dim=2)
+network(torch.randn(1, 1, 32, 32)).sum().backward()
+assert not HAS_TRITON
+"""
+
+
+def test_without_triton_the_package_works_and_is_silent(clean_env):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=clean_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""

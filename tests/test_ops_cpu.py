@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnunet_lgms import LGMSNet
-from nnunet_lgms.ops.bottleneck import inverted_bottleneck
 from nnunet_lgms.ops.conv import same_conv
 from nnunet_lgms.ops.cpu import bottleneck as bottleneck_cpu
 from nnunet_lgms.ops.cpu import conv as conv_cpu
@@ -69,14 +68,14 @@ def test_bottleneck(shape, affine, kind, training, chunk, monkeypatch):
     y = double(x)
 
     assert bottleneck_cpu.fits(x, modules[0], modules[2])
-    out, _ = inverted_bottleneck(x, *modules, norm3=modules[0])
+    out = bottleneck_cpu.inverted_bottleneck(x, *modules)
     assert channels_last(out)
     expected = squeeze(norm2(F.gelu(expand(norm1(F.gelu(y))))))
     assert_same(out, [x, *modules.parameters()], expected, [y, *precise.parameters()], tolerance=1e-4)
     for buffer, target in zip(modules.buffers(), precise.buffers(), strict=True):
         torch.testing.assert_close(buffer.double(), target.double(), rtol=1e-5, atol=1e-5)
     with torch.no_grad():  # makes its maps anew in every pass
-        again, _ = inverted_bottleneck(x, *modules, norm3=modules[0])
+        again = bottleneck_cpu.inverted_bottleneck(x, *modules)
         torch.testing.assert_close(again, out, rtol=1e-4, atol=1e-4)
 
 

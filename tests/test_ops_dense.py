@@ -16,6 +16,9 @@ from interpreter import run_interpreted
 from torch import nn
 
 from nnunet_lgms.blocks.norm import InstanceNorm3d
+from nnunet_lgms.ops import kernels, linear_upsample, max_pool, norm_act, scaled_norms
+from nnunet_lgms.ops.backend import as_on_gpu
+from nnunet_lgms.ops.norms import NormSpec, bias_cancels
 
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 CONV = {2: F.conv2d, 3: F.conv3d}
@@ -39,22 +42,11 @@ CONVOLUTIONS = {  # input shape, output channels, kernel, groups
     "2d_along_x": ((2, 8, 5, 7), 4, (1, 3), 1),
     "2d_three_groups": ((2, 9, 6, 7), 12, (3, 3), 3),
 }
-FINISHED = {  # input shape, output channels, kernel, groups, activation, scale and shift, residual
+EPILOGUES = {  # input shape, output channels, kernel, groups, activation, scale and shift, residual
     "relu": ((2, 6, 4, 5, 7), 16, (3, 3, 3), 1, "relu", True, True),
     "gelu_before_two_groups": ((1, 8, 3, 5, 6), 6, (3, 3, 3), 2, "gelu_first", True, False),
     "2d_silu": ((3, 12, 7, 9), 20, (3, 3), 1, "silu", True, True),
     "2d_point": ((2, 16, 7, 9), 4, (1, 1), 1, "gelu", False, True),
-}
-MOMENTS = {  # input shape, output channels, kernel, groups, norm behind, activation, mean of the result
-    "instance": ((2, 8, 9, 14, 13), 16, (3, 3, 3), 1, InstanceNorm3d(16), "silu", 0),
-    "large_mean": ((2, 4, 9, 7, 8), 4, (1, 1, 1), 1, InstanceNorm3d(4), "relu", 1000),
-    "gelu_before_two_groups": ((2, 8, 9, 13, 11), 12, (3, 3, 3), 2, InstanceNorm3d(12), "gelu_first", 0),
-    "batch_2d": ((3, 12, 11, 50), 20, (3, 3), 1, nn.BatchNorm2d(20), "relu", 0),
-    "group": ((2, 4, 40, 42), 16, (1, 3), 1, nn.GroupNorm(4, 16), "none", 0),
-    "three_walks": ((1, 4, 37, 6, 9), 16, (3, 3, 3), 1, InstanceNorm3d(16), "silu", 100),
-    "one_plane": ((3, 2, 1, 9, 9), 4, (3, 3, 3), 1, InstanceNorm3d(4), "none", 0),
-    "group_2d": ((2, 6, 35, 19), 16, (3, 3), 2, nn.GroupNorm(4, 16), "gelu_first", 0),
-    "more_blocks_than_slices": ((3, 16, 3, 20, 20), 8, (3, 3, 3), 1, nn.BatchNorm3d(8), "relu", 0),
 }
 # Sweeping through the map where that can be done, also if its planes are small, and never.
 WAYS = {"LEAST_FULL": 0}, {"MAX_BAND": 0}
@@ -67,7 +59,7 @@ NORMS = {  # input shape, norm, activation, mean of the input
     "gelu_before_batch": ((3, 8, 9, 10), nn.BatchNorm2d(8), "gelu_first", 1),
     "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first", 1),
 }
-SHIFTED = {  # input shape, norm, activation: what the bias of a convolution is left to
+BIASED = {  # input shape, norm, activation: what the bias of a convolution is left to
     "instance_relu": ((2, 16, 5, 6, 7), InstanceNorm3d(16), "relu"),
     "batch_relu": ((3, 12, 9, 10), nn.BatchNorm2d(12), "relu"),
     "group_silu": ((2, 12, 9, 10), nn.GroupNorm(4, 12), "silu"),
@@ -110,12 +102,12 @@ def draw(shape, device, mean=0.0):
 
 def both_ways(errors):
     """The errors that the function finds, by either kernel of the convolution."""
-    from nnunet_lgms.ops.triton import conv as conv_triton
+    from nnunet_lgms.ops.triton import conv_kernels
 
     found = []
     for way in WAYS:
-        with patch.multiple(conv_triton, **way):
-            found += errors(conv_triton)
+        with patch.multiple(conv_kernels, **way):
+            found += errors(conv_kernels)
     return found
 
 
@@ -134,22 +126,20 @@ def convolution_errors(shape, out_channels, kernel, groups, device):
     x, expected = x.detach(), expected.detach()
     parts = [part.contiguous(memory_format=LAYOUT[x.ndim]) for part in x.chunk(groups, 1)]
 
-    def errors(conv_triton):
-        grad_parts = conv_triton.convolve_transposed(grad, weight, groups, groups)
+    def errors(kernels):
+        grad_parts = kernels.convolve_transposed(grad, weight, groups, groups)
         return [
-            relative(conv_triton.convolve([x], weight, bias, groups), expected),
-            relative(conv_triton.convolve(parts, weight, bias, groups), expected),
-            relative(conv_triton.convolve_transposed(grad, weight, groups, 1)[0], grad_x),
+            relative(kernels.convolve([x], weight, bias, groups), expected),
+            relative(kernels.convolve(parts, weight, bias, groups), expected),
+            relative(kernels.convolve_transposed(grad, weight, groups, 1)[0], grad_x),
             relative(torch.cat(grad_parts, 1), grad_x),
         ]
 
     return both_ways(errors)
 
 
-def finished_errors(shape, out_channels, kernel, groups, activation, affine, residual, device):
+def epilogue_errors(shape, out_channels, kernel, groups, activation, affine, residual, device):
     """Convolution, norm of known statistics, activation and residual in one, against one after the other."""
-    from nnunet_lgms.ops import norm_act
-
     x = draw(shape, device).to(half(device))
     weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device)
     bias = torch.randn(out_channels).to(device)
@@ -164,56 +154,25 @@ def finished_errors(shape, out_channels, kernel, groups, activation, affine, res
     residual = draw(expected.shape, device).to(x.dtype) if residual else None
     known = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, activation, residual
     added = None if residual is None else residual.double()
-    expected = norm_act.norm_act(expected, copy.deepcopy(norm).double(), activation, added)
+    expected = norm_act(expected, copy.deepcopy(norm).double(), activation, added)
 
-    def errors(conv_triton):
-        return [relative(conv_triton.convolve([x], weight, bias, groups, conv_triton.Finish(*known)), expected)]
-
-    return both_ways(errors)
-
-
-def moments_errors(shape, out_channels, kernel, groups, norm, activation, offset, device):
-    """Mean and variance of a convolution's result from its own moments, against float64; offset is of its bias."""
-    from nnunet_lgms.ops import norm_act
-    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
-
-    halves = [draw((shape[0], shape[1] // groups, *shape[2:]), device).to(half(device)) for _ in range(groups)]
-    weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device)
-    bias = (torch.randn(out_channels) + offset).to(device)
-    kind, norm_groups, _ = norm_act.moments_wanted(norm, activation)
-
-    def errors(conv_triton):
-        with patch.object(norm_act_triton, "JOINED", 32):  # few slices, of several blocks each
-            out, partial = conv_triton.convolve_moments(halves, weight, bias, groups, kind, norm_groups, activation)
-        value = F.gelu(out.double()) if activation == "gelu_first" else out.double()
-        axes = {"batch": [0, *range(2, out.ndim)]}.get(kind, [*range(2, out.ndim)])
-        if kind == "group":
-            value = value.unflatten(1, (norm_groups, -1)).flatten(2)
-            axes = [2]
-        variance, mean = torch.var_mean(value, axes, correction=0)
-        mean, variance = ((s[None] if kind == "batch" else s) for s in (mean, variance))
-        actual = norm_act_triton.join_moments(partial, kind, norm_groups)
-        if kind == "group":
-            actual = [s.unflatten(1, (norm_groups, -1))[:, :, 0] for s in actual]
-        # Not bit for bit: without moments, the way through the map may be the other.
-        assert relative(out, conv_triton.convolve(halves, weight, bias, groups)) < 1e-3
-        return [relative(a, e) for a, e in zip(actual, (mean, variance), strict=True)]
+    def errors(kernels):
+        return [relative(kernels.convolve([x], weight, bias, groups, kernels.Epilogue(*known)), expected)]
 
     return both_ways(errors)
 
 
 def norm_errors(shape, norm, activation, mean, device):
-    from nnunet_lgms.ops import norm_act
-    from nnunet_lgms.ops.triton import norm_act as norm_act_triton
+    from nnunet_lgms.ops.triton import norm_act_kernels as kernels
 
     x, residual, grad = draw(shape, device, mean).requires_grad_(), draw(shape, device), draw(shape, device)
     norm = norm.to(device).double().train()  # never PyTorch's instance norm: its gradient is wrong for a batch of one
     if norm.weight is not None:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-    spec = norm_act.NormSpec.of(norm)
+    spec = NormSpec.of(norm)
     weight, bias = (None if p is None else p.detach().float() for p in (norm.weight, norm.bias))
-    expected = norm_act.norm_act(x.double(), norm, activation, residual.double())
+    expected = norm_act(x.double(), norm, activation, residual.double())
     wanted = [x, *norm.parameters()]
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     x = x.detach()
@@ -221,56 +180,44 @@ def norm_errors(shape, norm, activation, mean, device):
     found = []
     for layout in (LAYOUT[x.ndim], torch.contiguous_format):
         x = x.contiguous(memory_format=layout)
-        statistics = norm_act_triton.moments(x, kind, groups, activation)
-        record = norm_act_triton.Norm(*statistics, weight, bias, eps)
-        out = norm_act_triton.apply(x, record, residual, kind, groups, activation)
-        actual = norm_act_triton.backward(grad, x, record, kind, groups, activation)
+        statistics = kernels.moments(x, kind, groups, activation)
+        record = kernels.Norm(*statistics, weight, bias, eps)
+        out = kernels.forward(x, record, residual, kind, groups, activation)
+        actual = kernels.backward(grad, x, record, kind, groups, activation)
         assert out.is_contiguous(memory_format=LAYOUT[x.ndim]) and actual[0].is_contiguous(memory_format=layout)
         found += [relative(out, expected.detach()), *map(relative, actual[: len(wanted)], gradients)]
     return found
 
 
-def shifted_errors(shape, norm, activation, device):
-    """Result, gradients, running statistics and prediction with numbers added to the channels in front of the norm."""
-    from nnunet_lgms.ops import norm_act
-
+def biased_errors(shape, norm, activation, device):
+    """Result, gradients, running statistics and prediction with a bias added to the channels in front of the norm."""
     x, residual, grad = draw(shape, device).requires_grad_(), draw(shape, device), draw(shape, device)
-    shift = (2 * torch.randn(shape[1])).to(device).requires_grad_()
+    bias = (2 * torch.randn(shape[1])).to(device).requires_grad_()
     norm = norm.to(device).train()
     for p in norm.parameters():
         nn.init.normal_(p)
 
-    def results(norm, residual, kernels):
-        norm_act.use_kernels = lambda x: kernels
-        out = norm_act.norm_act(x.to(residual.dtype), norm, activation, residual, shift=shift.to(residual.dtype))
-        of_x, of_shift, *others = torch.autograd.grad(out, [x, shift, *norm.parameters()], grad.to(out.dtype))
-        if norm_act.shift_cancels(norm, activation):  # but for rounding
-            assert of_shift.abs().max() < 1e-9
-            of_shift = torch.zeros_like(shift)
+    def results(norm, residual):
+        out = norm_act(x.to(residual.dtype), norm, activation, residual, bias.to(residual.dtype))
+        of_x, of_bias, *others = torch.autograd.grad(out, [x, bias, *norm.parameters()], grad.to(out.dtype))
+        if bias_cancels(NormSpec.of(norm).kind, activation):  # but for rounding
+            assert of_bias.abs().max() < 1e-9
+            of_bias = torch.zeros_like(bias)
         with torch.no_grad():
-            predicted = norm_act.norm_act(x.to(out.dtype), norm.eval(), activation, shift=shift.to(out.dtype))
-            joined = norm_act.norm_act(
-                x.to(out.dtype), norm, activation, residual, shift=shift.to(out.dtype), beside=out
-            )
-            own = norm_act.norm_act(x.to(out.dtype), norm, activation, residual, shift=shift.to(out.dtype))
-            assert torch.equal(joined, torch.cat([own, out], 1)) and joined.shape[1] == 2 * shape[1]
-            assert not kernels or joined.is_contiguous(memory_format=LAYOUT[x.ndim])
+            predicted = norm_act(x.to(out.dtype), norm.eval(), activation, bias=bias.to(out.dtype))
         buffers = [b.double().view(-1) for b in norm.buffers()]
-        return [out.detach(), of_x, of_shift, *others, predicted, *buffers]
+        return [out.detach(), of_x, of_bias, *others, predicted, *buffers]
 
-    before = norm_act.use_kernels
-    try:
-        expected = results(copy.deepcopy(norm).double(), residual.double(), False)
-        actual = results(norm, residual, True)
-    finally:
-        norm_act.use_kernels = before
+    with kernels("off"):
+        expected = results(copy.deepcopy(norm).double(), residual.double())
+    with as_on_gpu():
+        actual = results(norm, residual)
+    assert actual[0].is_contiguous(memory_format=LAYOUT[x.ndim])
     return [relative(a, e) for a, e in zip(actual, expected, strict=True)]
 
 
 def scaled_errors(shape, contiguous, device):
     """Two norms of known statistics with a factor between them, as in a GMS block's branch."""
-    from nnunet_lgms.ops import norm_act, scaled_norms
-
     norm_op = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
     norms = nn.ModuleList([norm_op(shape[1]), norm_op(shape[1])]).to(device).eval()
     for norm in norms:
@@ -278,10 +225,12 @@ def scaled_errors(shape, contiguous, device):
             t.normal_()
         norm.running_var.uniform_(0.5, 2)
     x, residual, factor = draw(shape, device), draw(shape, device), torch.randn(shape[1], 1, 1, 1).to(device)
-    with torch.no_grad(), patch.object(norm_act, "use_kernels", lambda x: True):
-        assert scaled_norms.scaled_norms_fit(x, *norms)
+    from nnunet_lgms.ops.triton import scaled_norms as kernels
+
+    with torch.no_grad(), as_on_gpu():
         x = x.contiguous() if contiguous else x
-        actual = scaled_norms.scaled_norms(x, norms[0], factor, norms[1], residual)
+        assert kernels.fits(x, *norms)
+        actual = scaled_norms(x, norms[0], factor, norms[1], residual)
     assert actual.is_contiguous(memory_format=LAYOUT[x.ndim])
     first, second = norms.double()
     factor = factor.double().view(-1, *(1,) * (x.ndim - 2))
@@ -291,8 +240,7 @@ def scaled_errors(shape, contiguous, device):
 
 
 def bottleneck_errors(shape, out_channels, norm1, norm2, device):
-    from nnunet_lgms.ops import bottleneck
-    from nnunet_lgms.ops.triton.norm_act import PartialMoments, join_moments, moments
+    from nnunet_lgms.ops.triton import bottleneck
 
     hidden = norm2.num_channels if isinstance(norm2, nn.GroupNorm) else norm2.num_features
     conv_op = {4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
@@ -303,55 +251,56 @@ def bottleneck_errors(shape, out_channels, norm1, norm2, device):
     for p in parameters:
         if p is not None:
             nn.init.normal_(p)
+
+    def one_by_one(x):
+        for norm, conv in (modules[:2], modules[2:]):
+            x = conv(norm_act(x, norm, "gelu_first"))
+        return x
+
     x = draw(shape, device).to(half(device)).requires_grad_()
-    expected, _ = bottleneck.inverted_bottleneck(x.double(), *modules, norm1)
+    expected = one_by_one(x.double())
     grad = draw(expected.shape, device).to(x.dtype)
     wanted = [x, *(p for p in parameters if p is not None)]
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     x, parameters = x.detach(), [None if p is None else p.detach().float() for p in parameters]
-    specs = [norm for m in (norm1, norm2) for norm in bottleneck.NormSpec.of(m)]
-    out, *statistics = bottleneck._inverted_bottleneck(x, [], *parameters, *specs, specs[0], specs[1])
-    statistics, partial = statistics[:4], PartialMoments(*statistics[4:])
+    specs = [spec for norm in (norm1, norm2) for spec in NormSpec.of(norm)]
+    out, *statistics = bottleneck._inverted_bottleneck(x, *parameters, *specs)
     actual = bottleneck._inverted_bottleneck_backward(grad, x, *statistics, *parameters, *specs)
     actual = [actual[0], *(g for g, p in zip(actual[1:], parameters, strict=True) if p is not None)]
     errors = [relative(out, expected.detach())]
-    behind = join_moments(partial, *specs[:2]), moments(out, *specs[:2], "gelu_first")
-    errors += [relative(a, b) for a, b in zip(*behind, strict=True)]
     errors += [relative(a.view_as(e), e) for a, e in zip(actual, gradients, strict=True)]
     if isinstance(norm1, nn.BatchNorm2d):
         modules.eval()
         norms = [s.float() for n in (norm1, norm2) for s in (n.running_mean, n.running_var)]
         known = bottleneck._inverted_bottleneck_known(x, *norms, *parameters, norm1.eps, norm2.eps)
-        errors.append(relative(known, bottleneck.inverted_bottleneck(x.double(), *modules, norm1)[0].detach()))
+        errors.append(relative(known, one_by_one(x.double()).detach()))
     return errors
 
 
 def upsampling_errors(shape, scale, crop, device):
-    from nnunet_lgms.ops import upsample
-    from nnunet_lgms.ops.triton import upsample as upsample_triton
+    from nnunet_lgms.ops.triton import upsample as kernels
 
     size = [n * s - (crop if s > 1 else 0) for n, s in zip(shape[2:], scale, strict=True)]
     x = draw(shape, device).requires_grad_()
-    expected = upsample.linear_upsample(x.double(), scale, size)
+    expected = linear_upsample(x.double(), scale, size)
     grad = draw(expected.shape, device)
     (grad_x,) = torch.autograd.grad(expected, x, grad.double())
     return [
-        relative(upsample_triton.upsample(x.detach(), scale, size), expected.detach()),
-        relative(upsample_triton.transposed(grad, scale, shape[2:]), grad_x),
+        relative(kernels.linear_upsample(x.detach(), scale, size), expected.detach()),
+        relative(kernels._upsample_backward(grad, scale, shape[2:]), grad_x),
     ]
 
 
 def pooling_errors(shape, stride, device):
-    from nnunet_lgms.ops import max_pool
-    from nnunet_lgms.ops.triton import max_pool as max_pool_triton
+    from nnunet_lgms.ops.triton import max_pool as kernels
 
     x = torch.randint(0, 5, shape).float().to(device).to(memory_format=LAYOUT[len(shape)]).requires_grad_()  # many ties
-    expected = max_pool.max_pool(x, stride)
+    expected = max_pool(x.double(), stride)
     grad = draw(expected.shape, device)
-    (grad_x,) = torch.autograd.grad(expected, x, grad)
+    (grad_x,) = torch.autograd.grad(expected, x, grad.double())
     return [
-        relative(max_pool_triton.pool(x.detach(), stride), expected.detach()),
-        relative(max_pool_triton.pool_backward(grad, x.detach(), stride), grad_x),
+        relative(kernels.max_pool(x.detach(), stride), expected.detach()),
+        relative(kernels._max_pool_backward(grad, x.detach(), stride), grad_x),
     ]
 
 
@@ -359,11 +308,11 @@ LAYOUTS = {"3d": ((2, 5, 3, 4, 7),), "2d": ((3, 16, 9, 8),)}  # shape
 
 
 def layout_errors(shape, device):
-    from nnunet_lgms.ops.triton import layout as layout_triton
+    from nnunet_lgms.ops.triton import layout as kernels
 
     x = torch.randn(shape).to(device)
-    last = layout_triton.channels_last(x)
-    first = layout_triton.channels_first(last)
+    last = kernels._channels_last(x)
+    first = kernels._channels_first(last)
     assert last.is_contiguous(memory_format=LAYOUT[x.ndim]) and first.is_contiguous()
     return [relative(last, x), relative(first, x)]
 
@@ -372,23 +321,22 @@ CHANNELS = {"3d": ((2, 7, 3, 4, 5), (4, 3)), "2d": ((1, 24, 9, 8), (8, 12, 4))} 
 
 
 def channels_errors(shape, sizes, device):
-    from nnunet_lgms.ops.triton import channels as channels_triton
+    from nnunet_lgms.ops.triton import concatenate as kernels
 
     x = draw(shape, device)
-    parts = channels_triton.split(x, sizes)
+    parts = kernels._split(x, list(sizes))
     assert all(part.is_contiguous(memory_format=LAYOUT[x.ndim]) for part in parts)
     errors = [relative(a, b) for a, b in zip(parts, x.split(sizes, dim=1), strict=True)]
-    return [*errors, relative(channels_triton.join(parts), x)]
+    return [*errors, relative(kernels._concatenate(parts), x)]
 
 
 GROUPS = {
     "channels": (CHANNELS, channels_errors),
     "layout": (LAYOUTS, layout_errors),
     "convolution": (CONVOLUTIONS, convolution_errors),
-    "finished": (FINISHED, finished_errors),
-    "moments": (MOMENTS, moments_errors),
+    "epilogue": (EPILOGUES, epilogue_errors),
     "norm": (NORMS, norm_errors),
-    "shifted": (SHIFTED, shifted_errors),
+    "biased": (BIASED, biased_errors),
     "scaled": (SCALED, scaled_errors),
     "bottleneck": (BOTTLENECKS, bottleneck_errors),
     "upsampling": (UPSAMPLINGS, upsampling_errors),
@@ -406,32 +354,29 @@ def errors(group, case, device):
 def network_errors():
     """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off."""
     from nnunet_lgms import LGMSNet
-    from nnunet_lgms.ops import bottleneck, channels, conv, layout, max_pool, norm_act, tokens, upsample
-    from nnunet_lgms.ops.triton import conv as conv_triton
+    from nnunet_lgms.ops.triton import bottleneck, conv, conv_kernels
 
     found = []
-    conv_triton.LEAST_FULL = 0
+    conv_kernels.LEAST_FULL = 0
+    for module in (bottleneck, conv):  # float32 as the half precision of training
+        module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype
     for conv_op, shape in ((nn.Conv2d, (2, 3, 12, 10)), (nn.Conv3d, (1, 1, 5, 6, 4))):
         torch.manual_seed(0)
         network = LGMSNet(shape[1], 2, 3, [16, 8, 8], conv_op, 3, [1, 2, 2], encoder_blocks=["LMS", "LMS", "GMS"])
         state = {key: value.clone() for key, value in network.state_dict().items()}
         x = draw(shape, "cpu")
         results = []
-        for on, min_voxels in ((True, 0), (True, 1 << 40), (False, 0)):  # every kernel, libraries' convolutions, none
+        for on, min_voxels in (("auto", 0), ("auto", 1 << 40), ("off", 0)):  # every kernel, libraries', none
             network.load_state_dict(state)
             network.zero_grad()
-            for module in (channels, conv, layout, max_pool, norm_act, tokens, upsample):
-                module.use_kernels = lambda x, on=on: on
-            bottleneck.bottleneck_cpu.fits = lambda *_, on=on: not on
-            for module in (bottleneck, conv):
-                module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype
-            conv.MIN_VOXELS = conv.MIN_VOXELS_FINISHED = min_voxels
-            out = network(x)
-            out.square().mean().backward()
-            gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-            buffers = torch.cat([b.flatten().double() for b in network.buffers()])
-            with torch.no_grad():
-                predicted = network.eval()(x)
+            conv.MIN_VOXELS = conv.MIN_VOXELS_EPILOGUE = min_voxels
+            with kernels(on), as_on_gpu():
+                out = network(x)
+                out.square().mean().backward()
+                gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+                buffers = torch.cat([b.flatten().double() for b in network.buffers()])
+                with torch.no_grad():
+                    predicted = network.eval()(x)
             network.train()
             results.append((out.detach(), gradient, buffers, predicted))
         *with_kernels, without = results
@@ -439,28 +384,24 @@ def network_errors():
     return found
 
 
-PLANS = {  # input shape, output channels, kernel, slices of a sample at most, whether the map is swept
-    "3d": ((2, 32, 128, 128, 128), 16, (3, 3, 3), None, True),
-    "3d_moments": ((2, 32, 128, 128, 128), 16, (3, 3, 3), 1024, True),
-    "3d_few_slices": ((2, 16, 128, 128, 128), 16, (3, 3, 3), 300, True),
-    "3d_fewer_slices_than_places": ((2, 16, 128, 128, 128), 16, (3, 3, 3), 64, False),
-    "3d_bands_too_large": ((2, 32, 64, 64, 64), 32, (3, 3, 3), None, False),
-    "3d_thick_slices": ((2, 16, 128, 128, 128), 16, (1, 3, 3), None, False),
-    "2d": ((16, 32, 256, 256), 16, (3, 3), 1024, True),
-    "2d_narrow": ((16, 32, 256, 64), 16, (3, 3), None, False),
-    "point": ((16, 32, 256, 256), 16, (1, 1), None, False),
+GRIDS = {  # input shape, output channels, kernel, whether the map is swept
+    "3d": ((2, 32, 128, 128, 128), 16, (3, 3, 3), True),
+    "3d_bands_too_large": ((2, 32, 64, 64, 64), 32, (3, 3, 3), False),
+    "3d_thick_slices": ((2, 16, 128, 128, 128), 16, (1, 3, 3), False),
+    "2d": ((16, 32, 256, 256), 16, (3, 3), True),
+    "2d_narrow": ((16, 32, 256, 64), 16, (3, 3), False),
+    "point": ((16, 32, 256, 256), 16, (1, 1), False),
 }
 
 
-@pytest.mark.parametrize("case", PLANS)
+@pytest.mark.parametrize("case", GRIDS)
 def test_convolutions_sweep_where_that_is_faster(case):
-    conv_triton = pytest.importorskip("nnunet_lgms.ops.triton.conv")
-    shape, out_channels, kernel, most_slices, sweeps = PLANS[case]
-    plan = conv_triton._Plan.of(torch.empty(shape, device="meta"), kernel, shape[1], out_channels, most_slices)
-    assert plan.function is (conv_triton._dense_sweep if sweeps else conv_triton._dense_flat)
-    assert plan.slices <= (most_slices or plan.slices)
-    blocks = -(-plan.tiles // plan.block) * (plan.size[0] if sweeps else 1)
-    assert blocks <= plan.slices * plan.steps < 1.1 * blocks  # all of the map, and none has much less to do
+    kernels = pytest.importorskip("nnunet_lgms.ops.triton.conv_kernels")
+    shape, out_channels, kernel, sweeps = GRIDS[case]
+    grid = kernels._LaunchGrid.of(torch.empty(shape, device="meta"), kernel, shape[1], out_channels)
+    assert grid.function is (kernels._conv_sweep_kernel if sweeps else kernels._conv_flat_kernel)
+    blocks = -(-grid.tiles // grid.block) * (grid.size[0] if sweeps else 1)
+    assert blocks <= grid.programs * grid.steps < 1.1 * blocks  # all of the map, and none has much less to do
 
 
 @pytest.fixture(scope="module")
@@ -481,7 +422,7 @@ def test_interpreted_kernels_leave_the_network_as_it_is(interpreted, dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("group", "case"), CASES)
 def test_compiled_kernels_match_float64(group, case):
-    limit = {"convolution": 2e-3, "finished": 2e-3, "bottleneck": 5e-3}.get(group, 2e-5)  # float16
+    limit = {"convolution": 2e-3, "epilogue": 2e-3, "bottleneck": 5e-3}.get(group, 2e-5)  # float16
     assert max(errors(group, case, "cuda")) < limit
 
 

@@ -13,13 +13,14 @@ from interpreter import run_interpreted
 from torch import nn
 
 from nnunet_lgms.blocks.attention import SparseTransformer
-from nnunet_lgms.ops import backend, tokens
+from nnunet_lgms.ops import kernels, tokens
+from nnunet_lgms.ops.backend import as_on_gpu
 from nnunet_lgms.ops.memory_format import channels_last
 
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
-CASES = {  # batch, channels of the tokens, channels beside them, size of the map, patch
+CASES = {  # batch, channels of the tokens, channels of the rest, size of the map, patch
     "2d": (2, 6, 4, (8, 12), (2, 2)),
-    "2d_nothing_beside": (1, 96, 0, (6, 4), (2, 2)),
+    "2d_no_rest": (1, 96, 0, (6, 4), (2, 2)),
     "2d_padded": (3, 48, 16, (9, 7), (2, 2)),
     "3d": (2, 12, 20, (4, 6, 8), (2, 2, 2)),
     "3d_padded": (1, 5, 3, (5, 1, 7), (1, 2, 3)),
@@ -31,15 +32,15 @@ def relative(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def layer(transformer, x, beside_factor):
-    """A layer whose products are factors; what is beside the tokens gets a factor, too."""
+def layer(transformer, x, rest_factor):
+    """A layer whose products are factors; the rest gets a factor, too."""
     first, second = transformer
     channels, patch = first.normalized_shape[0], transformer.patch
-    t, normed, beside = tokens.unfold_norm(x, first, patch)
-    assert (beside is None) == (x.shape[1] == channels)
+    t, normed, rest = tokens.unfold_norm(x, first, patch)
+    assert (rest is None) == (x.shape[1] == channels)
     t, normed = tokens.add_norm(t, 2 * normed, second)
-    beside = None if beside is None else beside_factor * beside
-    return tokens.fold_add(t, 3 * normed, beside, patch, x.shape[2:])
+    rest = None if rest is None else rest_factor * rest
+    return tokens.fold_add(t, 3 * normed, rest, patch, x.shape[2:])
 
 
 def all_results(norms, x, grad, factor):
@@ -51,13 +52,13 @@ def all_results(norms, x, grad, factor):
 
 def make(case, device, dtype=torch.float32):
     torch.manual_seed(0)
-    batch, channels, beside, size, patch = CASES[case]
+    batch, channels, rest, size, patch = CASES[case]
     norms = nn.ModuleList([nn.LayerNorm(channels), nn.LayerNorm(channels)]).to(device)
     for p in norms.parameters():
         nn.init.normal_(p)
     norms.patch = patch
     x, grad = (
-        (torch.randn(batch, channels + beside, *size) + 1).to(device, dtype).to(memory_format=LAYOUT[len(size) + 2])
+        (torch.randn(batch, channels + rest, *size) + 1).to(device, dtype).to(memory_format=LAYOUT[len(size) + 2])
         for _ in range(2)
     )
     return norms, x, grad
@@ -65,12 +66,10 @@ def make(case, device, dtype=torch.float32):
 
 def errors(case, device, dtype=torch.float32):
     norms, x, grad = make(case, device, dtype)
-    actual = all_results(norms, x, grad, -1)
-    before, tokens.use_kernels = tokens.use_kernels, lambda x: False
-    try:
+    with as_on_gpu():
+        actual = all_results(norms, x, grad, -1)
+    with kernels("off"):
         expected = all_results(norms.double(), x.double(), grad.double(), -1)
-    finally:
-        tokens.use_kernels = before
     assert actual[0].dtype == dtype and actual[0].is_contiguous(memory_format=LAYOUT[x.ndim])
     return [relative(a, b) for a, b in zip(actual, expected, strict=True)]
 
@@ -89,7 +88,7 @@ def test_kernels_are_told_what_memory_they_get():
     """Shapes and strides on tensors without numbers: a channels-last map, as convolutions and norms want it."""
     transformer = SparseTransformer(12, 24, (2, 2)).to("meta")
     x = torch.empty(2, 16, 7, 10, device="meta").to(memory_format=torch.channels_last)
-    with backend.as_on_gpu():
+    with as_on_gpu():
         out = transformer(x, nn.ReLU())
     assert out.shape == x.shape and channels_last(out)
 
@@ -111,14 +110,16 @@ def test_gradients_repeat_bit_for_bit():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["2d_padded", "2d_nothing_beside", "3d"])
+@pytest.mark.parametrize("case", ["2d_padded", "2d_no_rest", "3d"])
 def test_opcheck(case):
+    from nnunet_lgms.ops.triton import tokens as registered
+
     norms, x, _ = make(case, "cuda")
     weight, bias, patch = norms[0].weight, norms[0].bias, list(norms.patch)
-    torch.library.opcheck(tokens._unfold_norm, (x.requires_grad_(), weight, bias, 1e-5, patch))
-    t, normed, beside = (t.detach().requires_grad_() for t in tokens._unfold_norm(x, weight, bias, 1e-5, patch))
-    torch.library.opcheck(tokens._add_norm, (t, normed, weight, bias, 1e-5))
-    torch.library.opcheck(tokens._fold_add, (t, normed, beside if beside.numel() else None, patch, list(x.shape[2:])))
+    torch.library.opcheck(registered.unfold_norm, (x.requires_grad_(), weight, bias, 1e-5, patch))
+    t, normed, rest = (t.detach().requires_grad_() for t in registered.unfold_norm(x, weight, bias, 1e-5, patch))
+    torch.library.opcheck(registered.add_norm, (t, normed, weight, bias, 1e-5))
+    torch.library.opcheck(registered._fold_add, (t, normed, rest if rest.numel() else None, patch, list(x.shape[2:])))
 
 
 @pytest.mark.gpu
@@ -140,5 +141,4 @@ def test_compiles_under_autocast():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tokens.use_kernels = lambda x: True
     print(json.dumps({case: errors(case, "cpu") for case in CASES}))

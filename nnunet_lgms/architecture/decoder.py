@@ -1,18 +1,15 @@
-"""The decoder of LGMSNet: Up, join with the skip, Fusion and GMS blocks, one segmentation head per level."""
+"""The decoder of LGMSNet: Up, the skip, Fusion and GMS blocks, one segmentation head per level."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.architecture.encoder import LGMSEncoder, make_gms_block
 from nnunet_lgms.architecture.topology import Level
 from nnunet_lgms.blocks import FusionBlock, PlainConvBlock, UpBlock
-from nnunet_lgms.ops.channels import join_channels
-from nnunet_lgms.ops.conv import same_conv
+from nnunet_lgms.ops import concatenate, logits
 
 
 class LGMSDecoder(nn.Module):
@@ -84,17 +81,10 @@ class LGMSDecoder(nn.Module):
         for up, stage, skip in zip(self.ups, self.stages, reversed(skips[:-1]), strict=True):
             x = up(x, skip.shape[2:])
             first, *rest = stage
-            x = first(skip, x) if isinstance(first, FusionBlock) else first(join_channels([skip, x]))
+            x = first(skip, x) if isinstance(first, FusionBlock) else first(concatenate([skip, x]))
             for block in rest:
                 x = block(x)
             features.append(x)
         if not self._deep_supervision:
-            return _segment(x, self.seg_layers[-1])
-        return [_segment(feature, head) for head, feature in zip(self.seg_layers, features, strict=True)][::-1]
-
-
-def _segment(x: Tensor, head: _ConvNd) -> Tensor:
-    """(B, C, *spatial) -> logits (B, num_classes, *spatial)."""
-    # With a gradient on a GPU, that of so few channels' weights is better left to cuDNN.
-    own = x.device.type == "cpu" or not torch.is_grad_enabled()
-    return same_conv(x, head.weight, head.bias) if own else head(x)
+            return logits(x, self.seg_layers[-1])
+        return [logits(feature, head) for head, feature in zip(self.seg_layers, features, strict=True)][::-1]

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.architecture.topology import GMSSplit, Level
 from nnunet_lgms.blocks import ConvNormAct, GMSBlock, LMSBlock, PlainConvBlock
-from nnunet_lgms.ops.max_pool import max_pool
+from nnunet_lgms.ops import max_pool
 
 
 class MaxPool(nn.Module):

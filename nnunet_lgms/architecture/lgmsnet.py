@@ -10,7 +10,6 @@ Differences from the published network, none of which changes a result where the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
@@ -31,9 +30,7 @@ from nnunet_lgms.architecture.topology import (
 )
 from nnunet_lgms.blocks.norm import paper_norm
 from nnunet_lgms.files import one_line, shown
-from nnunet_lgms.ops.backend import use_kernels
-from nnunet_lgms.ops.layout import to_channels_last
-from nnunet_lgms.ops.memory_format import wants_channels_last
+from nnunet_lgms.ops import to_fastest_layout
 
 
 class LGMSNet(nn.Module):
@@ -57,7 +54,7 @@ class LGMSNet(nn.Module):
             Fusion and GMS at level 3, GMS below.
         lms_kernels: odd kernels, one per channel group; a flat list for all levels, or one list per level whose
             entries are numbers or one number per axis.
-        lms_group_channels: channels of each LMS group, per level; equal groups if None.
+        lms_group_channels: channels of each LMS group, per level; as equal as they can be if None.
         gms_ratio: Transformer:Conv, a pair or one per level.
         decoder_gms_ratio: the same for the decoder; ``gms_ratio`` if None.
         gms_patch: attention patch in pixels, one number or one per axis.
@@ -195,13 +192,7 @@ class LGMSNet(nn.Module):
                 f"LGMSNet takes floating-point maps of at least one sample and one voxel per axis, not {x.dtype} of "
                 f"shape {tuple(x.shape)}: convert or crop the data before."
             )
-        if use_kernels(x) or wants_channels_last(x):
-            # Tensor cores want channels innermost; any other layout costs two transposes around every convolution. On
-            # the CPU, the loops of pooling, upsampling and norms do too.
-            x = to_channels_last(x)
-        # Triton launches on the current device, which need not be that of x; compiled code sees to that itself.
-        with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x):
-            return self.decoder(self.encoder(x))
+        return self.decoder(self.encoder(to_fastest_layout(x)))
 
 
 def _check_norm(norm_op: type[nn.Module], norm_op_kwargs: dict, dim: int) -> None:

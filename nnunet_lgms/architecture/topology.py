@@ -62,7 +62,7 @@ class Level:
         stride: downsampling per axis from the level above; 1 on every axis at level 1.
         kernel_size: kernel per axis of the dense convolutions: 3, or 1 where the plan says 1 (thick slices).
         lms_kernel_sizes: kernel per axis of each LMS channel group, likewise 1 where the plan says 1.
-        lms_group_channels: channels of each LMS group; equal groups if None.
+        lms_group_channels: channels of each LMS group; groups as equal as they can be if None.
         encoder_block: one of ``ENCODER_BLOCKS``.
         n_blocks: how often it is repeated.
         decoder_blocks: some of ``DECODER_BLOCKS``, in order of use; empty at the lowest level.
@@ -272,19 +272,39 @@ def _gms_split(features: int, ratio: tuple[int, int], mlp_ratio: Real, level: in
     """Channels of a GMS block's branches; a level without one is not held to divide."""
     if not isinstance(mlp_ratio, Real) or isinstance(mlp_ratio, bool) or not isfinite(mlp_ratio) or mlp_ratio <= 0:
         raise ValueError(f"mlp_ratio is {shown(mlp_ratio)} at level {level}: give a positive number such as 2.")
-    transformer = Fraction(features * ratio[0], sum(ratio))
-    hidden = Fraction(mlp_ratio).limit_denominator(10**6) * features
-    if used and transformer.denominator != 1:
+    if not used:
+        return GMSSplit(0, 0)
+    return GMSSplit(transformer_channels(features, ratio, level), hidden_channels(features, mlp_ratio, level))
+
+
+def transformer_channels(features: int, ratio: Sequence[int], level: int) -> int:
+    """Channels of a GMS block of ``features`` that go through attention, for a ratio Transformer:Conv.
+
+    Raises:
+        ValueError: the ratio does not make a whole number of them.
+    """
+    channels = Fraction(features * ratio[0], sum(ratio))
+    if channels.denominator != 1:
         raise ValueError(
             f"{features} channels at level {level} cannot be split {ratio[0]}:{ratio[1]} between Transformer and "
             f"Conv: choose a width divisible by {sum(ratio)} or another gms_ratio."
         )
-    if used and (hidden.denominator != 1 or hidden < 1):
+    return int(channels)
+
+
+def hidden_channels(features: int, mlp_ratio: Real, level: int) -> int:
+    """Hidden channels of the feed-forward part of a GMS block of ``features``.
+
+    Raises:
+        ValueError: the ratio does not make a whole number of at least one.
+    """
+    channels = Fraction(mlp_ratio).limit_denominator(10**6) * features
+    if channels.denominator != 1 or channels < 1:
         raise ValueError(
             f"mlp_ratio {mlp_ratio!r} of {features} channels at level {level} is not a positive whole number of "
             f"channels."
         )
-    return GMSSplit(int(transformer), int(hidden))
+    return int(channels)
 
 
 def _check_blocks(names: Sequence[str], allowed: Sequence[str], where: str) -> None:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_lgms.ops.tokens import add_norm, end_padding, fold_add, padded_size, unfold_norm, unfold_positions
+from nnunet_lgms.ops import add_norm, fold_add, unfold_norm
+from nnunet_lgms.ops.tokens import end_padding, padded_size, unfold_positions
 
 
 def real_token_mask(spatial: Sequence[int], patch: Sequence[int], device: torch.device) -> Tensor:
@@ -82,16 +83,16 @@ class SparseTransformer(nn.Module):
             nn.Linear(channels, mlp_channels), nn.SiLU(), nn.Linear(mlp_channels, channels)
         )
 
-    def forward(self, x: Tensor, beside: nn.Module | None = None) -> Tensor:
-        """(B, C, *spatial) -> (B, C, *spatial); channels behind those of the transformer go through ``beside``."""
+    def forward(self, x: Tensor, branch: nn.Module | None = None) -> Tensor:
+        """(B, C, *spatial) -> (B, C, *spatial); the channels behind those of the transformer go through ``branch``."""
         spatial = tuple(x.shape[2:])
         mask = None
         if padded_size(spatial, self.patch) != spatial:
             mask = real_token_mask(spatial, self.patch, x.device)
 
-        tokens, normed, others = unfold_norm(x, self.norm1, self.patch)
+        tokens, normed, rest = unfold_norm(x, self.norm1, self.patch)
         tokens, normed = add_norm(tokens, self.attention(normed, mask), self.norm2)
         update = self.feed_forward(normed)
-        if beside is not None:
-            others = beside(others)
-        return fold_add(tokens, update, others, self.patch, spatial)
+        if branch is not None:
+            rest = branch(rest)
+        return fold_add(tokens, update, rest, self.patch, spatial)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops.conv import conv_norm_act, split_bias
-from nnunet_lgms.ops.norm_act import moments_wanted, norm_act
+from nnunet_lgms.ops import conv_norm_act
 
 
 def same_padding(kernel_size: Sequence[int]) -> tuple[int, ...]:
@@ -46,23 +45,6 @@ class ConvNormAct(nn.Module):
         self.norm = norm_op(out_channels, **norm_op_kwargs)
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
-        """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last.
-
-        With another map ``beside``, (B, R, *spatial), the two joined: (B, out + R, *spatial).
-        """
-        return conv_norm_act(x, self.conv, self.norm, self.activation, residual, beside)
-
-    def moments_wanted(self) -> tuple[str, int, str] | None:
-        """What the norm would like to know of the result of the convolution."""
-        return moments_wanted(self.norm, self.activation)
-
-    def biases(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The bias that the convolution of a map like x is to add, and the one that is left to the norm."""
-        return split_bias([x], self.conv, self.norm, self.activation)
-
-    def normalise(self, x: Tensor, partial: Sequence[Tensor] = (), bias: Tensor | None = None) -> Tensor:
-        """Norm and activation of what the convolution gave, (B, out, *spatial), with its moments where it took them,
-        and the bias that it left.
-        """
-        return norm_act(x, self.norm, self.activation, partial=partial, shift=bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, in, *spatial) -> (B, out, *spatial); a ``residual`` of that shape is added last."""
+        return conv_norm_act(x, self.conv, self.norm, self.activation, residual)

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
-from nnunet_lgms.ops.bottleneck import inverted_bottleneck, kernels_fit_bottleneck
-from nnunet_lgms.ops.conv import same_conv_moments, split_bias
-from nnunet_lgms.ops.norm_act import moments_wanted, norm_act
+from nnunet_lgms.ops import conv_bottleneck, norm_act
 
 EXPANSION = 4
 
@@ -58,13 +56,7 @@ class FusionBlock(nn.Module):
         self.norm3 = norm_op(out_channels, **norm_op_kwargs)
 
     def forward(self, x: Tensor, upsampled: Tensor | None = None) -> Tensor:
-        """(B, D, *spatial), or its two halves apart, which need not be joined then -> (B, C, *spatial)."""
-        halves = [x] if upsampled is None else [x, upsampled]
-        wanted = moments_wanted(self.norm1, "gelu_first")
-        mixing = self.norm1, self.expand, self.norm2, self.squeeze
-        bias, left = self.grouped.bias, None
-        if not kernels_fit_bottleneck(halves[0], *mixing):
-            bias, left = split_bias(halves, self.grouped, self.norm1, "gelu_first")
-        x, moments = same_conv_moments(halves, self.grouped.weight, bias, 2, wanted)
-        x, moments = inverted_bottleneck(x, *mixing, self.norm3, moments, left)
-        return norm_act(x, self.norm3, "gelu_first", partial=moments)
+        """(B, D, *spatial), or its two halves apart, which need not be concatenated then -> (B, C, *spatial)."""
+        maps = x if upsampled is None else [x, upsampled]
+        x = conv_bottleneck(maps, self.grouped, self.norm1, self.expand, self.norm2, self.squeeze)
+        return norm_act(x, self.norm3, "gelu_first")

@@ -14,9 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.blocks.norm import BATCH_NORM
-from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
-from nnunet_lgms.ops.norm_act import norm_act, takes_any_layout
-from nnunet_lgms.ops.scaled_norms import scaled_norms, scaled_norms_fit
+from nnunet_lgms.ops import concatenate, multi_kernel_depthwise, scaled_norms
 
 
 class ConvBranch(nn.Module):
@@ -42,15 +40,9 @@ class ConvBranch(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
-        at_once = scaled_norms_fit(u, self.norm1, self.norm2)
-        any_layout = at_once or takes_any_layout(u, self.norm1)
-        local = multi_kernel_depthwise(u, [self.depthwise.weight], any_layout=any_layout)
-        if at_once:
-            return scaled_norms(local, self.norm1, self.scale.weight, self.norm2, u)
-        local = norm_act(local, self.norm1, "relu")
+        local = multi_kernel_depthwise(u, [self.depthwise.weight])
         # A depthwise 1-kernel is one factor per channel; a convolution would be a slow way to multiply.
-        local = local * self.scale.weight.to(local.dtype).view(1, -1, *(1,) * (u.ndim - 2))
-        return norm_act(local, self.norm2, "none", residual=u)
+        return scaled_norms(local, self.norm1, self.scale.weight, self.norm2, residual=u)
 
 
 class GMSBlock(nn.Module):
@@ -117,4 +109,4 @@ class GMSBlock(nn.Module):
             mixed = self.conv_branch(mixed)
         else:
             mixed = self.transformer(mixed, self.conv_branch if self.split[1] else None)
-        return self.fuse(self.mix_out(mixed, beside=x))
+        return self.fuse(concatenate([self.mix_out(mixed), x]))

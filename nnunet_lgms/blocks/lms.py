@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
-from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
-from nnunet_lgms.ops.norm_act import norm_act, takes_any_layout
+from nnunet_lgms.ops import multi_kernel_depthwise, norm_act
 
 NORM_GROUPS = 4
 BOTTLENECK = 4
@@ -34,13 +33,9 @@ class MultiKernelDepthwise(nn.ModuleList):
             for channels, kernel in zip(group_channels, kernel_sizes, strict=True)
         )
 
-    def forward(self, x: Tensor, any_layout: bool = False) -> Tensor:
-        """(B, C, *spatial) -> x plus its convolutions, (B, C, *spatial); C is the sum of ``group_channels``.
-
-        Contiguous or in the memory format of x, as the operator likes, where ``any_layout`` will do.
-        """
-        weights, biases = [conv.weight for conv in self], [conv.bias for conv in self]
-        return multi_kernel_depthwise(x, weights, biases, residual=True, any_layout=any_layout)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) -> x plus its convolutions, (B, C, *spatial); C is the sum of ``group_channels``."""
+        return multi_kernel_depthwise(x, [conv.weight for conv in self], [conv.bias for conv in self], residual=True)
 
 
 class LMSBlock(nn.Module):
@@ -53,7 +48,7 @@ class LMSBlock(nn.Module):
         kernel_size: kernel of the bottleneck's second convolution (paper: 3 on every axis).
         norm_op: norm type of the two bottleneck convolutions.
         norm_op_kwargs: its keyword arguments.
-        group_channels: channels of each group; equal groups if None.
+        group_channels: channels of each group; groups as equal as they can be if None.
 
     Raises:
         ValueError: ``channels`` does not divide by 4, or the groups do not fill ``channels``.
@@ -70,24 +65,8 @@ class LMSBlock(nn.Module):
         group_channels: Sequence[int] | None = None,
     ):
         super().__init__()
-        if channels % BOTTLENECK:
-            raise ValueError(
-                f"An LMS block cannot have {channels} channels: its width must be divisible by 4 (bottleneck of 1/4 "
-                f"and GroupNorm of 4 groups); choose {channels + -channels % BOTTLENECK} instead."
-            )
-        n_groups = len(depthwise_kernel_sizes)
-        if group_channels is None:
-            if channels % n_groups:
-                raise ValueError(
-                    f"{channels} channels cannot be split into {n_groups} equal LMS groups: choose a width divisible "
-                    f"by {n_groups}, another number of kernels, or give the channels of each group."
-                )
-            group_channels = [channels // n_groups] * n_groups
-        if len(group_channels) != n_groups or sum(group_channels) != channels or min(group_channels) < 1:
-            raise ValueError(
-                f"LMS groups of {list(group_channels)} channels do not fit {n_groups} kernels and {channels} "
-                f"channels: give one positive number of channels per kernel that sum to {channels}."
-            )
+        check_lms_width(channels)
+        group_channels = lms_groups(channels, len(depthwise_kernel_sizes), group_channels)
         self.depthwise = MultiKernelDepthwise(conv_op, group_channels, depthwise_kernel_sizes)
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
         point = (1,) * len(kernel_size)
@@ -97,5 +76,33 @@ class LMSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
-        multi_scale = norm_act(self.depthwise(x, takes_any_layout(x, self.norm)), self.norm, "gelu")
+        multi_scale = norm_act(self.depthwise(x), self.norm, "gelu")
         return self.expand(self.squeeze(multi_scale), residual=x)
+
+
+def check_lms_width(channels: int) -> None:
+    """Checks the channels of an LMS block.
+
+    Raises:
+        ValueError: ``channels`` does not divide by 4.
+    """
+    if channels % BOTTLENECK:
+        raise ValueError(
+            f"An LMS block cannot have {channels} channels: allowed are multiples of 4 (bottleneck of 1/4 and "
+            f"GroupNorm of 4 groups); choose {channels + -channels % BOTTLENECK} instead."
+        )
+
+
+def lms_groups(channels: int, n_kernels: int, given: Sequence[int] | None = None) -> list[int]:
+    """Channels of each group of an LMS block: as equal as they can be unless ``given``.
+
+    Raises:
+        ValueError: there is no group of at least one channel for each kernel, or they do not sum to ``channels``.
+    """
+    groups = [channels // n_kernels + (i < channels % n_kernels) for i in range(n_kernels)] if given is None else given
+    if len(groups) != n_kernels or sum(groups) != channels or min(groups) < 1:
+        raise ValueError(
+            f"LMS groups of {list(groups)} channels do not fit {n_kernels} kernels and {channels} channels: give one "
+            f"positive number of channels per kernel that sum to {channels}."
+        )
+    return list(groups)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct
-from nnunet_lgms.ops.upsample import linear_upsample
-from nnunet_lgms.ops.upsample_conv import upsample_conv
+from nnunet_lgms.ops import upsample_conv_norm_act
 
 
 class UpBlock(nn.Module):
-    """Upsamples by ``stride`` and crops to the size of the skip that it will be joined with.
+    """Upsamples by ``stride`` and crops to the size of the skip that it will meet.
 
     The crop drops at most ``stride - 1`` pixels at the far end of an axis, where pooling had rounded an odd size up;
     where the size divides by the stride nothing is cropped and the result is the paper's.
@@ -47,9 +45,5 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """(B, in, *spatial) -> (B, out, *size), ``size`` at most ``spatial * stride``."""
-        if torch.is_grad_enabled():
-            bias, left = self.conv.biases(x)
-            wanted = self.conv.moments_wanted()
-            out, moments = upsample_conv(x, self.stride, size, self.conv.conv.weight, bias, wanted)
-            return self.conv.normalise(out, moments, left)
-        return self.conv(linear_upsample(x, self.stride, size))
+        conv = self.conv
+        return upsample_conv_norm_act(x, self.stride, size, conv.conv, conv.norm, conv.activation)

@@ -6,7 +6,8 @@ many levels there are, which widths meet which ratio, how large the maps are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, isfinite, prod
 from numbers import Number, Real
@@ -16,11 +17,15 @@ import numpy as np
 
 from nnunet_lgms.architecture.topology import (
     PAPER_LMS_KERNELS,
+    hidden_channels,
     is_int,
     paper_decoder_blocks,
     paper_encoder_block,
     paper_features,
+    per_axis,
+    transformer_channels,
 )
+from nnunet_lgms.blocks.lms import check_lms_width, lms_groups
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM, GroupNorm, paper_norm
 from nnunet_lgms.config.levels import key_for, spread
 from nnunet_lgms.config.settings import AUTO, LGMSSettings
@@ -177,10 +182,16 @@ def network_kwargs(settings: LGMSSettings, topology: Topology) -> dict[str, Any]
     for i in range(n):
         level, uses_gms = i + 1, encoder_blocks[i] == "GMS" or (i < n - 1 and "GMS" in decoder_blocks[i])
         if encoder_blocks[i] == "LMS":
-            _check_lms_width(entering[i], level)
-            groups[i] = _group_channels(groups[i], kernels[i], entering[i], level)
+            with _in_setting(f"widths at level {level}"):
+                check_lms_width(entering[i])
+            name = "lms_kernels" if groups[i] is None else "lms_group_channels"
+            with _in_setting(f"{name} at level {level}"):
+                groups[i] = lms_groups(entering[i], len(kernels[i]), groups[i])
         if uses_gms:
-            _check_gms(widths[i], ratios[i], mlp_ratios[i], level)
+            with _in_setting("gms_ratio"):
+                transformer_channels(widths[i], ratios[i], level)
+            with _in_setting("mlp_ratio"):
+                hidden_channels(widths[i], mlp_ratios[i], level)
     _check_patch(settings, topology, encoder_blocks, decoder_blocks)
 
     norm_op, norm_op_kwargs = _norm(settings.norm, topology.dim)
@@ -267,13 +278,7 @@ def lms_kernels_by_level(settings: LGMSSettings, topology: Topology) -> list[lis
     )
     resolved = []
     for kernels in per_level:
-        for kernel in kernels:
-            if not _is_number(kernel) and len(kernel) != topology.dim:
-                raise ValueError(
-                    f"lgmsnet.lms_kernels holds {list(kernel)}, {len(kernel)} numbers for a {topology.dim}D plan: give "
-                    f"one number, or {topology.dim}, one per axis."
-                )
-        resolved.append([_per_axis(kernel, topology.dim) for kernel in kernels])
+        resolved.append([per_axis(kernel, topology.dim, "lgmsnet.lms_kernels") for kernel in kernels])
     if "lms_kernels" in settings.model_fields_set:
         for level in lms_levels(settings, topology):
             _check_kernels(resolved[level - 1], topology, level)
@@ -293,62 +298,25 @@ def _check_kernels(kernels: Sequence[tuple[int, ...]], topology: Topology, level
                 )
 
 
-def _check_lms_width(width: int, level: int) -> None:
-    if width % 4:
-        raise ValueError(
-            f"lgmsnet.widths gives the LMS block at level {level} {width} channels: allowed are multiples of 4, for "
-            f"example {width + -width % 4}."
-        )
-
-
-def _group_channels(given: Sequence[int] | None, kernels: Sequence, channels: int, level: int) -> list[int]:
-    """Channels of each LMS group; without a setting as equal as they can be."""
-    n = len(kernels)
-    if given is None:
-        if n > channels:
-            raise ValueError(
-                f"lgmsnet.lms_kernels holds {n} kernels at level {level}, which has {channels} channels: allowed are 1 "
-                f"to {channels} kernels there."
-            )
-        return [channels // n + (i < channels % n) for i in range(n)]
-    if len(given) != n or sum(given) != channels:
-        raise ValueError(
-            f"lgmsnet.lms_group_channels is {list(given)} at level {level}: it must have {n} entries, one per kernel, "
-            f"that sum to the {channels} channels entering that level."
-        )
-    return list(given)
-
-
-def _check_gms(width: int, ratio: Sequence[int], mlp_ratio: float, level: int) -> None:
-    transformer, conv = ratio
-    if width * transformer % (transformer + conv):
-        raise ValueError(
-            f"lgmsnet.gms_ratio is {transformer}:{conv} at level {level}, which has {width} channels and cannot be "
-            f"split so: the parts must sum to a divisor of {width}, or the width be divisible by {transformer + conv}."
-        )
-    hidden = width * mlp_ratio
-    if abs(hidden - round(hidden)) > 1e-6 or round(hidden) < 1:
-        raise ValueError(
-            f"lgmsnet.mlp_ratio is {mlp_ratio:g} at level {level}, which makes {hidden:g} hidden channels of {width}: "
-            f"allowed are ratios that make a whole number of at least 1."
-        )
+@contextmanager
+def _in_setting(name: str) -> Iterator[None]:
+    """Inside, what the network refuses is said of the setting that it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"lgmsnet.{name}: {error}") from error
 
 
 def _check_patch(settings: LGMSSettings, topology: Topology, encoder: Sequence[str], decoder: Sequence[str]) -> None:
-    patch = settings.gms_patch
-    if not _is_number(patch) and len(patch) != topology.dim:
-        raise ValueError(
-            f"lgmsnet.gms_patch is {list(patch)}, {len(patch)} numbers for a {topology.dim}D plan: give one number, or "
-            f"{topology.dim}, one per axis."
-        )
+    patch = per_axis(settings.gms_patch, topology.dim, "lgmsnet.gms_patch")
     if "gms_patch" not in settings.model_fields_set:
         return
     for i, block in enumerate(encoder):
         size = tuple(max(2, s) for s in topology.map_size(i + 1))  # the paper's patch of 2 is fine on a single slice
         uses_gms = block == "GMS" or (i < len(decoder) and "GMS" in decoder[i])
-        if uses_gms and any(p > s for p, s in zip(_per_axis(patch, topology.dim), size, strict=True)):
+        if uses_gms and any(p > s for p, s in zip(patch, size, strict=True)):
             raise ValueError(
-                f"lgmsnet.gms_patch is {patch}, larger than the map at level {i + 1}, which is "
+                f"lgmsnet.gms_patch is {settings.gms_patch}, larger than the map at level {i + 1}, which is "
                 f"{'x'.join(map(str, size))} voxels: allowed are 1 to {_one_or_axes(size)}."
             )
 
@@ -361,10 +329,6 @@ def _norm(name: str, dim: int) -> tuple[type, dict]:
     if name == "instance":
         return INSTANCE_NORM[dim], {"affine": False}
     return GroupNorm, {}
-
-
-def _per_axis(value: int | Sequence[int], dim: int) -> tuple[int, ...]:
-    return (int(value),) * dim if _is_number(value) else tuple(int(v) for v in value)
 
 
 def _one_or_axes(values: Sequence[int]) -> str:

@@ -103,7 +103,7 @@ def _hardware(index: int) -> Decision:
         return Decision(
             "pytorch", f"The Triton kernels need compute capability {need}, and {properties.name} has {has}."
         )
-    shared = getattr(properties, "shared_memory_per_block_optin", ALL_HAVE)
+    shared = shared_memory(index)
     if shared < SHARED_MEMORY:
         return Decision(
             "pytorch",
@@ -111,6 +111,11 @@ def _hardware(index: int) -> Decision:
             f"{shared}.",
         )
     return Decision("kernels", f"The Triton kernels run on {properties.name}.")
+
+
+def shared_memory(device: torch.device | int) -> int:
+    """Bytes of shared memory that a block may have on a CUDA device."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", ALL_HAVE)
 
 
 def use_kernels(x: Tensor) -> bool:

@@ -10,9 +10,8 @@ operator, and its depthwise gradients are slow. Here there are two operators, bo
 The two are closed under differentiation, so second derivatives work too. All kernels and biases travel in one flat
 tensor: one argument, one gradient, and one small copy in place of a launch per group.
 
-CUDA tensors go to the kernels of `triton/depthwise.py` where those apply, unless the environment variable
-NNUNET_LGMS_KERNELS is `off`; float32 on the CPU takes the forms of `cpu/depthwise.py`, and all else the PyTorch path
-below. All give the same results up to rounding.
+Both go to the kernels of `triton/depthwise.py` where those apply; float32 on the CPU takes the forms of
+`cpu/depthwise.py`, and all else the PyTorch path below. All give the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops.backend import use_kernels
+from nnunet_lgms.ops.backend import operator, use_kernels
 from nnunet_lgms.ops.cpu import depthwise as depthwise_cpu
 from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST
@@ -37,12 +36,12 @@ CPU_TILE = 16
 CPU_CHUNK = 1 << 24
 
 
+@operator
 def multi_kernel_depthwise(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     residual: bool = False,
-    any_layout: bool = False,
 ) -> Tensor:
     """Depthwise "same" convolution with a kernel of its own for every group of channels.
 
@@ -52,12 +51,11 @@ def multi_kernel_depthwise(
             every k is odd (1 is allowed, e.g. across thick slices).
         biases: one (C_i,) tensor for each group, or None.
         residual: add x to the result, on the GPU in the same pass over memory.
-        any_layout: the result may be contiguous below a channels-last x, which spares a copy on the GPU.
 
     Returns:
-        (B, C, *spatial) in the dtype of x (in autocast's dtype where that is on) and in its memory format. Weights and
-        biases may stay in float32 below half-precision x: they are rounded where they are used, and their gradients
-        come back in their own dtype.
+        (B, C, *spatial) in the dtype of x (in autocast's dtype where that is on) and in its memory format, but for the
+        kernels, whose result is contiguous: norms read it as it is. Weights and biases may stay in float32 below
+        half-precision x: they are rounded where they are used, and their gradients come back in their own dtype.
 
     Raises:
         ValueError: x is no 4D or 5D floating point tensor, a kernel is even, or the groups do not add up to C.
@@ -76,9 +74,10 @@ def multi_kernel_depthwise(
         return _convolve(x, parameters, channels, kernels, biases is not None, False, residual)
     # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
     # whatever wrote x and whatever reads the result.
-    memory_format = _memory_format(x)
     out = _convolve(to_channels_first(x), parameters, channels, kernels, biases is not None, False, residual)
-    return out if any_layout or memory_format == torch.contiguous_format else to_channels_last(out)
+    if _memory_format(x) == torch.contiguous_format or (use_kernels(x) and not torch.compiler.is_compiling()):
+        return out
+    return to_channels_last(out)
 
 
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> None:
@@ -318,9 +317,9 @@ def _weight_grad_chunk(x: Tensor, grad: Tensor, kernel: tuple[int, int, int]) ->
 
 
 def _triton_kernels(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> ModuleType | None:
-    """The module with the CUDA kernels if it can serve this call, else None."""
+    """The module with the Triton kernels if it can serve this call, else None."""
     if not use_kernels(x):
         return None
-    from nnunet_lgms.ops.triton import depthwise as depthwise_triton
+    from nnunet_lgms.ops.triton import depthwise as triton_kernels
 
-    return depthwise_triton if depthwise_triton.supports(x, channels, kernels) else None
+    return triton_kernels if triton_kernels.fits(x, channels, kernels) else None

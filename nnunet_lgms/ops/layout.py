@@ -1,8 +1,7 @@
 """Between the two memory formats: channels innermost for dense convolutions and norms, x innermost for depthwise ones.
 
-A transposed copy, at the speed of memory; the loops that Inductor writes for it take five times as long on an H100. On
-CUDA these are two operators registered with `torch.library`; everything else, and everything when the environment
-variable NNUNET_LGMS_KERNELS is `off`, is `Tensor.contiguous`.
+It is a transposed copy, at the speed of memory; the loops that Inductor writes for it take five times as long on an
+H100.
 """
 
 from __future__ import annotations
@@ -10,34 +9,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.library import triton_op
 
-from nnunet_lgms.ops.backend import use_kernels
-from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, wants_channels_last
+from nnunet_lgms.ops.backend import operator, use_kernels
+from nnunet_lgms.ops.memory_format import CHANNELS_LAST, as_channels_last, channels_last, wants_channels_last
 
 
+@operator
 def to_channels_first(x: Tensor) -> Tensor:
     """x (B, C, *spatial), contiguous."""
     if x.is_contiguous():
         return x
-    if _fits_kernels(x) and channels_last(x):
-        return _channels_first(x)
+    if use_kernels(x):
+        from nnunet_lgms.ops.triton import layout as kernels
+
+        return kernels.to_channels_first(x)
     return _Copy.apply(x, False) if wants_channels_last(x) and channels_last(x) else x.contiguous()
 
 
+@operator
 def to_channels_last(x: Tensor) -> Tensor:
     """x (B, C, *spatial), contiguous with channels innermost, and with the strides of that."""
-    memory_format = CHANNELS_LAST[x.ndim]
-    if x.shape[1] == 1 and x.is_contiguous():  # in either format; but convolutions go by the strides
-        return x.squeeze(1).unsqueeze(-1).movedim(-1, 1)
-    if x.is_contiguous(memory_format=memory_format):
-        return x
-    if x.is_contiguous():
-        if _fits_kernels(x):
-            return _channels_last(x)
-        if wants_channels_last(x):
-            return _Copy.apply(x, True)
-    return x.contiguous(memory_format=memory_format)
+    if use_kernels(x):
+        from nnunet_lgms.ops.triton import layout as kernels
+
+        return kernels.to_channels_last(x)
+    is_copied = x.is_contiguous() and not x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim])
+    return _Copy.apply(x, True) if is_copied and wants_channels_last(x) else as_channels_last(x)
+
+
+def to_fastest_layout(x: Tensor) -> Tensor:
+    """x (B, C, *spatial) in the memory format in which a network runs fastest on its device.
+
+    Tensor cores want channels innermost; any other layout costs two transposes around every convolution. On the CPU,
+    the loops of pooling, upsampling and norms want it too.
+    """
+    return to_channels_last(x) if use_kernels(x) or wants_channels_last(x) else x
 
 
 class _Copy(Function):
@@ -51,26 +57,3 @@ class _Copy(Function):
     @staticmethod
     def backward(ctx, grad):
         return to_channels_first(grad) if ctx.channels_last else to_channels_last(grad), None
-
-
-def _fits_kernels(x: Tensor) -> bool:
-    return use_kernels(x) and 0 < x.numel() < 2**31 and x.dtype != torch.float64
-
-
-@triton_op("nnunet_lgms::channels_first", mutates_args=())
-def _channels_first(x: Tensor) -> Tensor:
-    from nnunet_lgms.ops.triton import layout as layout_triton
-
-    return layout_triton.channels_first(x)
-
-
-@triton_op("nnunet_lgms::channels_last", mutates_args=())
-def _channels_last(x: Tensor) -> Tensor:
-    from nnunet_lgms.ops.triton import layout as layout_triton
-
-    return layout_triton.channels_last(x)
-
-
-# The gradient of a copy is a copy: into the layout that the input had.
-_channels_first.register_autograd(lambda ctx, grad: to_channels_last(grad))
-_channels_last.register_autograd(lambda ctx, grad: to_channels_first(grad))

@@ -18,6 +18,16 @@ def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and (x.shape[1] == 1 or not x.is_contiguous())
 
 
+def as_channels_last(x: Tensor) -> Tensor:
+    """x (B, C, *spatial), contiguous with channels innermost, by PyTorch's own copy where one is needed.
+
+    A map of one channel is contiguous in either format, but convolutions go by the strides.
+    """
+    if x.shape[1] == 1 and x.is_contiguous():
+        return x.squeeze(1).unsqueeze(-1).movedim(-1, 1)
+    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim])
+
+
 def wants_channels_last(x: Tensor) -> bool:
     """Whether a network runs faster on x (B, C, *spatial), on a CPU, with its channels innermost.
 

@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_lgms.ops.memory_format import channels_last, wants_channels_last
-from nnunet_lgms.ops.norm_act import statistics_known, update_running_statistics
+from nnunet_lgms.ops.norms import statistics_known, unbiasing, update_running_statistics
 
 CHUNK = 1 << 19  # numbers of the wide map that are worked on at a time: 2 MiB of float32
 
@@ -61,7 +61,7 @@ def _of_sample(norm: nn.Module) -> bool:
 
 
 def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.Module, squeeze: _ConvNd) -> Tensor:
-    """:func:`nnunet_lgms.ops.bottleneck.inverted_bottleneck` where :func:`fits` says so."""
+    """squeeze(norm2(gelu(expand(norm1(gelu(x)))))) where :func:`fits` says so, (B, D, *spatial) -> (B, C, *spatial)."""
     rows = x.movedim(1, -1).flatten(1, -2)
     if isinstance(norm1, _BatchNorm):
         rows = rows.flatten(0, 1)[None]
@@ -71,7 +71,7 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
     out, *statistics = _Bottleneck.apply(rows, *parameters, (norm1.eps, norm2.eps), known)
     for norm, mean, variance, own in zip((norm1, norm2), statistics[::2], statistics[1::2], known, strict=True):
         if own.mean is None:
-            update_running_statistics(norm, mean, variance, x)
+            update_running_statistics(norm, mean, variance, unbiasing(x))
     return out.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
 
 

@@ -1,488 +1,225 @@
-"""Triton kernels of the narrow dense convolution: an implicit matrix product over channels-last maps.
+"""Dense "same" convolutions of channels-last maps on a GPU.
 
-A map is (B, D, H, W, C) in memory. What bounds this product on narrow maps is not arithmetic but how often a voxel is
-loaded, 27 times if every output asks for its own neighbours. So one row of the product makes a tile of TY x TX
-neighbouring outputs: their inputs along x, TX + KX - 1 voxels with all channels, are one contiguous run of memory (K
-numbers), their results N = TY * TX * LANES numbers (C_out and what fills a power of two), and the weights a K x N band
-matrix for each of the KZ * (TY + KY - 1) input rows, which `_dense_band` writes. The input gradient is the same product
-with a mirrored band. Sums are in float32. There are two ways to go through a map:
-
-* `_dense_sweep`, for kernels of 3 along the outermost axis: a program keeps its block of tiles of a plane and walks
-  through the planes. An input plane is loaded once for the three planes of outputs that it belongs to, whose sums wait
-  in registers, and the band matrices are loaded once for the whole walk. With tiles of 1 x 2, an output of a 3^3 kernel
-  costs 3 loads of 2 voxels in place of 9 of 3. A 2D map counts as planes of one row, (H, 1, W), so that its rows are
-  walked. On an H100 this is up to 40 % faster than the other way, as long as sums and bands fit, which they do for 16
-  channels to 32 or back.
-* `_dense_flat`, for all else: the tiles of all planes one after the other, each by itself. With tiles of 2 x 2, an
-  output of a 3^3 kernel costs 3 loads of 4 voxels. A 2D map is one plane, (1, H, W).
-
-A product may read some channels of a map and write some channels of another: groups are a launch each, and the two
-halves of a Fusion block's input need not be joined. It may end with the norm and activation behind the convolution,
-where the norm's statistics are known before (batch norm in prediction); where they are not, with the moments of what it
-stores, so that the norm need not read the map for them.
-
-Every version of a kernel costs a first step seconds of compilation. So what differs from map to map is a run-time value
-without a version for multiples of 16: the channels of a map, which are constants, say how its loads are aligned.
+Half-precision maps with many voxels and few channels go to the implicit matrix product of `conv_kernels.py`, forward
+and input gradient, and weight gradients to cuDNN. Other maps go to the libraries, 1x1 convolutions as the matrix
+products that they are there, with the gradient of a bias as the sum of a few parallel slices.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-from torch.library import wrap_triton
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.library import triton_op
+from torch.nn.modules.conv import _ConvNd
 
-from nnunet_lgms.ops.launch import launch
-from nnunet_lgms.ops.memory_format import map_memory
-from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm
-from nnunet_lgms.ops.triton.norm_act import Join, PartialMoments, first_row, store_moments
+from nnunet_lgms.ops.memory_format import HALF, channels_last, compute_dtype
+from nnunet_lgms.ops.norms import statistics_known
+from nnunet_lgms.ops.triton import conv_kernels as kernels
+from nnunet_lgms.ops.triton.concatenate import concatenate
+from nnunet_lgms.ops.triton.layout import to_channels_last
+from nnunet_lgms.ops.triton.norm_act import channel_sums, ignores_bias, takes_statistics
 
-if TYPE_CHECKING:
-    from triton.runtime.jit import JITFunction
-
-MAX_N = 64  # results of a tile, beyond that it shrinks
-MAX_BAND = 128 * 32  # numbers of a band matrix, of which a sweep keeps up to nine at hand
-PLANES = 16  # of outputs that a program sweeps, and loads two more
-LEAST_FULL = 0.75  # of the blocks of a plane: a sweep does not fill them with tiles of the next
-BAND_NUMBERS = 1024  # of the band matrices, that one program writes
-
-
-class _Tiling(NamedTuple):
-    """Sizes of the product for one convolution."""
-
-    kz: int
-    ky: int
-    kx: int
-    ty: int
-    tx: int
-    c_in: int
-    c_out: int
-
-    @classmethod
-    def of(cls, kernel: Sequence[int], c_in: int, c_out: int, sweeps: bool) -> _Tiling:
-        kz, ky, kx = _as_3d(kernel, sweeps)
-        tx = 2 if kx == 3 else 1
-        ty = 2 if ky == 3 and not sweeps and 2 * tx * c_out <= MAX_N else 1
-        return cls(kz, ky, kx, ty, tx, c_in, c_out)
-
-    @property
-    def rows(self) -> int:
-        """Input rows that a tile reads, over all planes."""
-        return self.kz * (self.ty + self.ky - 1)
-
-    @property
-    def lanes(self) -> int:
-        """Numbers of a result in the product: its channels and what fills a power of two, 16 in the whole tile."""
-        return max(triton.next_power_of_2(self.c_out), 16 // (self.ty * self.tx))
-
-    @property
-    def run(self) -> int:
-        """Numbers of an input row that a tile reads."""
-        return (self.tx + self.kx - 1) * self.c_in
-
-    @property
-    def k(self) -> int:
-        return max(16, triton.next_power_of_2(self.run))
-
-    @property
-    def n(self) -> int:
-        return self.ty * self.tx * self.lanes
-
-    def constants(self) -> dict[str, int]:
-        return {
-            "C_IN": self.c_in,
-            "C_OUT": self.c_out,
-            "KZ": self.kz,
-            "KY": self.ky,
-            "KX": self.kx,
-            "TY": self.ty,
-            "TX": self.tx,
-            "K": self.k,
-            "N": self.n,
-            "LANES": self.lanes,
-        }
+CONV = {2: F.conv2d, 3: F.conv3d}
+MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
+MIN_VOXELS = 1 << 20  # with fewer, cuDNN's kernels are as good
+MIN_VOXELS_EPILOGUE = 1 << 16  # but not where norm and activation cost them a pass over the map
 
 
-def _as_3d(sizes: Sequence[int], sweeps: bool) -> tuple[int, ...]:
-    """Sizes of a map or of a kernel, those of 2D as of one plane, or of planes of one row where these are walked."""
-    if len(sizes) == 3:
-        return tuple(sizes)
-    return (sizes[0], 1, sizes[1]) if sweeps else (1, *sizes)
+def same_conv(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """The operator `same_conv` of one map or of one for each group."""
+    if _is_narrow(xs, weight):
+        dtype = compute_dtype(xs[0])
+        return _narrow_conv([x.to(dtype) for x in xs], weight, bias, groups)
+    x = concatenate(xs)
+    if channels_last(x) and x.dtype != torch.float64:
+        return _library_conv(x.to(compute_dtype(x)), weight, bias, groups)
+    return _conv(x, weight, bias, groups)
 
 
-class _Plan(NamedTuple):
-    """How one convolution is done: by which kernel, with which tiles and programs."""
-
-    function: JITFunction
-    tiling: _Tiling
-    size: tuple[int, ...]  # of the map, as the kernel sees it
-    tiles: int  # of a plane that is swept, else of a sample
-    block: int  # tiles that a program holds at once
-    steps: int  # of a program: planes that it sweeps, else blocks of tiles
-    slices: int  # programs of a sample
-    options: dict[str, int]  # of the compiler
-
-    @classmethod
-    def of(cls, x: Tensor, kernel: Sequence[int], c_in: int, c_out: int, most_slices: int | None = None) -> _Plan:
-        """For c_in channels of a map like x to c_out, by at most so many programs a sample."""
-        arguments = x.shape[2:], kernel, c_in, c_out, most_slices
-        return cls._sweep(*arguments) or cls._flat(*arguments)
-
-    @classmethod
-    def _sweep(
-        cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int, most_slices: int | None
-    ) -> _Plan | None:
-        """None where the other way is better."""
-        t, size = _Tiling.of(kernel, c_in, c_out, True), _as_3d(size, True)
-        if t.kz != 3 or t.k * t.n > MAX_BAND:
-            return None
-        block, options = _sweep_options(t)
-        depth, height, width = size
-        tiles = height * triton.cdiv(width, t.tx)
-        blocks, walks = triton.cdiv(tiles, block), triton.cdiv(depth, PLANES)
-        if most_slices is not None:
-            walks = min(walks, most_slices // blocks)
-        if walks == 0 or tiles < LEAST_FULL * blocks * block:
-            return None
-        steps = triton.cdiv(depth, walks)
-        return cls(_dense_sweep, t, size, tiles, block, steps, blocks * triton.cdiv(depth, steps), options)
-
-    @classmethod
-    def _flat(cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int, most_slices: int | None) -> _Plan:
-        t, size = _Tiling.of(kernel, c_in, c_out, False), _as_3d(size, False)
-        block, options = _flat_options(t)
-        depth, height, width = size
-        tiles = depth * triton.cdiv(height, t.ty) * triton.cdiv(width, t.tx)
-        blocks = triton.cdiv(tiles, block)
-        steps = triton.cdiv(blocks, most_slices or blocks)
-        return cls(_dense_flat, t, size, tiles, block, steps, triton.cdiv(blocks, steps), options)
+def fits_epilogue(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module) -> bool:
+    """Whether norm and activation behind a convolution can be part of it: in prediction with known statistics."""
+    return (
+        len(xs) == 1
+        and statistics_known(norm)
+        and not torch.is_grad_enabled()
+        and _is_narrow(xs, conv.weight, MIN_VOXELS_EPILOGUE)
+    )
 
 
-# Tiles of a block, warps and stages, as they were fastest on an H100.
+def conv_norm_act(x: Tensor, conv: _ConvNd, norm: nn.Module, activation: str, residual: Tensor | None) -> Tensor:
+    """The operator `conv_norm_act` in one pass over memory, where :func:`fits_epilogue` says so."""
+    return _conv_norm_act(
+        x.to(compute_dtype(x)), conv.weight, conv.bias, conv.groups, norm.running_mean, norm.running_var, norm.weight,
+        norm.bias, norm.eps, activation, None if residual is None else to_channels_last(residual),
+    )  # fmt: skip
 
 
-def _sweep_options(t: _Tiling) -> tuple[int, dict[str, int]]:
-    if t.c_in <= 4:
-        return 64, {"num_warps": 4, "num_stages": 2}
-    if t.ky == 3 and max(t.c_in, t.c_out) <= 16:
-        return 32, {"num_warps": 2, "num_stages": 2}
-    return 64, {"num_warps": 4, "num_stages": 1}  # a second stage would double the shared memory
+def leaves_bias(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module, activation: str) -> bool:
+    """Whether the norm behind a convolution is the better place to add its bias.
 
-
-def _flat_options(t: _Tiling) -> tuple[int, dict[str, int]]:
-    if t.rows == 1 and t.n <= 32:
-        return 128, {"num_warps": 4, "num_stages": 2}
-    return 64, {"num_warps": 4, "num_stages": 3}
-
-
-class Finish(NamedTuple):
-    """Norm with given statistics, activation and residual behind a convolution; tensors of (C_out,) or None."""
-
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    activation: str
-    residual: Tensor | None
-
-
-class _Moments(NamedTuple):
-    """Of the result behind an activation, and where they go."""
-
-    partial: PartialMoments
-    activation: str
-
-
-def convolve(
-    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int, finish: Finish | None = None
-) -> Tensor:
-    """One map or one for each group, (B, C_in, *spatial) channels-last -> (B, C_out, *spatial) channels-last.
-
-    weight is (C_out, C_in / groups, *k).
+    PyTorch adds the bias of cuDNN's convolutions in a pass of its own; products and this package's convolutions have it
+    for nothing, but not its gradient, which is zero where the norm subtracts the mean of each channel.
     """
-    plan = _Plan.of(xs[0], weight.shape[2:], weight.shape[1], weight.shape[0] // groups)
-    return _convolve(plan, xs, weight, bias, groups, finish, None)
+    x = xs[0]
+    if conv.bias is None or x.dtype == torch.float64 or not all(map(channels_last, xs)):
+        return False
+    if ignores_bias(norm, activation):
+        return True
+    is_served = takes_statistics(norm) or (statistics_known(norm) and not torch.is_grad_enabled())
+    return is_served and not _is_narrow(xs, conv.weight) and not _is_product(conv.weight, conv.groups)
 
 
-def convolve_moments(
-    xs: Sequence[Tensor],
+def _is_narrow(xs: Sequence[Tensor], weight: Tensor, min_voxels: int | None = None) -> bool:
+    """Few channels, many voxels, channels innermost, half precision, kernels 1 or 3, offsets that fit 32 bits."""
+    x = xs[0]
+    voxels = x.numel() // x.shape[1]
+    return (
+        compute_dtype(x) in HALF
+        and all(channels_last(x) for x in xs)
+        and all(k in (1, 3) for k in weight.shape[2:])
+        and max(weight.shape[:2]) <= MAX_CHANNELS[weight.shape[-1]]
+        and voxels >= (MIN_VOXELS if min_voxels is None else min_voxels)
+        and voxels * max(weight.shape[0], *(x.shape[1] for x in xs)) < 2**31
+    )
+
+
+def _is_product(weight: Tensor, groups: int) -> bool:
+    """Whether a convolution is a matrix product over channels."""
+    return groups == 1 and all(k == 1 for k in weight.shape[2:])
+
+
+# --- narrow maps ------------------------------------------------------------------------------------------------------
+
+
+@triton_op("nnunet_lgms::same_conv", mutates_args=())
+def _narrow_conv(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    return kernels.convolve(xs, weight, bias, groups)
+
+
+@triton_op("nnunet_lgms::same_conv_input_gradient", mutates_args=())
+def _narrow_input_gradient(grad: Tensor, weight: Tensor, groups: int, parts: int) -> list[Tensor]:
+    return kernels.convolve_transposed(grad, weight, groups, parts)
+
+
+@triton_op("nnunet_lgms::conv_norm_act", mutates_args=())
+def _conv_norm_act(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     groups: int,
-    kind: str,
-    norm_groups: int,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
     activation: str,
-) -> tuple[Tensor, PartialMoments]:
-    """:func:`convolve`, and the moments of the result that a norm of this kind wants, as `norm_act_triton.moments`."""
-    channels = weight.shape[0]
-    most_slices = Join(xs[0].shape[0], channels, kind, norm_groups).most_slices
-    plan = _Plan.of(xs[0], weight.shape[2:], weight.shape[1], channels // groups, most_slices)
-    partial = PartialMoments.empty(xs[0], plan.slices, channels)
-    return _convolve(plan, xs, weight, bias, groups, None, _Moments(partial, activation)), partial
+    residual: Tensor | None,
+) -> Tensor:
+    """Convolution, norm of given statistics, (C_out,), and activation; for prediction, it has no gradient."""
+    epilogue = kernels.Epilogue(mean, variance, norm_weight, norm_bias, eps, activation, residual)
+    return kernels.convolve([x], weight, bias, groups, epilogue)
 
 
-def _convolve(
-    plan: _Plan, xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups: int, finish: Finish | None,
-    moments: _Moments | None,
-) -> Tensor:  # fmt: skip
-    out = map_memory(xs[0], weight.shape[0], xs[0].shape[2:])
-    for group in range(groups):
-        x, part = (xs[0], group) if len(xs) == 1 else (xs[group], 0)
-        _launch(plan, x, part, out, group, weight, group, bias, finish, moments, False)
-    return out.movedim(-1, 1)
+def _setup(ctx, inputs, output):
+    xs, weight, bias, ctx.groups = inputs
+    ctx.save_for_backward(weight, *xs)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def convolve_transposed(grad: Tensor, weight: Tensor, groups: int, parts: int) -> list[Tensor]:
-    """Gradient of the output -> that of the input, in one map or in one for each group."""
-    c_out, c_in = weight.shape[0] // groups, weight.shape[1]
-    outs = [map_memory(grad, c_in * groups // parts, grad.shape[2:]) for _ in range(parts)]
-    plan = _Plan.of(grad, weight.shape[2:], c_out, c_in)
-    for group in range(groups):
-        out, part = (outs[0], group) if parts == 1 else (outs[group], 0)
-        _launch(plan, grad, group, out, part, weight, group, None, None, None, True)
-    return [out.movedim(-1, 1) for out in outs]
+def _backward(ctx, grad):
+    weight, *xs = ctx.saved_tensors
+    grad = to_channels_last(grad)
+    grad_xs = [None] * len(xs)
+    grad_weight = grad_bias = None
+    if any(ctx.needs_input_grad[0]):
+        grad_xs = _narrow_input_gradient(grad, weight, ctx.groups, len(xs))
+    if ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(grad, concatenate(xs), weight, ctx.groups)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = channel_sums(grad).to(ctx.bias_dtype)
+    return grad_xs, grad_weight, grad_bias, None
 
 
-def _launch(
-    plan: _Plan, x: Tensor, x_part: int, out: Tensor, out_part: int, weight: Tensor, group: int, bias: Tensor | None,
-    finish: Finish | None, moments: _Moments | None, mirrored: bool,
-) -> None:  # fmt: skip
-    """Convolves a part of the channels of x with the weights of a group to a part of those of the memory `out`."""
-    t = plan.tiling
-    band = torch.empty((t.rows, t.run, t.n), dtype=x.dtype, device=x.device)
-    numbers = t.rows * t.run * t.n
-    launch(wrap_triton(_dense_band))[(triton.cdiv(numbers, BAND_NUMBERS),)](
-        weight.contiguous(), band, group * t.c_in * t.c_out * math.prod(weight.shape[2:]), int(mirrored), numbers,
-        t.run, t.n, t.lanes, t.c_in, t.c_out, t.kz, t.ky, t.kx, t.ty, t.tx, NUMBERS=BAND_NUMBERS,
-    )  # fmt: skip
-    mean = variance = scale = shift = residual = None
-    eps, activation = 0.0, "none"
-    partial = (None,) * 3
-    if finish is not None:
-        mean, variance, scale, shift, eps, activation, residual = finish
-    if moments is not None:
-        partial, activation = moments
-    launch(wrap_triton(plan.function))[(plan.slices, x.shape[0])](
-        x, x_part, band, bias, mean, variance, scale, shift, residual, out, out_part, *partial, plan.steps, plan.tiles,
-        *plan.size, X_STRIDE=x.shape[1], OUT_STRIDE=out.shape[-1], BIAS=bias is not None, FINISH=finish is not None,
-        EPS=eps, AFFINE=scale is not None, ACT=CODES[activation], RESIDUAL=residual is not None,
-        MOMENTS=moments is not None, BLOCK=plan.block, **t.constants(), **plan.options,
-    )  # fmt: skip
+_narrow_conv.register_autograd(_backward, setup_context=_setup)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "weight_first", "mirrored", "numbers", "run", "n_results", "lanes", "c_in", "c_out", "kz", "ky", "kx", "ty",
-        "tx",
-    ]
-)  # fmt: skip
-def _dense_band(
-    weight, band, weight_first, mirrored, numbers, run, n_results, lanes, c_in, c_out, kz, ky, kx, ty, tx,
-    NUMBERS: tl.constexpr,
-):  # fmt: skip
-    """Output (oy, ox, o) of a tile meets input (r, column, i) of a row with tap (r - oy, column - ox), else zero."""
-    place = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
-    n, k, row = place % n_results, place // n_results % run, place // (n_results * run)
-    dz, r = row // (ty + ky - 1), row % (ty + ky - 1)
-    column, i = k // c_in, k % c_in
-    oy, ox, o = n // (tx * lanes), n // lanes % tx, n % lanes
-    dy, dx = r - oy, column - ox
-    taps = kz * ky * kx
-    tap = (dz * ky + dy) * kx + dx
-    source = tl.where(mirrored != 0, (i * c_out + o) * taps + taps - 1 - tap, (o * c_in + i) * taps + tap)
-    meets = (place < numbers) & (o < c_out) & (dy >= 0) & (dy < ky) & (dx >= 0) & (dx < kx)
-    w = tl.load(weight + weight_first + source, mask=meets, other=0.0)
-    tl.store(band + place, w.to(band.dtype.element_ty), mask=place < numbers)
+# --- other maps -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _place(tile, H, W, TY: tl.constexpr, TX: tl.constexpr):
-    """Plane, first row and first column of a tile."""
-    columns, rows = (W + TX - 1) // TX, (H + TY - 1) // TY
-    return tile // (columns * rows), (tile // columns) % rows * TY, tile % columns * TX
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 
-@triton.jit
-def _runs(tile, tiles, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr,
-          TX: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """(BLOCK, K) offsets of the inputs in the first row of every tile, and which of them lie inside that row."""
-    plane, row, column = _place(tile, H, W, TY, TX)
-    k = tl.arange(0, K)
-    columns = column[:, None] + (k // C_IN)[None, :] - KX // 2
-    inside = (tile < tiles)[:, None] & (columns >= 0) & (columns < W) & (k < (TX + KX - 1) * C_IN)[None, :]
-    first = (plane * H + row) * W + column - KX // 2
-    within = k if X_STRIDE == C_IN else k // C_IN * X_STRIDE + k % C_IN
-    return first[:, None] * X_STRIDE + within[None, :], inside
+def _library_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """The convolution of a channels-last map, by the library that does it best."""
+    if torch.is_grad_enabled() and (bias is not None or groups > 1):
+        return _OwnGradients.apply(x, weight, bias, groups).movedim(-1, 1)
+    if _is_product(weight, groups):
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    return _conv(x, weight, bias, groups)
 
 
-@triton.jit
-def _band(band, row, C_IN: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """(K, N) band matrix of an input row."""
-    k, n = tl.arange(0, K)[:, None], tl.arange(0, N)[None, :]
-    run: tl.constexpr = (TX + KX - 1) * C_IN
-    return tl.load(band + (row * run + k) * N + n, mask=k < run, other=0.0)
+class _OwnGradients(Function):
+    """`_library_conv` with this package's gradients of a bias and of grouped weights.
+
+    (B, C_in, *spatial) -> (B, *spatial, C_out).
+    """
+
+    # torch.compile makes the gradients of a Function contiguous, so this one returns what is contiguous.
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.groups, ctx.has_bias = groups, bias is not None
+        with torch.no_grad():
+            return _library_conv(x, weight, bias, groups).movedim(1, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = conv_gradients(
+            grad.movedim(-1, 1), *ctx.saved_tensors, ctx.groups, of_x=ctx.needs_input_grad[0], of_bias=ctx.has_bias
+        )
+        return *gradients, None
 
 
-@triton.jit
-def _results(tile, tiles, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
-             N: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """(BLOCK, N) offsets of the results of every tile, and which of them lie inside the map."""
-    plane, row, column = _place(tile, H, W, TY, TX)
-    n = tl.arange(0, N)
-    oy, ox = n // (TX * LANES), n // LANES % TX
-    y, columns = row[:, None] + oy[None, :], column[:, None] + ox[None, :]
-    inside = (tile < tiles)[:, None] & (y < H) & (columns < W) & (n % LANES < C_OUT)[None, :]
-    first = (plane * H + row) * W + column
-    return first[:, None] * OUT_STRIDE + (oy * W * OUT_STRIDE + ox * OUT_STRIDE + n % LANES)[None, :], inside
+def conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, groups: int = 1, of_x: bool = True, of_bias: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias (float32) of :func:`same_conv`, from that of its result, channels-last.
+
+    For the backward pass of an operator that contains a convolution; ``x`` in the dtype that it was convolved in.
+    """
+    grad, grad_x = to_channels_last(grad).to(x.dtype), None
+    if of_x and _is_narrow([grad], weight):
+        (grad_x,) = _narrow_input_gradient(grad, weight, groups, 1)
+    elif of_x and _is_product(weight, groups):
+        grad_x = F.linear(grad.movedim(1, -1), weight.to(x.dtype).flatten(1).T).movedim(-1, 1)
+    elif of_x:
+        grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0, groups)
+    return grad_x, _weight_gradient(grad, x, weight, groups), channel_sums(grad) if of_bias else None
 
 
-@triton.jit
-def _voxels(tile, tiles, H, W, TY: tl.constexpr, TX: tl.constexpr):
-    """Voxels of every tile that lie inside the map."""
-    _, row, column = _place(tile, H, W, TY, TX)
-    return tl.where(tile < tiles, tl.minimum(H - row, TY) * tl.minimum(W - column, TX), 0)
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """cuDNN's: the one of a convolution's three products that it does well on narrow maps, unless it is grouped.
+
+    So groups are multiplied all with all, and what belongs to no pair of them is dropped.
+    """
+    if _is_product(weight, groups):
+        rows, inputs = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
+        return (rows.T @ inputs).view(weight.shape).to(weight.dtype)
+    out_channels, channels, *kernel = weight.shape
+    dense = _aten_gradient(grad, x, grad.new_empty((out_channels, channels * groups, *kernel)), 1)
+    blocks = [w[:, i * channels : (i + 1) * channels] for i, w in enumerate(dense.chunk(groups))]
+    return torch.cat(blocks).to(weight.dtype)
 
 
-@triton.jit
-def _finished(
-    total, offset, inside, bias, mean, variance, scale, shift, residual, out_first, OUT_STRIDE: tl.constexpr,
-    BIAS: tl.constexpr, FINISH: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, C_OUT: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Bias, norm with known statistics, activation and residual."""
-    channel = out_first + tl.minimum(tl.arange(0, N) % LANES, C_OUT - 1)
-    if BIAS:
-        total += tl.load(bias + channel).to(tl.float32)[None, :]
-    if FINISH:
-        _, _, a, b = affine(mean, variance, scale, shift, 0, channel, OUT_STRIDE, EPS, AFFINE)
-        total = after_norm(before_norm(total, ACT) * a[None, :] + b[None, :], ACT)
-    if RESIDUAL:
-        total += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
-def _add_moments(
-    result, inside, is_first, origin, first, second, ACT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr
-):
-    """Origin and sums about it, (BLOCK, LANES), with those of a block of tiles; the first sets the origin."""
-    value = before_norm(result.to(tl.float32), ACT)
-    if is_first:
-        origin = first_row(tl.reshape(first_row(value), (TILE, LANES)))
-    value = tl.reshape(value, (value.shape[0], TILE, LANES))
-    inside = tl.reshape(inside, (inside.shape[0], TILE, LANES))
-    value = tl.where(inside, value - origin[None, None, :], 0.0)
-    return origin, first + tl.sum(value, 1), second + tl.sum(value * value, 1)
-
-
-@triton.jit(do_not_specialize=["x_part", "out_part", "steps", "tiles", "D", "H", "W"])
-def _dense_flat(
-    x, x_part, band, bias, mean, variance, scale, shift, residual, out, out_part, partial_mean, partial_m2,
-    partial_count, steps, tiles, D, H, W, X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, BIAS: tl.constexpr,
-    FINISH: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-    MOMENTS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr,
-    KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`steps` blocks of tiles of a sample, and the moments of all their results as they are stored."""
-    sample, out_first = tl.program_id(1), out_part * C_OUT
-    x += sample * D * H * W * X_STRIDE + x_part * C_IN
-    origin = tl.zeros((LANES,), tl.float32)
-    first, second = tl.zeros((BLOCK, LANES), tl.float32), tl.zeros((BLOCK, LANES), tl.float32)
-    voxels = tl.zeros((BLOCK,), tl.int32)
-    for step in range(steps):
-        tile = (tl.program_id(0) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        plane, row, _ = _place(tile, H, W, TY, TX)
-        runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
-        total = tl.zeros((BLOCK, N), tl.float32)
-        for i in range(KZ * (TY + KY - 1)):
-            dz, dy = i // (TY + KY - 1) - KZ // 2, i % (TY + KY - 1) - KY // 2
-            exists = (row + dy >= 0) & (row + dy < H) & (plane + dz >= 0) & (plane + dz < D)
-            run = tl.load(x + (dz * H + dy) * W * X_STRIDE + runs, mask=in_row & exists[:, None], other=0.0)
-            total = tl.dot(run, _band(band, i, C_IN, KX, TX, K, N), total)
-        offset, inside = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
-        offset += sample * D * H * W * OUT_STRIDE + out_first
-        total = _finished(
-            total, offset, inside, bias, mean, variance, scale, shift, residual, out_first, OUT_STRIDE, BIAS, FINISH,
-            EPS, AFFINE, ACT, RESIDUAL, C_OUT, N, LANES,
-        )  # fmt: skip
-        result = total.to(out.dtype.element_ty)
-        tl.store(out + offset, result, mask=inside)
-        if MOMENTS:
-            origin, first, second = _add_moments(
-                result, inside, step == 0, origin, first, second, ACT, TY * TX, LANES
-            )  # fmt: skip
-            voxels += _voxels(tile, tiles, H, W, TY, TX)
-    if MOMENTS:
-        channel = tl.arange(0, LANES)
-        store_moments(
-            partial_mean, partial_m2, partial_count, sample * tl.num_programs(0) + tl.program_id(0), OUT_STRIDE,
-            out_first + channel, channel < C_OUT, origin, tl.sum(first, 0), tl.sum(second, 0),
-            tl.sum(voxels, 0).to(tl.float32),
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["x_part", "out_part", "steps", "tiles", "D", "H", "W"])
-def _dense_sweep(
-    x, x_part, band, bias, mean, variance, scale, shift, residual, out, out_part, partial_mean, partial_m2,
-    partial_count, steps, tiles, D, H, W, X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, BIAS: tl.constexpr,
-    FINISH: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-    MOMENTS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr,
-    KX: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of tiles in `steps` planes of a sample, and the moments of all their results as they are stored."""
-    ROWS: tl.constexpr = TY + KY - 1
-    sample, out_first = tl.program_id(1), out_part * C_OUT
-    places = (tiles + BLOCK - 1) // BLOCK
-    begin = tl.program_id(0) // places * steps
-    end = tl.minimum(begin + steps, D)
-    x += sample * D * H * W * X_STRIDE + x_part * C_IN
-    tile = tl.program_id(0) % places * BLOCK + tl.arange(0, BLOCK)
-    _, row, _ = _place(tile, H, W, TY, TX)
-    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
-    offset, in_plane = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
-    offset += sample * D * H * W * OUT_STRIDE + out_first
-    bands = ()
-    for i in tl.static_range(3 * ROWS):
-        bands = bands + (_band(band, i, C_IN, KX, TX, K, N),)
-    origin = tl.zeros((LANES,), tl.float32)
-    first, second = tl.zeros((BLOCK, LANES), tl.float32), tl.zeros((BLOCK, LANES), tl.float32)
-    # Sums of the outputs in the plane before the one that is read, in this one and in the next.
-    before, here, behind = (tl.zeros((BLOCK, N), tl.float32), tl.zeros((BLOCK, N), tl.float32),
-                            tl.zeros((BLOCK, N), tl.float32))  # fmt: skip
-    for plane in range(begin - 1, end + 1):
-        planes = tl.zeros((BLOCK,), tl.int32) + plane  # the interpreter has no masks of single numbers
-        for i in tl.static_range(ROWS):
-            dy = i - KY // 2
-            exists = (row + dy >= 0) & (row + dy < H) & (planes >= 0) & (planes < D)
-            run = tl.load(x + (plane * H + dy) * W * X_STRIDE + runs, mask=in_row & exists[:, None], other=0.0)
-            before = tl.dot(run, bands[2 * ROWS + i], before)
-            here = tl.dot(run, bands[ROWS + i], here)
-            behind = tl.dot(run, bands[i], behind)
-        # The first two planes complete no output of this walk.
-        place, inside = offset + (plane - 1) * H * W * OUT_STRIDE, in_plane & (planes > begin)[:, None]
-        total = _finished(
-            before, place, inside, bias, mean, variance, scale, shift, residual, out_first, OUT_STRIDE, BIAS, FINISH,
-            EPS, AFFINE, ACT, RESIDUAL, C_OUT, N, LANES,
-        )  # fmt: skip
-        result = total.to(out.dtype.element_ty)
-        tl.store(out + place, result, mask=inside)
-        if MOMENTS:
-            origin, first, second = _add_moments(
-                result, inside, plane == begin + 1, origin, first, second, ACT, TY * TX, LANES
-            )  # fmt: skip
-        before, here, behind = here, behind, tl.zeros((BLOCK, N), tl.float32)
-    if MOMENTS:
-        channel = tl.arange(0, LANES)
-        voxels = tl.sum(_voxels(tile, tiles, H, W, TY, TX), 0) * (end - begin)
-        store_moments(
-            partial_mean, partial_m2, partial_count, sample * tl.num_programs(0) + tl.program_id(0), OUT_STRIDE,
-            out_first + channel, channel < C_OUT, origin, tl.sum(first, 0), tl.sum(second, 0), voxels.to(tl.float32),
-        )  # fmt: skip
+def _aten_gradient(grad: Tensor, x: Tensor, weight: Tensor, of: int, groups: int = 1) -> Tensor:
+    """PyTorch's gradient of x (0) or of weight (1)."""
+    kernel = weight.shape[2:]
+    one, padding, zero = [1] * len(kernel), [k // 2 for k in kernel], [0] * len(kernel)
+    mask = [of == 0, of == 1, False]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, one, padding, one, False, zero, groups, mask)[of]

@@ -11,14 +11,15 @@ that is an ordinary matrix product for the tensor cores: (patches, windows) x (w
 plane. The tensor cores multiply many zeros (256 * 9 products an output for k = 9 in place of 729), and are still far
 faster than 729 multiplications one by one. What bounds the kernels is gathering the windows.
 
-* forward: `_depthwise_band` writes the band matrices (288 KiB a channel for 9x9x9, read from L2 by everybody), and
-  `_depthwise_convolve` is a matrix product whose left side is gathered from x, for two output planes at a time, so that
-  a window is gathered (kz + 1) / 2 times and not kz times. Kernel sizes are run-time values: they only say how many
-  products to sum. One launch of one compiled kernel so serves all groups.
+* forward: `_depthwise_band_kernel` writes the band matrices (288 KiB a channel for 9x9x9, read from L2 by everybody),
+  and `_depthwise_forward_kernel` is a matrix product whose left side is gathered from x, for two output planes at a
+  time, so that a window is gathered (kz + 1) / 2 times and not kz times. Kernel sizes are run-time values: they only
+  say how many products to sum. One launch of one compiled kernel so serves all groups.
 * input gradient: the same with mirrored taps.
-* weight gradient: (64, patches) x (patches, windows), output gradient times input, for two dz at a time. The entries of
-  one diagonal belong to one tap. Every program writes its part of those entries to a workspace, which
-  `_depthwise_reduce` adds up in a fixed order: no atomics, so the result is the same in every run.
+* weight gradient: (64, patches) x (patches, windows), output gradient times input, for two dz at a time, by
+  `_depthwise_weight_gradient_kernel`. The entries of one diagonal belong to one tap. Every program writes its part of
+  those entries to a workspace, which `_depthwise_reduce_kernel` adds up in a fixed order: no atomics, so the result is
+  the same in every run.
 
 Sums are float32. float32 input goes through tf32 where PyTorch allows that for convolutions, else through three tf32
 products that together keep float32's precision.
@@ -26,7 +27,6 @@ products that together keep float32's precision.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nnunet_lgms.ops.backend import shared_memory
 from nnunet_lgms.ops.launch import launch
 
 PATCH = tl.constexpr(8)  # outputs per axis of a patch
@@ -47,7 +48,7 @@ GROUPS = 4  # that one launch can take
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def supports(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> bool:
+def fits(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> bool:
     """Whether the kernels below can serve x, (B, C, [D,] H, W), these groups and these kernel sizes."""
     return (
         x.dtype in DTYPES
@@ -56,7 +57,6 @@ def supports(x: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> bool
         and max(channels) < 1 << 14
         and max(kernels) < 64
         and max(kernels[x.dim() - 3 :: x.dim() - 2]) <= 25  # along x, where a window is 32 wide
-        and _device(x.device).capability >= (8, 0)
     )
 
 
@@ -99,9 +99,12 @@ def _find(index, group0, group1, group2, group3, PER_CHANNEL: tl.constexpr, DZ: 
 # Flags and sizes stay run-time values: UNIT, the largest power of two up to 8 that divides the width, says all that the
 # compiler needs, and every version less is seconds less of compilation.
 @triton.jit(do_not_specialize=["group0", "group1", "group2", "group3", "flip", "most_tiles"])
-def _depthwise_band(
-    parameters_ptr, band_ptr,
-    group0, group1, group2, group3, flip, most_tiles,
+def _depthwise_band_kernel(
+    parameters_ptr,  # weights of all groups, flat, one after the other, then one bias a channel if there are any
+    band_ptr,  # (C, most_tiles, BN, BK)
+    group0, group1, group2, group3,  # sizes of each group; see `_Groups`
+    flip,  # whether kernels are mirrored
+    most_tiles,  # of the channel with the largest kernel
     XW: tl.constexpr, XL: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One BK x BN tile of a band matrix: rows (r, w) of the window, columns (by, bx) of the patch, stored by column."""
@@ -138,9 +141,13 @@ def _depthwise_band(
         "patches",
     ]
 )
-def _depthwise_convolve(
-    x_ptr, band_ptr, parameters_ptr, out_ptr,
-    group0, group1, group2, group3, first_bias, residual, most_tiles, channels, depth, height, width_units, patches,
+def _depthwise_forward_kernel(
+    x_ptr,  # (B, C, D, H, W)
+    band_ptr,  # (C, most_tiles, BN, BK)
+    parameters_ptr,  # for the biases
+    out_ptr,  # (B, C, D, H, W)
+    group0, group1, group2, group3, first_bias, residual, most_tiles, channels, depth, height, width_units,
+    patches,  # of all samples, each in BZ planes
     XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BZ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -209,8 +216,10 @@ def _depthwise_convolve(
         "log_y", "log_x", "blocks_z", "blocks_y", "blocks_x", "blocks", "splits",
     ]
 )  # fmt: skip
-def _depthwise_correlate(
-    x_ptr, grad_ptr, workspace_ptr,
+def _depthwise_weight_gradient_kernel(
+    x_ptr,  # (B, C, D, H, W)
+    grad_ptr,  # (B, C, D, H, W), of the result
+    workspace_ptr,  # of each channel (splits, BN, taps)
     group0, group1, group2, group3, channels, depth, height, width_units,
     log_y, log_x, blocks_z, blocks_y, blocks_x, blocks, splits,
     XW: tl.constexpr, XL: tl.constexpr, UNIT: tl.constexpr, DZ: tl.constexpr, BP: tl.constexpr,
@@ -272,10 +281,10 @@ def _depthwise_correlate(
 
 
 @triton.jit(do_not_specialize=["group0", "group1", "group2", "group3", "splits"])
-def _depthwise_reduce(
+def _depthwise_reduce_kernel(
     workspace_ptr, out_ptr, group0, group1, group2, group3, splits, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Sum of the rows that `_depthwise_correlate` wrote, COLS taps of one channel."""
+    """Sum of the rows that `_depthwise_weight_gradient_kernel` wrote, COLS taps of one channel."""
     kz, ky, kx, _, weight, _ = _find(tl.program_id(0), group0, group1, group2, group3, True, 1, 1)
     taps = kz * ky * kx
     first = tl.program_id(1) * COLS
@@ -332,25 +341,15 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 class _Device(NamedTuple):
-    capability: tuple[int, int]
     processors: int
     shared_memory: int  # bytes that a program may have
 
 
 @lru_cache(maxsize=16)
 def _device(device: torch.device) -> _Device:
-    if device.type != "cuda":  # the interpreter
-        return _Device((8, 0), 4, 1 << 17)
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor) if torch.version.hip is None else (0, 0)
-    return _Device(capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
-
-
-def _on(x: Tensor):
-    """Triton launches on the current device, which need not be that of x."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
+    if device.type != "cuda":  # the interpreter, or the meta device
+        return _Device(4, 1 << 17)
+    return _Device(torch.cuda.get_device_properties(device).multi_processor_count, shared_memory(device))
 
 
 def _volume(x: Tensor) -> tuple[int, int, int, int, int]:
@@ -380,14 +379,13 @@ def convolve(
     out = torch.empty_like(x)
     band = torch.empty(c * tiles * bk * 64, dtype=x.dtype, device=x.device)
     first_bias = parameters.numel() - c if has_bias else -1
-    with _on(x):
-        launch(_depthwise_band)[(c, tiles)](
-            parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4
-        )
-        launch(_depthwise_convolve)[(-(-patches // bm), c)](
-            x, band, parameters, out, *groups.packed, first_bias, int(residual), tiles, c, d, h, w // unit, patches,
-            *window, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    launch(_depthwise_band_kernel)[(c, tiles)](
+        parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4
+    )
+    launch(_depthwise_forward_kernel)[(-(-patches // bm), c)](
+        x, band, parameters, out, *groups.packed, first_bias, int(residual), tiles, c, d, h, w // unit, patches,
+        *window, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return out
 
 
@@ -409,16 +407,15 @@ def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequenc
     unit = math.gcd(w, 8)
     workspace = torch.empty(splits * 64 * groups.taps, dtype=torch.float32, device=x.device)
     out = torch.empty(groups.taps, dtype=torch.float32, device=x.device)
-    with _on(x):
-        launch(_depthwise_correlate)[(splits, tasks)](
-            x, grad, workspace, *groups.packed, c, d, h, w // unit,
-            yb.bit_length() - 1, xb.bit_length() - 1, blocks_z, blocks_y, blocks_x, blocks, splits,
-            groups.window_width, groups.window_left, unit, dz, step, precision, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        columns = 16
-        launch(_depthwise_reduce)[(c, -(-max(groups.sizes) // columns))](
-            workspace, out, *groups.packed, splits, 256, columns, num_warps=8
-        )
+    launch(_depthwise_weight_gradient_kernel)[(splits, tasks)](
+        x, grad, workspace, *groups.packed, c, d, h, w // unit,
+        yb.bit_length() - 1, xb.bit_length() - 1, blocks_z, blocks_y, blocks_x, blocks, splits,
+        groups.window_width, groups.window_left, unit, dz, step, precision, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    columns = 16
+    launch(_depthwise_reduce_kernel)[(c, -(-max(groups.sizes) // columns))](
+        workspace, out, *groups.packed, splits, 256, columns, num_warps=8
+    )
     return out
 
 

@@ -1,6 +1,7 @@
 """Triton kernels of max pooling over channels-last maps, seen as (B, D, H, W, C); 2D has D = 1.
 
-A program computes some windows with all their channels. As in PyTorch, NaN is the largest value and of equal values
+A program computes some windows with all their channels. Windows do not overlap, so the gradient needs no stored
+indices: it finds the maximum again. As in PyTorch, NaN is the largest value and of equal values
 the first one, in row-major order, takes the gradient.
 """
 
@@ -9,32 +10,54 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from torch.library import triton_op, wrap_triton
 
 from nnunet_lgms.ops.launch import launch
-from nnunet_lgms.ops.memory_format import map_memory
+from nnunet_lgms.ops.memory_format import HALF, channels_last, map_memory
+from nnunet_lgms.ops.triton.layout import to_channels_last
 
 TILE = 1024  # elements of the result that a program holds
 
 
-def pool(x: Tensor, stride: Sequence[int]) -> Tensor:
+def fits(x: Tensor) -> bool:
+    """Whether the kernels serve x: channels-last, half precision or float32, offsets of 32 bits."""
+    return channels_last(x) and x.dtype in (*HALF, torch.float32) and x.numel() < 2**31
+
+
+@triton_op("nnunet_lgms::max_pool", mutates_args=())
+def max_pool(x: Tensor, stride: Sequence[int]) -> Tensor:
     """(B, C, *spatial) channels-last -> (B, C, *ceil(spatial / stride)) channels-last."""
     size = [-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)]
     out = map_memory(x, x.shape[1], size)
     grid, arguments = _launch(x, size, stride)
-    launch(wrap_triton(_pool_kernel))[grid](x, out, **arguments)
+    launch(wrap_triton(_max_pool_forward_kernel))[grid](x, out, **arguments)
     return out.movedim(-1, 1)
 
 
-def pool_backward(grad: Tensor, x: Tensor, stride: Sequence[int]) -> Tensor:
+@triton_op("nnunet_lgms::max_pool_backward", mutates_args=())
+def _max_pool_backward(grad: Tensor, x: Tensor, stride: Sequence[int]) -> Tensor:
     """Gradient of the result -> gradient of x, all channels-last."""
     out = map_memory(x, x.shape[1], x.shape[2:])
     grid, arguments = _launch(x, grad.shape[2:], stride)
-    launch(wrap_triton(_pool_backward_kernel))[grid](x, grad, out, **arguments)
+    launch(wrap_triton(_max_pool_backward_kernel))[grid](x, grad, out, **arguments)
     return out.movedim(-1, 1)
+
+
+def _setup(ctx, inputs, output):
+    x, ctx.stride = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad):
+    (x,) = ctx.saved_tensors
+    return _max_pool_backward(to_channels_last(grad), x, ctx.stride), None
+
+
+max_pool.register_autograd(_backward, setup_context=_setup)
 
 
 def _launch(x: Tensor, pooled_size: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int], dict[str, int]]:
@@ -80,8 +103,11 @@ def _window(x, window, windows, tap, D, H, W, PH, PW, C: tl.constexpr,
 
 
 @triton.jit
-def _pool_kernel(
-    x, out, windows, D, H, W, PH, PW, C: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+def _max_pool_forward_kernel(
+    x,  # (B, D, H, W, C)
+    out,  # (B, PD, PH, PW, C)
+    windows,  # B * PD * PH * PW
+    D, H, W, PH, PW, C: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -95,8 +121,12 @@ def _pool_kernel(
 
 
 @triton.jit
-def _pool_backward_kernel(
-    x, grad, out, windows, D, H, W, PH, PW, C: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+def _max_pool_backward_kernel(
+    x,  # (B, D, H, W, C)
+    grad,  # (B, PD, PH, PW, C), of the result
+    out,  # (B, D, H, W, C), gradient of x
+    windows,  # B * PD * PH * PW
+    D, H, W, PH, PW, C: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -1,538 +1,266 @@
-"""Triton kernels of norm and activation over channels-last maps, seen as (B, V, C): V voxels, C channels innermost.
+"""Norm and activation by the Triton kernels: operators registered with `torch.library`, and their gradients.
 
-What is normed may be contiguous, (B, C, V), too, as the depthwise convolution writes it, and its gradient then is; the
-result and its gradient never are.
-
-Forward: `_moments` (mean and centred second moment of a slice of voxels, per channel), `_join_moments` (of all slices
-and of the channels of a group), `_apply`. Backward: `_gradient_sums`, `_join_gradient_sums`, `_apply_gradient`. Slices
-are joined in a fixed order, so results repeat bit for bit. All sums are in float32, moments about the first voxel of
-their slice: a large mean costs no digits.
-
-The kernel that writes a map may take the moments of its slices at once (`triton/conv.py`, `triton/bottleneck.py`):
-`_moments` and its pass over the map are then left out.
+Statistics are (B, C), or (1, C) for the batch norm, in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-from torch.library import wrap_triton
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._library.triton import set_wrap_triton_enabled
+from torch.autograd.function import once_differentiable
+from torch.library import triton_op
 
-from nnunet_lgms.ops.launch import launch
-from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, map_memory
-from nnunet_lgms.ops.norm_act import MAX_CHANNELS
-from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm, normal, slope_after_norm
-from nnunet_lgms.ops.triton.channels import copy_beside
-
-TILE = 4096  # elements of a program that writes a map
-SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
-JOINED = 8192  # slices x channels that are joined by one program, at most
-JOINED_CHANNELS = 8  # that one program joins: a sector of memory
-
-
-class Join:
-    """How what slices of samples gave is joined to the statistics of one kind of norm, each of 8 channels or a group's.
-
-    The batch norm joins the slices of all samples, the others those of one.
-    """
-
-    def __init__(self, batch: int, channels: int, kind: str, groups: int):
-        self.channels = channels
-        self.statistics = 1 if kind == "batch" else batch
-        self.samples = batch // self.statistics
-        self.group_channels = channels // groups if kind == "group" else 1
-        lanes = triton.next_power_of_2(channels)
-        self.lanes = lanes if self.group_channels > 1 else min(lanes, JOINED_CHANNELS)
-        self.most_slices = max(1, JOINED // (self.lanes * triton.next_power_of_2(self.samples)))
-        self.grid = (self.statistics, triton.cdiv(channels, self.lanes))
-
-    def constants(self, slices: int) -> dict[str, int]:
-        """Of the kernels, for ``slices`` of every sample."""
-        joined = slices * self.samples
-        return {
-            "slices": joined,
-            "channels": self.channels,
-            "PIECES": min(n for n in (16, 128, JOINED // self.lanes) if n >= joined),  # few versions to compile
-            "LANES": self.lanes,
-            "GROUP": self.group_channels,
-        }
+from nnunet_lgms.ops import exchange
+from nnunet_lgms.ops.memory_format import HALF, channels_last
+from nnunet_lgms.ops.norms import (
+    NormSpec,
+    bias_cancels,
+    statistics_known,
+    statistics_of_batch,
+    tracks_statistics,
+    unbiasing,
+    update_running_statistics,
+)
+from nnunet_lgms.ops.triton import norm_act_kernels as kernels
+from nnunet_lgms.ops.triton.layout import to_channels_last
+from nnunet_lgms.ops.triton.norm_act_kernels import Norm
 
 
-class Plan:
-    """Grid and sizes of the kernels for a map like x, of one kind of norm.
-
-    Args:
-        channels: those of x if None.
-        rows: voxels that a program of the sums holds at once.
-        slices: of a sample, at most; a program of the sums works on one.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        kind: str,
-        groups: int,
-        channels: int | None = None,
-        rows: int | None = None,
-        slices: int | None = None,
-    ):
-        self.batch, self.channels = x.shape[0], channels or x.shape[1]
-        self.voxels = x[0, 0].numel()
-        self.lanes = triton.next_power_of_2(self.channels)
-        tile_rows, sum_rows = max(1, TILE // self.lanes), rows or max(1, SUM_TILE // self.lanes)
-        self.join = Join(self.batch, self.channels, kind, groups)
-        tiles = triton.cdiv(self.voxels, sum_rows)
-        self.steps = triton.cdiv(tiles, min(tiles, self.join.most_slices, slices or tiles))
-        self.slices = triton.cdiv(tiles, self.steps)
-        self.sample_stride = 0 if kind == "batch" else self.channels
-        self.tiles_grid = (triton.cdiv(self.voxels, tile_rows), self.batch)
-        self.slices_grid = (self.slices, self.batch)
-        self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": tile_rows}
-        self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows}
-
-    def empty(self, x: Tensor, n: int, rows: int) -> list[Tensor]:
-        """n buffers of (rows, C) in float32."""
-        return [torch.empty((rows, self.channels), dtype=torch.float32, device=x.device) for _ in range(n)]
-
-    def partial(self, x: Tensor) -> list[Tensor]:
-        """Two buffers for the sums of the slices."""
-        return self.empty(x, 2, self.batch * self.slices)
-
-    def partial_moments(self, x: Tensor) -> PartialMoments:
-        return PartialMoments.empty(x, self.slices, self.channels)
-
-
-class PartialMoments(NamedTuple):
-    """Mean and centred second moment of slices of a map, (B, slices, C), and their voxels, (B, slices), in float32."""
-
-    mean: Tensor
-    second: Tensor
-    count: Tensor
-
-    @classmethod
-    def empty(cls, x: Tensor, slices: int, channels: int) -> PartialMoments:
-        shapes = (x.shape[0], slices, channels), (x.shape[0], slices, channels), (x.shape[0], slices)
-        return cls(*(torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes))
-
-
-class Norm(NamedTuple):
-    """Statistics and parameters of a norm: (B, C) or, for the batch norm, (1, C); (C,) or None."""
-
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:4]
-
-    def constants(self) -> dict:
-        return {"EPS": self.eps, "AFFINE": self.weight is not None}
-
-
-def moments(x: Tensor, kind: str, groups: int, activation: str, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and variance of x + shift, behind the activation if that comes first; see `norm_act.py`."""
-    plan = Plan(x, kind, groups)
-    partial = plan.partial_moments(x)
-    launch(wrap_triton(_moments))[plan.slices_grid](
-        x, shift, *partial, plan.voxels, plan.steps, FIRST=channels_first(x), SHIFT=shift is not None,
-        ACT=first_act(activation), **plan.sum_tile,
-    )  # fmt: skip
-    return join_moments(partial, kind, groups)
-
-
-def channels_first(x: Tensor) -> int:
-    """0 for a channels-last map, for a contiguous one what surely divides its voxels: the kernels' FIRST."""
-    if channels_last(x):
-        return 0
-    return 16 if x[0, 0].numel() % 16 == 0 else 1
-
-
-def first_act(activation: str) -> int:
-    """The code of an activation in front of the norm; those behind it make no difference to its moments."""
-    return CODES[activation if activation == "gelu_first" else "none"]
-
-
-def join_moments(partial: PartialMoments, kind: str, groups: int) -> tuple[Tensor, Tensor]:
-    """(mean, variance) from the moments of all slices, at most :attr:`Join.most_slices` of them."""
-    batch, slices, channels = partial.mean.shape
-    join = Join(batch, channels, kind, groups)
-    mean, variance = (partial.mean.new_empty((join.statistics, channels)) for _ in range(2))
-    launch(wrap_triton(_join_moments))[join.grid](*partial, mean, variance, **join.constants(slices), num_warps=8)
-    return mean, variance
-
-
-def join_processes(everyones: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, variance and unbiased variance of all processes, (1, C), and the share of one in what they have, (1, 1).
-
-    Args:
-        everyones: (processes, 3, C): mean, variance and count of each, in float32.
-        rank: whose share.
-    """
-    processes, _, channels = everyones.shape
-    mean, variance, unbiased = (everyones.new_empty((1, channels)) for _ in range(3))
-    share = everyones.new_empty((1, 1))
-    lanes = triton.next_power_of_2(channels)
-    launch(wrap_triton(_join_processes))[(1,)](
-        everyones, mean, variance, unbiased, share, processes, rank, channels, LANES=lanes
+def fits_map(x: Tensor, channels: int | None = None) -> bool:
+    """Whether the kernels serve x, with ``channels`` in place of its own: not too many, and offsets of 32 bits."""
+    channels = channels or x.shape[1]
+    return (
+        x.dtype in (*HALF, torch.float32)
+        and (channels_last(x) or x.is_contiguous())
+        and channels <= kernels.MAX_CHANNELS
+        and x.numel() // x.shape[1] * channels < 2**31
     )
-    return mean, variance, unbiased, share
 
 
-def apply(
-    x: Tensor, norm: Norm, residual: Tensor | None, kind: str, groups: int, activation: str,
-    shift: Tensor | None = None, beside: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """activation(norm(x + shift)) + residual with given statistics, joined with the channels of another map."""
-    plan = Plan(x, kind, groups)
-    others = 0 if beside is None else beside.shape[1]
-    out = map_memory(x, plan.channels + others, x.shape[2:])
-    if residual is not None:
-        residual = residual.contiguous(memory_format=CHANNELS_LAST[x.ndim])
-    launch(wrap_triton(_apply))[plan.tiles_grid](
-        x, shift, *norm.tensors, residual, beside, out, plan.voxels, plan.sample_stride,
-        FIRST=channels_first(x), SHIFT=shift is not None, RESIDUAL=residual is not None, ACT=CODES[activation],
-        R=others, R_LANES=triton.next_power_of_2(max(1, others)), **norm.constants(), **plan.tile,
-    )  # fmt: skip
-    return out.movedim(-1, 1)
+def fits(x: Tensor, norm: nn.Module) -> bool:
+    """Whether the kernels serve this norm of x: of this very batch, of all processes', or of known statistics.
 
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    norm: Norm,
-    kind: str,
-    groups: int,
-    activation: str,
-    shift: Tensor | None = None,
-    exchange: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; see `norm_act.py`.
-
-    Where statistics span processes, ``exchange`` makes the means of this one, (2, C), those of all, in place.
+    In prediction alone the latter, as that operator has no gradient.
     """
-    plan = Plan(x, kind, groups)
-    partial = plan.partial(x)
-    launch(wrap_triton(_gradient_sums))[plan.slices_grid](
-        grad, x, shift, *norm.tensors, *partial, plan.voxels, plan.steps, plan.sample_stride,
-        FIRST=channels_first(x), SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.sum_tile,
-    )  # fmt: skip
-    grad_weight, grad_bias, *means = join_gradient_sums(plan, partial, norm)
-    if exchange is not None:
-        means = torch.cat(means)
-        exchange(means)
-        means = means.chunk(2)
-    grad_x = apply_gradient(plan, grad, x, norm, *means, activation, shift)
-    return grad_x, over_samples(grad_weight, norm), over_samples(grad_bias, norm)
+    if statistics_known(norm):
+        return not torch.is_grad_enabled() and fits_map(x)
+    return (fits_batch(x, norm) or exchange.spans_processes(norm)) and fits_map(x)
 
 
-def over_samples(gradient: Tensor, norm: Norm) -> Tensor:
-    """Sum of a parameter's gradients by sample, (B, C) -> (C,); those of the batch norm are (1, C).
-
-    Of a norm without parameters nobody wants it, and it is one of the samples.
-    """
-    return gradient[0] if norm.weight is None or gradient.shape[0] == 1 else gradient.sum(0)
+def fits_batch(x: Tensor, norm: nn.Module) -> bool:
+    """Whether the kernels take the statistics of this norm from x itself, which has more than one voxel."""
+    return statistics_of_batch(norm) and x[0, 0].numel() > 1
 
 
-def join_gradient_sums(plan: Plan, partial: list[Tensor], norm: Norm) -> list[Tensor]:
-    """Gradients of weight and bias by sample, means of w g and of w g xhat, from the sums of all slices."""
-    out = plan.empty(partial[0], 4, plan.join.statistics)
-    launch(wrap_triton(_join_gradient_sums))[plan.join.grid](
-        *partial, norm.weight, *out, plan.voxels, plan.join.samples,
-        AFFINE=norm.weight is not None, **plan.join.constants(plan.slices), num_warps=8,
-    )  # fmt: skip
+def takes_statistics(norm: nn.Module) -> bool:
+    """Whether a norm takes the statistics of batches: of this process's or of all."""
+    return statistics_of_batch(norm) or exchange.spans_processes(norm)
+
+
+def ignores_bias(norm: nn.Module, activation: str) -> bool:
+    """Whether a bias of the convolution in front makes no difference to the result of :func:`norm_act`."""
+    return takes_statistics(norm) and bias_cancels(NormSpec.of(norm).kind, activation)
+
+
+def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | None, bias: Tensor | None) -> Tensor:
+    """activation(norm(x + bias)) + residual where :func:`fits` says so; see the operator."""
+    residual = None if residual is None else residual.to(x.dtype)
+    if statistics_known(norm):
+        statistics = norm.running_mean, norm.running_var
+        return _norm_act_known(x, bias, *statistics, norm.weight, norm.bias, residual, norm.eps, activation)
+    spec = NormSpec.of(norm)
+    if exchange.spans_processes(norm):
+        out, mean, variance = _Synced.apply(
+            x, bias, norm.weight, norm.bias, residual, norm.process_group, norm.eps, activation
+        )
+        unbiased = 1.0  # is the variance already
+    else:
+        out, mean, variance = _norm_act(x, bias, norm.weight, norm.bias, residual, *spec, activation)
+        unbiased = unbiasing(x)
+    track(norm, mean, variance, unbiased, bias if bias_cancels(spec.kind, activation) else None)
     return out
 
 
-def apply_gradient(
-    plan: Plan, grad: Tensor, x: Tensor, norm: Norm, mean_g: Tensor, mean_gx: Tensor, activation: str,
-    shift: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Gradient of x, in its layout."""
-    first = channels_first(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if first else map_memory(x, plan.channels, x.shape[2:])
-    launch(wrap_triton(_apply_gradient))[plan.tiles_grid](
-        grad, x, shift, *norm.tensors, mean_g, mean_gx, out, plan.voxels, plan.sample_stride,
-        FIRST=first, SHIFT=shift is not None, ACT=CODES[activation], **norm.constants(), **plan.tile,
-    )  # fmt: skip
-    return out if first else out.movedim(-1, 1)
+def track(norm: nn.Module, mean: Tensor, variance: Tensor, unbiased: float, bias: Tensor | None = None) -> None:
+    """Updates the running statistics of a batch norm: by one launch in place of five, which a compiler fuses itself.
+
+    Args:
+        norm: of C channels; nothing is done to norms without running statistics.
+        mean: of what was normed less ``bias``, (1, C).
+        variance: (1, C).
+        unbiased: factor of the variance.
+        bias: (C,) or None.
+    """
+    if not tracks_statistics(norm):
+        return
+    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    one_launch = norm.momentum is not None and all(b.dtype == torch.float32 for b in buffers[:2])
+    with torch.no_grad():
+        if one_launch and not torch.compiler.is_compiling():
+            _track(mean, variance, bias, *buffers, float(norm.momentum), unbiased)
+        else:
+            update_running_statistics(norm, mean if bias is None else mean + bias, variance, unbiased)
 
 
-def update_running_statistics(
+def channel_sums(x: Tensor) -> Tensor:
+    """Sum of every channel, (B, C, *spatial) -> (C,) in float32."""
+    if fits_map(x):
+        return _channel_means(x) * (x.numel() // x.shape[1])
+    return x.sum([0, *range(2, x.ndim)], dtype=torch.float32)
+
+
+@triton_op("nnunet_lgms::channel_means", mutates_args=())
+def _channel_means(x: Tensor) -> Tensor:
+    return kernels.moments(x, "batch", 1, "none")[0].view(-1)
+
+
+@triton_op(
+    "nnunet_lgms::update_running_statistics", mutates_args=("running_mean", "running_variance", "batches_tracked")
+)
+def _track(
     mean: Tensor,
     variance: Tensor,
-    shift: Tensor | None,
+    bias: Tensor | None,
     running_mean: Tensor,
     running_variance: Tensor,
     batches_tracked: Tensor,
     momentum: float,
     unbiased: float,
 ) -> None:
-    """What BatchNorm does to its buffers in training; see `norm_act.py`."""
-    channels = running_mean.numel()
-    launch(wrap_triton(_update_running_statistics))[(1,)](
-        mean, variance, shift, running_mean, running_variance, batches_tracked, channels, momentum, unbiased,
-        SHIFT=shift is not None, LANES=MAX_CHANNELS,
-    )  # fmt: skip
+    kernels.update_running_statistics(
+        mean, variance, bias, running_mean, running_variance, batches_tracked, momentum, unbiased
+    )
 
 
-@triton.jit
-def _known_divisor(voxels, FIRST: tl.constexpr):
-    """The same number, of which the compiler then knows a divisor: a load of several voxels at once needs that."""
-    if FIRST:
-        voxels = voxels // FIRST * FIRST
-    return voxels
+@triton_op("nnunet_lgms::norm_act", mutates_args=())
+def _norm_act(
+    x: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mean, variance): statistics of x where the bias makes no difference to the result, else of x + bias."""
+    bias = None if bias_cancels(kind, activation) else bias
+    mean, variance = kernels.moments(x, kind, groups, activation, bias)
+    norm = Norm(mean, variance, norm_weight, norm_bias, eps)
+    return kernels.forward(x, norm, residual, kind, groups, activation, bias), mean, variance
 
 
-@triton.jit
-def places(sample, voxel, channel, voxels, C: tl.constexpr, FIRST: tl.constexpr):
-    """(ROWS, LANES) offsets in a map."""
-    if FIRST:
-        return (sample * C + channel)[None, :] * voxels + voxel[:, None]
-    return (sample * voxels + voxel)[:, None] * C + channel[None, :]
+@triton_op("nnunet_lgms::norm_act_known", mutates_args=())
+def _norm_act_known(
+    x: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """With given statistics, (C,); for prediction, it has no gradient."""
+    norm = Norm(mean[None], variance[None], norm_weight, norm_bias, eps)
+    return kernels.forward(x, norm, residual, "batch", 1, activation, bias)
 
 
-@triton.jit
-def _shifted(value, shift, channel, C: tl.constexpr, SHIFT: tl.constexpr):
-    """(ROWS, LANES) numbers of a map in float32, and to each channel its shift."""
-    value = value.to(tl.float32)
-    if SHIFT:
-        value += tl.load(shift + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
-    return value
+@triton_op("nnunet_lgms::norm_act_backward", mutates_args=())
+def _norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    kind: str,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and of the norm's weight and bias in float32."""
+    norm = Norm(mean, variance, norm_weight, norm_bias, eps)
+    return kernels.backward(grad, x, norm, kind, groups, activation, bias)
 
 
-# Sizes stay run-time values, and tell the compiler nothing: each version less is a tenth of a second of compilation.
-@triton.jit(do_not_specialize=["voxels", "steps"])
-def _moments(
-    x, shift, partial_mean, partial_m2, partial_count, voxels, steps, FIRST: tl.constexpr, SHIFT: tl.constexpr,
-    ACT: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    voxels = _known_divisor(voxels, FIRST)
-    channel = tl.arange(0, LANES)
-    begin = tl.program_id(0) * steps * ROWS
-    x += tl.program_id(1) * voxels * C
-    start = channel * voxels + begin if FIRST else begin * C + channel
-    origin = tl.load(x + start, mask=channel < C, other=0.0).to(tl.float32)
-    if SHIFT:
-        origin += tl.load(shift + channel, mask=channel < C, other=0.0).to(tl.float32)
-    origin = before_norm(origin, ACT)
-    first = tl.zeros((ROWS, LANES), tl.float32)
-    second = tl.zeros((ROWS, LANES), tl.float32)
-    for step in range(steps):
-        voxel = begin + step * ROWS + tl.arange(0, ROWS)
-        inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-        value = tl.load(x + places(0, voxel, channel, voxels, C, FIRST), mask=inside, other=0.0)
-        value = _shifted(value, shift, channel, C, SHIFT)
-        value = tl.where(inside, before_norm(value, ACT) - origin[None, :], 0.0)
-        first += value
-        second += value * value
-    count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    store_moments(partial_mean, partial_m2, partial_count, program, C, channel, channel < C, origin, tl.sum(first, 0),
-                  tl.sum(second, 0), count)  # fmt: skip
+def _setup(ctx, inputs, output):
+    x, bias, norm_weight, norm_bias, residual, *ctx.spec = inputs
+    _, mean, variance = output
+    ctx.mark_non_differentiable(mean, variance)
+    ctx.set_materialize_grads(False)  # or a kernel each makes zeros of what has no gradient
+    kind, *_, activation = ctx.spec
+    ctx.has_residual, ctx.cancels = residual is not None, bias_cancels(kind, activation)
+    ctx.save_for_backward(x, bias, norm_weight, norm_bias, mean, variance)
 
 
-@triton.jit
-def first_row(value):
-    """The first row of a matrix: an origin for the moments of all."""
-    row = tl.arange(0, value.shape[0])
-    return tl.sum(tl.where((row == 0)[:, None], value, 0.0), 0)
+def _backward(ctx, grad, _grad_mean, _grad_variance):
+    x, bias, norm_weight, norm_bias, mean, variance = ctx.saved_tensors
+    gradients = _norm_act_backward(
+        to_channels_last(grad), x, None if ctx.cancels else bias, norm_weight, norm_bias, mean, variance, *ctx.spec
+    )
+    return *_gradients(ctx, grad, *gradients), *[None] * len(ctx.spec)
 
 
-@triton.jit
-def store_moments(mean, m2, count, program, C: tl.constexpr, channel, inside, origin, first, second, voxels):
-    """Moments of a slice from its sums about an origin, of `voxels` numbers a channel; see `PartialMoments`."""
-    offset = program * C + channel
-    tl.store(mean + offset, origin + first / voxels, mask=inside)
-    tl.store(m2 + offset, second - first * first / voxels, mask=inside)
-    tl.store(count + program, voxels)
+def _gradients(
+    ctx, grad: Tensor, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, of the bias in front, of the norm's weight and bias, and of the residual; None of what is not."""
+    _, bias, norm_weight, norm_bias, *_ = ctx.saved_tensors
+    grad_in_front = None
+    if bias is not None and ctx.needs_input_grad[1]:
+        grad_in_front = torch.zeros_like(bias) if ctx.cancels else channel_sums(grad_x).to(bias.dtype)
+    grad_weight = None if norm_weight is None else grad_weight.to(norm_weight.dtype)
+    grad_bias = None if norm_bias is None else grad_bias.to(norm_bias.dtype)
+    return grad_x, grad_in_front, grad_weight, grad_bias, grad if ctx.has_residual else None
 
 
-@triton.jit
-def _over_group(value, channel, channels, GROUP: tl.constexpr):
-    """Sum over the channels of a group, for each of its channels."""
-    if GROUP == 1:
-        return value
-    same = (channel[:, None] // GROUP == channel[None, :] // GROUP) & (channel < channels)[None, :]
-    return tl.sum(tl.where(same, value[None, :], 0.0), 1)
+_norm_act.register_autograd(_backward, setup_context=_setup)
+
+# Kernels as they are, which triton_op does for those inside it: what a compiler would see of them takes 1 ms a launch.
+_not_traced = set_wrap_triton_enabled(False)
 
 
-@triton.jit(do_not_specialize=["slices", "channels"])
-def _join_moments(
-    partial_mean, partial_m2, partial_count, mean, variance, slices, channels, PIECES: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    statistic = tl.program_id(0)
-    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, PIECES)
-    inside = (piece < slices)[:, None] & (channel < channels)[None, :]
-    offset = (statistic * slices + piece)[:, None] * channels + channel[None, :]
-    means = tl.load(partial_mean + offset, mask=inside, other=0.0)
-    m2 = tl.load(partial_m2 + offset, mask=inside, other=0.0)
-    counts = tl.load(partial_count + statistic * slices + piece, mask=piece < slices, other=0.0)
-    count = tl.sum(counts, 0)
-    counts = counts[:, None]
+class _Synced(torch.autograd.Function):
+    """Norm and activation where the statistics of a batch norm span all processes, which exchange their sums.
 
-    channel_mean = tl.sum(means * counts, 0) / count
-    group_mean = _over_group(channel_mean, channel, channels, GROUP) / GROUP
-    spread = means - group_mean[None, :]
-    centred = tl.sum(tl.where(inside, m2 + counts * spread * spread, 0.0), 0)
-    group_variance = _over_group(centred, channel, channels, GROUP) / (count * GROUP)
-    tl.store(mean + statistic * channels + channel, group_mean, mask=channel < channels)
-    tl.store(variance + statistic * channels + channel, group_variance, mask=channel < channels)
+    PyTorch's own SyncBatchNorm leaves activations and layouts to passes of their own. The result comes with mean and
+    unbiased variance, (1, C). Every process calls it at the same time, and again in the backward pass.
+    """
 
+    @staticmethod
+    @_not_traced
+    def forward(ctx, x, bias, norm_weight, norm_bias, residual, group, eps, activation):
+        ctx.cancels = bias_cancels("batch", activation)
+        added = None if ctx.cancels else bias
+        moments = kernels.moments(x, "batch", 1, activation, added)
+        everyones = exchange.gather_moments(*moments, x.numel() // x.shape[1], group)
+        mean, variance, unbiased, share = kernels.merge_processes(everyones, dist.get_rank(group))
+        out = kernels.forward(
+            x, Norm(mean, variance, norm_weight, norm_bias, eps), residual, "batch", 1, activation, added
+        )
+        ctx.save_for_backward(x, bias, norm_weight, norm_bias, mean, variance, share)
+        ctx.group, ctx.eps, ctx.activation, ctx.has_residual = group, eps, activation, residual is not None
+        ctx.mark_non_differentiable(mean, unbiased)
+        ctx.set_materialize_grads(False)  # see above
+        return out, mean, unbiased
 
-@triton.jit(do_not_specialize=["processes", "rank", "channels"])
-def _join_processes(
-    everyones, mean, variance, unbiased, share, processes, rank, channels, LANES: tl.constexpr
-):  # fmt: skip
-    channel = tl.arange(0, LANES)
-    inside = channel < channels
-    count = tl.zeros((LANES,), tl.float32)
-    joined = tl.zeros((LANES,), tl.float32)
-    centred = tl.zeros((LANES,), tl.float32)
-    mine = tl.zeros((LANES,), tl.float32)
-    for process in range(processes):
-        row = everyones + process * 3 * channels + channel
-        more = tl.load(row + 2 * channels, mask=inside, other=1.0)
-        away = tl.load(row, mask=inside, other=0.0) - joined
-        count += more
-        joined += away * more / count
-        centred += more * (tl.load(row + channels, mask=inside, other=0.0) + away * away * (count - more) / count)
-        mine = tl.where(process == rank, more, mine)
-    tl.store(mean + channel, joined, mask=inside)
-    tl.store(variance + channel, centred / count, mask=inside)
-    tl.store(unbiased + channel, centred / tl.maximum(count - 1.0, 1.0), mask=inside)
-    tl.store(share + channel, mine / count, mask=channel == 0)
+    @staticmethod
+    @once_differentiable
+    @_not_traced
+    def backward(ctx, grad, *_):
+        x, bias, norm_weight, norm_bias, mean, variance, share = ctx.saved_tensors
 
+        def average(means: Tensor) -> None:
+            exchange.add_up(means.mul_(share), ctx.group)
 
-@triton.jit(do_not_specialize=["voxels", "sample_stride"])
-def _apply(
-    x, shift, mean, variance, weight, bias, residual, beside, out, voxels, sample_stride, FIRST: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr,
-    EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    voxels = _known_divisor(voxels, FIRST)
-    channel = tl.arange(0, LANES)
-    sample = tl.program_id(1)
-    _, _, a, b = affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
-    voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-    offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    place = places(sample, voxel, channel, voxels, C, FIRST)
-    value = before_norm(_shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
-    value = after_norm(value * a[None, :] + b[None, :], ACT)
-    if RESIDUAL:
-        value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
-    if R > 0:
-        copy_beside(beside, out + C, sample * voxels + voxel, voxel < voxels, R, C + R, R, R_LANES)
-        offset = (sample * voxels + voxel)[:, None] * (C + R) + channel[None, :]
-    tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["voxels", "steps", "sample_stride"])
-def _gradient_sums(
-    grad, x, shift, mean, variance, weight, bias, partial_g, partial_gx, voxels, steps, sample_stride,
-    FIRST: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
-    C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Sums of g, the gradient behind the norm, and of g times the normalised x."""
-    voxels = _known_divisor(voxels, FIRST)
-    channel = tl.arange(0, LANES)
-    sample = tl.program_id(1)
-    m, r, a, b = affine(mean, variance, weight, bias, sample * sample_stride, channel, C, EPS, AFFINE)
-    begin = tl.program_id(0) * steps * ROWS
-    sum_g = tl.zeros((ROWS, LANES), tl.float32)
-    sum_gx = tl.zeros((ROWS, LANES), tl.float32)
-    for step in range(steps):
-        voxel = begin + step * ROWS + tl.arange(0, ROWS)
-        inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-        offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-        place = places(sample, voxel, channel, voxels, C, FIRST)
-        value = before_norm(_shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT), ACT)
-        g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
-        g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
-        sum_g += g
-        sum_gx += g * (value - m[None, :]) * r[None, :]
-    out = (sample * tl.num_programs(0) + tl.program_id(0)) * C + channel
-    tl.store(partial_g + out, tl.sum(sum_g, 0), mask=channel < C)
-    tl.store(partial_gx + out, tl.sum(sum_gx, 0), mask=channel < C)
-
-
-@triton.jit(do_not_specialize=["voxels", "samples", "slices", "channels"])
-def _join_gradient_sums(
-    partial_g, partial_gx, weight, grad_weight, grad_bias, mean_g, mean_gx, voxels, samples, slices, channels,
-    AFFINE: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Sums over all slices, and the means of w g and of w g xhat over what shares a statistic."""
-    statistic = tl.program_id(0)
-    channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, PIECES)
-    inside = (piece < slices)[:, None] & (channel < channels)[None, :]
-    offset = (statistic * slices + piece)[:, None] * channels + channel[None, :]
-    sum_g = tl.sum(tl.load(partial_g + offset, mask=inside, other=0.0), 0)
-    sum_gx = tl.sum(tl.load(partial_gx + offset, mask=inside, other=0.0), 0)
-    out = statistic * channels + channel
-    tl.store(grad_weight + out, sum_gx, mask=channel < channels)
-    tl.store(grad_bias + out, sum_g, mask=channel < channels)
-    if AFFINE:
-        w = tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        sum_g, sum_gx = w * sum_g, w * sum_gx
-    count = voxels * samples * GROUP * 1.0  # either number may be a constant
-    tl.store(mean_g + out, _over_group(sum_g, channel, channels, GROUP) / count, mask=channel < channels)
-    tl.store(mean_gx + out, _over_group(sum_gx, channel, channels, GROUP) / count, mask=channel < channels)
-
-
-@triton.jit(do_not_specialize=["voxels", "sample_stride"])
-def _apply_gradient(
-    grad, x, shift, mean, variance, weight, bias, mean_g, mean_gx, out, voxels, sample_stride, FIRST: tl.constexpr,
-    SHIFT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, C: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """dx = r (w g - mean(w g) - xhat mean(w g xhat)), through the activation in front of the norm if there is one."""
-    voxels = _known_divisor(voxels, FIRST)
-    channel = tl.arange(0, LANES)
-    sample = tl.program_id(1)
-    statistics = sample * sample_stride
-    m, r, a, b = affine(mean, variance, weight, bias, statistics, channel, C, EPS, AFFINE)
-    # per channel: dx = a g + by_x x + constant
-    by_x = -r * r * tl.load(mean_gx + statistics + channel, mask=channel < C, other=0.0)
-    constant = -m * by_x - r * tl.load(mean_g + statistics + channel, mask=channel < C, other=0.0)
-    voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-    offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
-    place = places(sample, voxel, channel, voxels, C, FIRST)
-    raw = _shifted(tl.load(x + place, mask=inside, other=0.0), shift, channel, C, SHIFT)
-    value = raw
-    if ACT == 4:
-        below, density = normal(raw)
-        value = raw * below
-    g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
-    g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
-    g = g * a[None, :] + value * by_x[None, :] + constant[None, :]
-    if ACT == 4:
-        g = g * (below + raw * density)
-    tl.store(out + place, g.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["channels", "momentum", "unbiased"])
-def _update_running_statistics(
-    mean, variance, shift, running_mean, running_variance, batches_tracked, channels, momentum, unbiased,
-    SHIFT: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    channel = tl.arange(0, LANES)
-    inside = channel < channels
-    now = tl.load(mean + channel, mask=inside)
-    if SHIFT:
-        now += tl.load(shift + channel, mask=inside).to(tl.float32)
-    before = tl.load(running_mean + channel, mask=inside)
-    tl.store(running_mean + channel, before + momentum * (now - before), mask=inside)
-    now = tl.load(variance + channel, mask=inside) * unbiased
-    before = tl.load(running_variance + channel, mask=inside)
-    tl.store(running_variance + channel, before + momentum * (now - before), mask=inside)
-    tl.store(batches_tracked, tl.load(batches_tracked) + 1)
+        gradients = kernels.backward(
+            to_channels_last(grad), x, Norm(mean, variance, norm_weight, norm_bias, ctx.eps), "batch", 1,
+            ctx.activation, None if ctx.cancels else bias, average,
+        )  # fmt: skip
+        return *_gradients(ctx, grad, *gradients), None, None, None

@@ -1,4 +1,4 @@
-"""Triton kernels between channels-last maps and tokens; see `tokens.py`.
+"""Triton kernels between channels-last maps and tokens; see the operators' `tokens.py`.
 
 A map is (B, D, H, W, C + R), 2D has D = 1; its tokens are rows of C numbers, (B, P, N, C). A program works on some rows
 with all their channels, each a run of memory in either place. Everything is computed in float32; norms are those of the
@@ -13,17 +13,43 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import wrap_triton
+from torch import Tensor, nn
+from torch.library import triton_op, wrap_triton
 
 from nnunet_lgms.ops.launch import launch
-from nnunet_lgms.ops.memory_format import map_memory
-from nnunet_lgms.ops.triton.channels import copy_beside
+from nnunet_lgms.ops.memory_format import HALF, channels_last, map_memory
+from nnunet_lgms.ops.triton.concatenate import copy_rest
+from nnunet_lgms.ops.triton.layout import to_channels_last
 
+MAX_CHANNELS = 512  # of a token: a program holds some of them at once
 TILE = 2048  # numbers that a program holds of a tensor
 PROGRAMS = 512  # of the backward pass, at most: each writes a sum
 
 
+def fits_map(x: Tensor, padded: Sequence[int], norm: nn.LayerNorm) -> bool:
+    """Whether the kernels serve a map: channels innermost and not too many, offsets that fit 32 bits."""
+    (channels,) = norm.normalized_shape
+    return (
+        x.dtype in (*HALF, torch.float32)
+        and channels_last(x)
+        and max(channels, x.shape[1] - channels) <= MAX_CHANNELS
+        and x.shape[0] * x.shape[1] * math.prod(padded) < 2**31
+        and norm.weight is not None
+        and norm.bias is not None
+    )
+
+
+def fits(tokens: Tensor, norm: nn.LayerNorm | None = None, rest: Tensor | None = None) -> bool:
+    """Whether the kernels serve tokens, the norm of them, and a map with a rest of other channels."""
+    return (
+        tokens.dtype in (*HALF, torch.float32)
+        and max(tokens.shape[-1], 0 if rest is None else rest.shape[1]) <= MAX_CHANNELS
+        and tokens.numel() < 2**30  # the map may have twice the channels
+        and (norm is None or (norm.weight is not None and norm.bias is not None))
+    )
+
+
+@triton_op("nnunet_lgms::unfold_norm", mutates_args=())
 def unfold_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, patch: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,11 +57,29 @@ def unfold_norm(
     (channels,) = weight.shape
     tokens = _memory_of_tokens(x, channels, patch)
     normed = torch.empty_like(tokens)
-    beside = map_memory(x, x.shape[1] - channels, x.shape[2:])
-    _forward(x, None, tokens, normed, beside, weight, bias, eps, _geometry(x.shape[2:], patch, x.shape[1] - channels))
-    return tokens, normed, beside.movedim(-1, 1)
+    rest = map_memory(x, x.shape[1] - channels, x.shape[2:])
+    _forward(x, None, tokens, normed, rest, weight, bias, eps, _geometry(x.shape[2:], patch, x.shape[1] - channels))
+    return tokens, normed, rest.movedim(-1, 1)
 
 
+@triton_op("nnunet_lgms::unfold_norm_backward", mutates_args=())
+def _unfold_norm_backward(
+    grad_tokens: Tensor,
+    grad_normed: Tensor,
+    grad_rest: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    eps: float,
+    patch: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the map, (B, C + R, *spatial), and those of weight and bias, (2, C) in float32."""
+    rest, spatial = grad_rest.shape[1], grad_rest.shape[2:]
+    out = map_memory(tokens, tokens.shape[-1] + rest, spatial)
+    sums = _backward(grad_tokens, grad_normed, grad_rest, tokens, out, weight, eps, _geometry(spatial, patch, rest))
+    return out.movedim(-1, 1), sums
+
+
+@triton_op("nnunet_lgms::add_norm", mutates_args=())
 def add_norm(tokens: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Tokens twice -> their sum, and the sum normed."""
     out, normed = torch.empty_like(tokens), torch.empty_like(tokens)
@@ -43,50 +87,92 @@ def add_norm(tokens: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: 
     return out, normed
 
 
-def unfold_norm_backward(
-    grad_tokens: Tensor,
-    grad_normed: Tensor,
-    grad_beside: Tensor,
-    tokens: Tensor,
-    weight: Tensor,
-    eps: float,
-    patch: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the map, (B, C + R, *spatial), and those of weight and bias, (2, C)."""
-    beside, spatial = grad_beside.shape[1], grad_beside.shape[2:]
-    out = map_memory(tokens, tokens.shape[-1] + beside, spatial)
-    sums = _backward(
-        grad_tokens, grad_normed, grad_beside, tokens, out, weight, eps, _geometry(spatial, patch, beside)
-    )  # fmt: skip
-    return out.movedim(-1, 1), sums
-
-
-def add_norm_backward(
+@triton_op("nnunet_lgms::add_norm_backward", mutates_args=())
+def _add_norm_backward(
     grad_tokens: Tensor, grad_normed: Tensor, tokens: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of either summand, and those of weight and bias, (2, C)."""
+    """Gradient of either summand, and those of weight and bias, (2, C) in float32."""
     out = torch.empty_like(tokens)
     return out, _backward(grad_tokens, grad_normed, None, tokens, out, weight, eps, _NO_MAP)
 
 
 def fold_add(
-    tokens: Tensor, update: Tensor, beside: Tensor | None, patch: Sequence[int], spatial: Sequence[int]
+    tokens: Tensor, update: Tensor, rest: Tensor | None, patch: Sequence[int], spatial: Sequence[int]
 ) -> Tensor:
-    """tokens + update, beside them (B, R, *spatial) -> map (B, C + R, *spatial)."""
-    channels, others = tokens.shape[-1], 0 if beside is None else beside.shape[1]
+    """tokens + update, behind them a rest (B, R, *spatial) -> map (B, C + R, *spatial)."""
+    rest = None if rest is None else to_channels_last(rest.to(tokens.dtype))
+    update = update.to(tokens.dtype).contiguous()
+    return _fold_add(tokens.contiguous(), update, rest, list(patch), list(spatial))
+
+
+@triton_op("nnunet_lgms::fold_add", mutates_args=())
+def _fold_add(
+    tokens: Tensor, update: Tensor, rest: Tensor | None, patch: Sequence[int], spatial: Sequence[int]
+) -> Tensor:
+    channels, others = tokens.shape[-1], 0 if rest is None else rest.shape[1]
     out = map_memory(tokens, channels + others, spatial)
     rows, grid, tile = _tiles(tokens)
-    launch(wrap_triton(_fold))[grid](tokens, update, beside, out, rows, **tile, **_geometry(spatial, patch, others))
+    launch(wrap_triton(_fold_kernel))[grid](
+        tokens, update, rest, out, rows, **tile, **_geometry(spatial, patch, others)
+    )
     return out.movedim(-1, 1)
 
 
-def unfold(x: Tensor, channels: int, patch: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Map (B, C + R, *spatial) -> tokens of its first C channels, (B, R, *spatial)."""
-    others = x.shape[1] - channels
-    tokens, beside = _memory_of_tokens(x, channels, patch), map_memory(x, others, x.shape[2:])
+@triton_op("nnunet_lgms::fold_add_backward", mutates_args=())
+def _fold_add_backward(grad: Tensor, channels: int, patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Map (B, C + R, *spatial) -> tokens of its first C channels, and the rest, (B, R, *spatial)."""
+    others = grad.shape[1] - channels
+    tokens, rest = _memory_of_tokens(grad, channels, patch), map_memory(grad, others, grad.shape[2:])
     rows, grid, tile = _tiles(tokens)
-    launch(wrap_triton(_unfold))[grid](x, tokens, beside, rows, **tile, **_geometry(x.shape[2:], patch, others))
-    return tokens, beside.movedim(-1, 1)
+    launch(wrap_triton(_unfold_kernel))[grid](
+        grad, tokens, rest, rows, **tile, **_geometry(grad.shape[2:], patch, others)
+    )
+    return tokens, rest.movedim(-1, 1)
+
+
+# The backward passes keep tokens and nothing of their norms, which they take again.
+
+
+def _setup_unfold_norm(ctx, inputs, output):
+    _, weight, bias, ctx.eps, ctx.patch = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(output[0], weight)
+
+
+def _unfold_norm_grad(ctx, grad_tokens, grad_normed, grad_rest):
+    tokens, weight = ctx.saved_tensors
+    grad_tokens, grad_normed = grad_tokens.contiguous(), grad_normed.contiguous()
+    grad_x, sums = _unfold_norm_backward(
+        grad_tokens, grad_normed, to_channels_last(grad_rest), tokens, weight, ctx.eps, ctx.patch
+    )
+    return grad_x, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None
+
+
+def _setup_add_norm(ctx, inputs, output):
+    _, _, weight, bias, ctx.eps = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(output[0], weight)
+
+
+def _add_norm_grad(ctx, grad_tokens, grad_normed):
+    tokens, weight = ctx.saved_tensors
+    grad, sums = _add_norm_backward(grad_tokens.contiguous(), grad_normed.contiguous(), tokens, weight, ctx.eps)
+    return grad, grad, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
+
+
+def _setup_fold_add(ctx, inputs, output):
+    tokens, _, rest, ctx.patch, _ = inputs
+    ctx.channels, ctx.has_rest = tokens.shape[-1], rest is not None
+
+
+def _fold_add_grad(ctx, grad):
+    grad_tokens, grad_rest = _fold_add_backward(to_channels_last(grad), ctx.channels, ctx.patch)
+    return grad_tokens, grad_tokens, grad_rest if ctx.has_rest else None, None, None
+
+
+unfold_norm.register_autograd(_unfold_norm_grad, setup_context=_setup_unfold_norm)
+add_norm.register_autograd(_add_norm_grad, setup_context=_setup_add_norm)
+_fold_add.register_autograd(_fold_add_grad, setup_context=_setup_fold_add)
 
 
 def _memory_of_tokens(x: Tensor, channels: int, patch: Sequence[int]) -> Tensor:
@@ -102,28 +188,28 @@ def _tiles(tokens: Tensor) -> tuple[int, tuple[int], dict[str, int]]:
     return rows, (triton.cdiv(rows, tile),), {"C": channels, "LANES": lanes, "ROWS": tile}
 
 
-def _geometry(spatial: Sequence[int], patch: Sequence[int], beside: int) -> dict[str, int]:
-    """Arguments of the kernels for a map of this size, of patches, and of R channels beside the tokens."""
+def _geometry(spatial: Sequence[int], patch: Sequence[int], rest: int) -> dict[str, int]:
+    """Arguments of the kernels for a map of this size, of patches, and of a rest of R channels."""
     planar = (1,) * (3 - len(spatial))
     arguments = dict(zip(("D", "H", "W", "PZ", "PY", "PX"), (*planar, *spatial, *planar, *patch)))
-    return {**arguments, "R": beside, "R_LANES": triton.next_power_of_2(max(1, beside))}
+    return {**arguments, "R": rest, "R_LANES": triton.next_power_of_2(max(1, rest))}
 
 
 _NO_MAP = _geometry((1, 1, 1), (1, 1, 1), 0)
 
 
 def _forward(
-    source: Tensor, update: Tensor | None, tokens: Tensor, normed: Tensor, beside: Tensor | None, weight: Tensor,
+    source: Tensor, update: Tensor | None, tokens: Tensor, normed: Tensor, rest: Tensor | None, weight: Tensor,
     bias: Tensor, eps: float, geometry: dict[str, int],
 ) -> None:  # fmt: skip
     rows, grid, tile = _tiles(tokens)
-    launch(wrap_triton(_normalise))[grid](
-        source, update, tokens, normed, beside, weight, bias, rows, EPS=eps, FROM_MAP=update is None, **tile, **geometry
+    launch(wrap_triton(_layer_norm_forward_kernel))[grid](
+        source, update, tokens, normed, rest, weight, bias, rows, EPS=eps, FROM_MAP=update is None, **tile, **geometry
     )
 
 
 def _backward(
-    grad_tokens: Tensor, grad_normed: Tensor, grad_beside: Tensor | None, tokens: Tensor, out: Tensor, weight: Tensor,
+    grad_tokens: Tensor, grad_normed: Tensor, grad_rest: Tensor | None, tokens: Tensor, out: Tensor, weight: Tensor,
     eps: float, geometry: dict[str, int],
 ) -> Tensor:  # fmt: skip
     """Writes the gradient in front of the norm; those of weight and bias, (2, C)."""
@@ -131,9 +217,9 @@ def _backward(
     steps = triton.cdiv(tiles, PROGRAMS)
     programs = triton.cdiv(tiles, steps)
     sums = torch.empty((programs, 2, tile["C"]), dtype=torch.float32, device=tokens.device)
-    launch(wrap_triton(_normalise_gradient))[(programs,)](
-        grad_tokens, grad_normed, grad_beside, tokens, out, weight, sums, rows, steps, EPS=eps,
-        TO_MAP=grad_beside is not None, **tile, **geometry,
+    launch(wrap_triton(_layer_norm_backward_kernel))[(programs,)](
+        grad_tokens, grad_normed, grad_rest, tokens, out, weight, sums, rows, steps, EPS=eps,
+        TO_MAP=grad_rest is not None, **tile, **geometry,
     )  # fmt: skip
     return sums.sum(0)
 
@@ -158,8 +244,8 @@ def _standardised(value, C: tl.constexpr, EPS: tl.constexpr, inside):
 
 
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
-def _normalise(
-    source, update, tokens, normed, beside, weight, bias, rows, D, H, W, EPS: tl.constexpr, FROM_MAP: tl.constexpr,
+def _layer_norm_forward_kernel(
+    source, update, tokens, normed, rest, weight, bias, rows, D, H, W, EPS: tl.constexpr, FROM_MAP: tl.constexpr,
     PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr, C: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +258,7 @@ def _normalise(
         exists = exists & (row < rows)
         value = tl.load(source + voxel[:, None] * (C + R) + channel, mask=exists[:, None] & (channel < C), other=0.0)
         if R > 0:
-            copy_beside(source + C, beside, voxel, exists, C + R, R, R, R_LANES)
+            copy_rest(source + C, rest, voxel, exists, C + R, R, R, R_LANES)
     else:
         value = tl.load(source + offset, mask=inside, other=0.0).to(tl.float32)
         value += tl.load(update + offset, mask=inside, other=0.0).to(tl.float32)
@@ -185,8 +271,8 @@ def _normalise(
 
 
 @triton.jit(do_not_specialize=["rows", "steps", "D", "H", "W"])
-def _normalise_gradient(
-    grad_tokens, grad_normed, grad_beside, tokens, out, weight, sums, rows, steps, D, H, W, EPS: tl.constexpr,
+def _layer_norm_backward_kernel(
+    grad_tokens, grad_normed, grad_rest, tokens, out, weight, sums, rows, steps, D, H, W, EPS: tl.constexpr,
     TO_MAP: tl.constexpr, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
     R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +297,7 @@ def _normalise_gradient(
             exists = exists & (row < rows)
             offset, inside = voxel[:, None] * (C + R) + channel[None, :], inside & exists[:, None]
             if R > 0:
-                copy_beside(grad_beside, out + C, voxel, exists, R, C + R, R, R_LANES)
+                copy_rest(grad_rest, out + C, voxel, exists, R, C + R, R, R_LANES)
         tl.store(out + offset, g.to(out.dtype.element_ty), mask=inside)
     sums += tl.program_id(0) * 2 * C + channel
     tl.store(sums, tl.sum(of_weight, 0), mask=channel < C)
@@ -219,8 +305,8 @@ def _normalise_gradient(
 
 
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
-def _fold(
-    tokens, update, beside, out, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
+def _fold_kernel(
+    tokens, update, rest, out, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
     R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The sum of tokens as a map."""
@@ -233,12 +319,12 @@ def _fold(
     value += tl.load(update + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + voxel[:, None] * (C + R) + channel, value.to(out.dtype.element_ty), mask=inside)
     if R > 0:
-        copy_beside(beside, out + C, voxel, exists, R, C + R, R, R_LANES)
+        copy_rest(rest, out + C, voxel, exists, R, C + R, R, R_LANES)
 
 
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
-def _unfold(
-    x, tokens, beside, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
+def _unfold_kernel(
+    x, tokens, rest, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
     R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tokens of a map, zero in what fills the last patches."""
@@ -248,4 +334,4 @@ def _unfold(
     value = tl.load(x + voxel[:, None] * (C + R) + channel, mask=exists[:, None] & (channel < C), other=0.0)
     tl.store(tokens + row[:, None] * C + channel, value, mask=(row < rows)[:, None] & (channel < C))
     if R > 0:
-        copy_beside(x + C, beside, voxel, exists, C + R, R, R, R_LANES)
+        copy_rest(x + C, rest, voxel, exists, C + R, R, R, R_LANES)
