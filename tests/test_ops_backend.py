@@ -50,11 +50,13 @@ def decided_anew():
 def test_kernels_run_on_the_cards_that_they_are_made_for(card, monkeypatch):
     properties, refused = CARDS[card]
     card = Card(monkeypatch, **properties)
+    kernels_for("cuda")
+    asked = card.asked
     for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
         decision = kernels_for(device)
         assert decision.path == ("kernels" if refused is None else "pytorch")
         assert (refused or card._properties.name) in decision.reason and decision.reason.endswith(".")
-    assert card.asked == 1
+    assert card.asked == asked
 
 
 def test_every_reason_is_one_sentence(monkeypatch):
@@ -96,7 +98,9 @@ def test_a_decision_is_a_constant_of_compiled_code_and_the_switch_compiles_anew(
 
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     x = torch.zeros(2)
-    assert [compiled(x)[0].item() for _ in range(3)] == [1] * 3 and card.asked == 1
+    assert compiled(x)[0].item() == 1
+    asked = card.asked
+    assert [compiled(x)[0].item() for _ in range(3)] == [1] * 3 and card.asked == asked
     with backend.kernels("off"):
         assert compiled(x)[0].item() == -1
     assert compiled(x)[0].item() == 1
@@ -223,8 +227,8 @@ importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(n
 import torch
 from nnunet_lgms import LGMSNet
 from nnunet_lgms.ops.backend import HAS_TRITON, kernels_for
-network = LGMSNet.paper(1, 2, dim=2)
-network(torch.randn(1, 1, 32, 32)).sum().backward()
+network = LGMSNet(1, 2, 2, [8, 8], torch.nn.Conv2d, 3, [1, 2])
+network(torch.randn(1, 1, 8, 8)).sum().backward()
 assert not HAS_TRITON
 """
 

@@ -27,7 +27,6 @@ from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.graphs.recorded import RecordedPrediction, RecordedStep
 from nnunet_lgms.graphs.recording import in_all_or_none
 from nnunet_lgms.ops.backend import use_kernels
-from nnunet_lgms.ops.exchange import without_exchange
 from nnunet_lgms.ops.launch import only_compiling
 
 # Predictions of one kind that are computed before one is recorded: a graph takes as long as these to make.

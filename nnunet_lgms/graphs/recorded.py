@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nnunet_lgms.graphs.recording import as_recorded, autocast_without_cache, memory_for, recording
+from nnunet_lgms.ops.exchange import without_exchange
 from nnunet_lgms.ops.launch import only_compiling
-from nnunet_lgms.ops.norm_act_synced import without_exchange
 
 
 class RecordedPrediction:

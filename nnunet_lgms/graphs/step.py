@@ -13,6 +13,7 @@ from torch import distributed as dist
 from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.graphs.optimizer import FusedSGD
 from nnunet_lgms.graphs.update import RecordedUpdate, update_weights
+from nnunet_lgms.ops.backend import with_fallback
 
 
 def training_step(
@@ -38,10 +39,15 @@ def training_step(
     Returns:
         the loss, (), and the norm of the gradients before clipping, (); the step was left out if it is not finite.
     """
-    optimizer.zero_grad(set_to_none=True)
-    with autocast(data.device):
-        loss = loss_function(network(data), target)
-    (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def passes() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(data.device):
+            loss = loss_function(network(data), target)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss
+
+    loss = with_fallback(passes)
     if recorded_update is not None and recorded_update.is_of(optimizer, scaler):
         return loss, recorded_update()
     return loss, update_weights(network, optimizer, scaler)
