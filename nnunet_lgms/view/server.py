@@ -80,9 +80,10 @@ def listen(host: str, port: int | None) -> socket.socket:
         OSError: no port is free.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+    both = family == socket.AF_INET6 and is_wildcard(host) and socket.has_dualstack_ipv6()  # IPv4 through IPv6
     for candidate in [port] if port else PORTS:
         try:
-            return socket.create_server((address[0], candidate), family=family, backlog=128)
+            return socket.create_server((address[0], candidate), family=family, backlog=128, dualstack_ipv6=both)
         except OSError as error:
             if port:
                 raise
