@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -153,6 +154,21 @@ def test_int8_reports_what_it_costs(tmp_path, model_folder, exported, hippocampu
     operators = {node.op_type for node in onnx.load(file).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     assert weights(file, onnx.TensorProto.INT8) > 0.8 * weights(exported, onnx.TensorProto.FLOAT)
+
+
+def test_what_others_log_is_as_loud_afterwards(tmp_path, monkeypatch):
+    """Also if it fails."""
+    from nnunet_lgms.export import precision
+
+    def fails(*args, **options) -> None:
+        logging.warning("not heard")
+        raise RuntimeError("no 8 bits")
+
+    monkeypatch.setattr(precision, "quantize_static", fails)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    with pytest.raises(RuntimeError, match="no 8 bits"):
+        precision.quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", iter([]))
+    assert logging.getLogger().level == logging.INFO
 
 
 def weights(file: Path, kind: int) -> int:

@@ -20,6 +20,7 @@ from nnunet_lgms.nnunet.errors import TrainingError
 from nnunet_lgms.nnunet.graphed import MAX_STEPS_LEFT_OUT
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
 from nnunet_lgms.planning.memory import label_manager
+from nnunet_lgms.study.steps import _training_record
 
 # Four levels, none of them 2 deep: oneDNN 3.12 leaves a bfloat16 weight gradient uninitialised where a map that deep
 # meets a 3x3x3 kernel (torch 2.13 on a CPU with AVX-512). nnU-Net trains in float32 on a CPU.
@@ -215,6 +216,19 @@ def test_the_trainer_runs_no_code_of_a_checkpoint(tmp_path):
     torch.save({**content, "x": RunsCode(tmp_path / "made")}, path)
     with pytest.raises(TrainingError, match="mkdir.*would run code when loaded: it is not opened"):
         trainer.load_checkpoint(str(path))
+    assert not os.path.exists(tmp_path / "made")
+
+
+def test_a_study_runs_no_code_of_a_checkpoint(tmp_path):
+    trainer, path = trained(tmp_path)
+    for key in ("epoch_start_timestamps", "epoch_end_timestamps", "val_losses"):
+        trainer.logger.log(key, 2.0, 0)
+    trainer.save_checkpoint(str(path))
+    record = _training_record(path, "cpu")
+    assert record["epochs"] == 1 and record["ema_fg_dice"] == [0.5] and record["val_losses"] == [2.0]
+    torch.save({**torch.load(path, weights_only=False), "x": RunsCode(tmp_path / "made")}, path)
+    with pytest.raises(ValueError, match="would run code when loaded"):
+        _training_record(path, "cpu")
     assert not os.path.exists(tmp_path / "made")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -84,7 +84,8 @@ def _translate(
     for axis, (size, stride) in enumerate(zip(patch_size, step, strict=True)):
         if stride:
             sizes[axis + 2] = stride * Dim(f"steps_{axis}", min=min(size // stride, 1), max=MAX_STEPS) + size % stride
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.export.export(
             network,
             (example,),
@@ -116,16 +117,14 @@ def _translate(
 
 
 @contextmanager
-def _quiet():
-    """The exporter tells its own story of deprecations and stages; what matters here comes as an exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def quiet(*names: str) -> Iterator[None]:
+    """Keeps loggers to errors: exporters tell their own story of stages, and what matters comes as an exception."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        for logger, level in zip(loggers, levels):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-from nnunet_lgms.export.onnx_file import INPUT
+from nnunet_lgms.export.onnx_file import INPUT, quiet
 from nnunet_lgms.files import files_in
 from nnunet_lgms.runtime.description import Description
 from nnunet_lgms.runtime.images import read_case
@@ -101,18 +100,19 @@ def quantise(reference: Path, target: Path, windows: Iterator[np.ndarray]) -> No
 
     Weights get one scale a channel, activations one a tensor: the range seen on `windows`, each (1, C, *patch).
     """
-    logging.getLogger().setLevel(logging.ERROR)  # it advises a preprocessing that the exporter has done
-    quantize_static(
-        reference,
-        target,
-        _Windows(windows),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=list(INT8_OPS),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True},  # the attention's products are of activations, and a softmax follows
-    )
+    with quiet("root"):  # which advises a preprocessing that the exporter has done
+        quantize_static(
+            reference,
+            target,
+            _Windows(windows),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(INT8_OPS),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            # the attention's products are of activations, and a softmax follows
+            extra_options={"MatMulConstBOnly": True},
+        )
 
 
 def mean_dice(labels: np.ndarray, truth: np.ndarray, description: Description) -> float:

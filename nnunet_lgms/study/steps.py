@@ -177,7 +177,9 @@ def _training_record(checkpoint: Path, device: str) -> dict[str, Any]:
 
     import torch
 
-    log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+    from nnunet_lgms.checkpoint import read_checkpoint
+
+    log = read_checkpoint(checkpoint)["logging"]
     seconds = [end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"])]
     name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else platform.processor()
     curves = {key: [float(v) for v in log[key]] for key in ("train_losses", "val_losses", "ema_fg_dice")}
