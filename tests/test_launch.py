@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from nnunet_lgms.ops import launch as launching
-from nnunet_lgms.ops.launch import launch, only_compiling
+from nnunet_lgms.ops.launch import _name, launch, only_compiling
 
 
 class Kernel:
@@ -55,3 +55,12 @@ def test_after_an_error_nothing_is_compiled_and_launches_are_launches():
     assert not kernel.compiled
     launch(kernel)[(1,)]()
     assert len(kernel.launched) == 1
+
+
+def test_the_name_of_a_kernel_is_found_in_what_compilers_see():
+    from torch.library import wrap_triton
+
+    from nnunet_lgms.ops.triton.layout import _transpose_kernel
+
+    for kernel in (_transpose_kernel, wrap_triton(_transpose_kernel)):
+        assert _name(kernel) == "_transpose_kernel"

@@ -16,7 +16,7 @@ from interpreter import run_interpreted
 from torch import nn
 
 from nnunet_lgms.blocks.norm import InstanceNorm3d
-from nnunet_lgms.ops import kernels, linear_upsample, max_pool, norm_act, scaled_norms
+from nnunet_lgms.ops import kernels, linear_upsample, max_pool, norm_act
 from nnunet_lgms.ops.backend import as_on_gpu
 from nnunet_lgms.ops.norms import NormSpec, bias_cancels
 
@@ -65,11 +65,6 @@ BIASED = {  # input shape, norm, activation: what the bias of a convolution is l
     "group_silu": ((2, 12, 9, 10), nn.GroupNorm(4, 12), "silu"),
     "gelu_before_batch": ((3, 20, 9, 10), nn.BatchNorm2d(20), "gelu_first"),
     "gelu_before_instance": ((1, 64, 4, 5, 6), InstanceNorm3d(64), "gelu_first"),
-}
-SCALED = {  # shape, whether contiguous
-    "2d": ((3, 16, 9, 10), True),
-    "3d": ((2, 5, 3, 9, 7), True),
-    "channels_last": ((2, 32, 5, 6), False),
 }
 BOTTLENECKS = {  # input shape, output channels, norms of input and hidden channels
     "instance": ((2, 16, 5, 6, 7), 16, InstanceNorm3d(16), InstanceNorm3d(32)),
@@ -216,29 +211,6 @@ def biased_errors(shape, norm, activation, device):
     return [relative(a, e) for a, e in zip(actual, expected, strict=True)]
 
 
-def scaled_errors(shape, contiguous, device):
-    """Two norms of known statistics with a factor between them, as in a GMS block's branch."""
-    norm_op = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
-    norms = nn.ModuleList([norm_op(shape[1]), norm_op(shape[1])]).to(device).eval()
-    for norm in norms:
-        for t in (norm.weight.data, norm.bias.data, norm.running_mean):
-            t.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    x, residual, factor = draw(shape, device), draw(shape, device), torch.randn(shape[1], 1, 1, 1).to(device)
-    from nnunet_lgms.ops.triton import scaled_norms as kernels
-
-    with torch.no_grad(), as_on_gpu():
-        x = x.contiguous() if contiguous else x
-        assert kernels.fits(x, *norms)
-        actual = scaled_norms(x, norms[0], factor, norms[1], residual)
-    assert actual.is_contiguous(memory_format=LAYOUT[x.ndim])
-    first, second = norms.double()
-    factor = factor.double().view(-1, *(1,) * (x.ndim - 2))
-    with torch.no_grad():
-        expected = second(factor * first(x.double()).relu()) + residual.double()
-    return [relative(actual, expected)]
-
-
 def bottleneck_errors(shape, out_channels, norm1, norm2, device):
     from nnunet_lgms.ops.triton import bottleneck
 
@@ -337,7 +309,6 @@ GROUPS = {
     "epilogue": (EPILOGUES, epilogue_errors),
     "norm": (NORMS, norm_errors),
     "biased": (BIASED, biased_errors),
-    "scaled": (SCALED, scaled_errors),
     "bottleneck": (BOTTLENECKS, bottleneck_errors),
     "upsampling": (UPSAMPLINGS, upsampling_errors),
     "pooling": (POOLINGS, pooling_errors),

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
 from nnunet_lgms.blocks.norm import BATCH_NORM
-from nnunet_lgms.ops import concatenate, multi_kernel_depthwise, scaled_norms
+from nnunet_lgms.ops import concatenate, multi_kernel_depthwise, norm_act
 
 
 class ConvBranch(nn.Module):
@@ -40,9 +40,10 @@ class ConvBranch(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *spatial)."""
-        local = multi_kernel_depthwise(u, [self.depthwise.weight])
+        local = norm_act(multi_kernel_depthwise(u, [self.depthwise.weight]), self.norm1, "relu")
         # A depthwise 1-kernel is one factor per channel; a convolution would be a slow way to multiply.
-        return scaled_norms(local, self.norm1, self.scale.weight, self.norm2, residual=u)
+        local = local * self.scale.weight.to(local.dtype).view(1, -1, *(1,) * (u.ndim - 2))
+        return norm_act(local, self.norm2, "none", residual=u)
 
 
 class GMSBlock(nn.Module):

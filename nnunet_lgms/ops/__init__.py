@@ -12,7 +12,6 @@ from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
 from nnunet_lgms.ops.layout import to_fastest_layout
 from nnunet_lgms.ops.max_pool import max_pool
 from nnunet_lgms.ops.norm_act import norm_act
-from nnunet_lgms.ops.scaled_norms import scaled_norms
 from nnunet_lgms.ops.tokens import add_norm, fold_add, unfold_norm
 from nnunet_lgms.ops.upsample import linear_upsample, upsample_conv_norm_act
 
@@ -30,7 +29,6 @@ __all__ = [
     "multi_kernel_depthwise",
     "norm_act",
     "same_conv",
-    "scaled_norms",
     "set_kernels",
     "to_fastest_layout",
     "unfold_norm",

@@ -66,8 +66,8 @@ def _is_triton_s(error: Exception) -> bool:
 
 
 def _name(kernel: Any) -> str:
-    kernel = getattr(kernel, "kernel", kernel)  # within what `wrap_triton` gives
-    return getattr(kernel, "__name__", type(kernel).__name__)
+    kernel = kernel if hasattr(kernel, "fn") else getattr(kernel, "kernel", kernel)  # within what `wrap_triton` gives
+    return getattr(kernel, "fn", kernel).__name__
 
 
 class _Asked:

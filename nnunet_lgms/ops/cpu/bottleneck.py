@@ -2,7 +2,7 @@
 
 Operator by operator, the wide map travels to memory and back some twenty times in a training step, for little
 arithmetic, and the pages of a new map cost more than that. Here a norm is folded into the convolution behind it: a
-scale and a shift per channel, once its statistics are known, are but other weights. What is left runs over pieces of
+factor and an offset per channel, once its statistics are known, are but other weights. What is left runs over pieces of
 the map that stay in the cache from one operator to the next. Without a gradient the wide map is never stored, but made
 again in every pass.
 
@@ -88,26 +88,26 @@ def composed(x: Tensor, *parameters: Tensor | None, eps: tuple[float, float], kn
 
 
 def _affine(
-    mean: Tensor, variance: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+    mean: Tensor, variance: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reciprocal deviation, and the factor and the offset (S, C) that a norm is."""
     root = torch.rsqrt(variance + eps)
-    factor = root if scale is None else root * scale
+    factor = root if norm_weight is None else root * norm_weight
     offset = -mean * factor
-    return root, factor, offset if shift is None else offset + shift
+    return root, factor, offset if norm_bias is None else offset + norm_bias
 
 
 def _fold(
     mean: Tensor,
     variance: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """A norm as part of the product behind it: weight (S, out, C) and bias (S, out) that take the map as it is."""
-    _, factor, offset = _affine(mean, variance, scale, shift, eps)
+    _, factor, offset = _affine(mean, variance, norm_weight, norm_bias, eps)
     offset = offset @ weight.T
     return weight * factor[:, None], offset if bias is None else offset + bias
 
@@ -117,22 +117,22 @@ def _fold_gradients(
     grad_bias: Tensor,
     mean: Tensor,
     variance: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of mean, variance, scale, shift, weight and bias from those of :func:`_fold`'s results."""
-    root, factor, offset = _affine(mean, variance, scale, shift, eps)
+    """Gradients of mean, variance, norm_weight, norm_bias, weight and bias from those of :func:`_fold`'s results."""
+    root, factor, offset = _affine(mean, variance, norm_weight, norm_bias, eps)
     grad_offset = grad_bias @ weight
     grad_factor = (grad_weight * weight).sum(1) - mean * grad_offset
-    grad_root = grad_factor if scale is None else grad_factor * scale
+    grad_root = grad_factor if norm_weight is None else grad_factor * norm_weight
     return (
         -factor * grad_offset,
         -0.5 * grad_root * root**3,
-        None if scale is None else (grad_factor * root).sum(0),
-        None if shift is None else grad_offset.sum(0),
+        None if norm_weight is None else (grad_factor * root).sum(0),
+        None if norm_bias is None else grad_offset.sum(0),
         (grad_weight * factor[:, None]).sum(0) + grad_bias.T @ offset,
         None if bias is None else grad_bias.sum(0),
     )
@@ -226,16 +226,16 @@ def _moments(n_sets: int, pieces: Iterable[tuple[int, Tensor]]) -> tuple[Tensor,
 
 class _Bottleneck(Function):
     @staticmethod
-    def forward(ctx, x, scale1, shift1, expand, bias1, scale2, shift2, squeeze, bias2, eps, known):
+    def forward(ctx, x, norm_weight1, norm_bias1, expand, bias1, norm_weight2, norm_bias2, squeeze, bias2, eps, known):
         pieces = _Pieces(x, expand.shape[0], keep=any(ctx.needs_input_grad))
         statistics1, statistics2 = known
         if statistics1.mean is None:
             statistics1 = _moments(x.shape[0], ((piece.s, pieces.inner(piece)) for piece in pieces))
-        weight1, offset1 = _fold(*statistics1, scale1, shift1, expand, bias1, eps[0])
+        weight1, offset1 = _fold(*statistics1, norm_weight1, norm_bias1, expand, bias1, eps[0])
         if statistics2.mean is None:
             wide = ((piece.s, pieces.outer(piece, weight1, offset1)) for piece in pieces)
             statistics2 = _moments(x.shape[0], wide)
-        weight2, offset2 = _fold(*statistics2, scale2, shift2, squeeze, bias2, eps[1])
+        weight2, offset2 = _fold(*statistics2, norm_weight2, norm_bias2, squeeze, bias2, eps[1])
 
         out = x.new_empty(*x.shape[:2], squeeze.shape[0])
         for piece in pieces:
@@ -245,7 +245,7 @@ class _Bottleneck(Function):
         statistics = *statistics1, *statistics2
         ctx.eps, ctx.known, ctx.n_pieces = eps, known, len(pieces.narrow)
         ctx.save_for_backward(
-            x, scale1, shift1, expand, bias1, scale2, shift2, squeeze, bias2,
+            x, norm_weight1, norm_bias1, expand, bias1, norm_weight2, norm_bias2, squeeze, bias2,
             *statistics, *pieces.narrow, *pieces.wide,
         )  # fmt: skip
         ctx.mark_non_differentiable(*statistics)
@@ -273,14 +273,14 @@ class _Bottleneck(Function):
         for piece in pieces:
             grad_weight2[piece.s].addmm_(piece.of(grad).T, pieces.wide[piece.number])
         grads2 = _fold_gradients(grad_weight2, grad.sum(1), *statistics2, *norm2, ctx.eps[1])
-        slope2, shift2 = _through_statistics(grads2[:2], statistics2, ctx.known[1], x)
+        slope2, constant2 = _through_statistics(grads2[:2], statistics2, ctx.known[1], x)
 
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         grad_weight1, grad_bias1 = torch.zeros_like(weight1), torch.zeros_like(bias1)
         for piece in pieces:
             s, wide = piece.s, pieces.wide[piece.number]
             part = pieces.memory(2, len(wide), hidden)
-            _linear(piece.of(grad), weight2[s].T, shift2[s], out=part).addcmul_(wide, slope2[s])
+            _linear(piece.of(grad), weight2[s].T, constant2[s], out=part).addcmul_(wide, slope2[s])
             # To have kept the product would cost more: the pages of new memory are dearer than it is.
             torch.ops.aten.gelu_backward.grad_input(part, pieces.product(piece, weight1, bias1), grad_input=part)
             grad_weight1[s].addmm_(part.T, pieces.narrow[piece.number])
@@ -288,10 +288,10 @@ class _Bottleneck(Function):
             torch.mm(part, weight1[s], out=piece.of(grad_x))
 
         grads1 = _fold_gradients(grad_weight1, grad_bias1, *statistics1, *norm1, ctx.eps[0])
-        slope1, shift1 = _through_statistics(grads1[:2], statistics1, ctx.known[0], x)
+        slope1, constant1 = _through_statistics(grads1[:2], statistics1, ctx.known[0], x)
         for piece in pieces:
             part = piece.of(grad_x)
-            part.addcmul_(pieces.narrow[piece.number], slope1[piece.s]).add_(shift1[piece.s])
+            part.addcmul_(pieces.narrow[piece.number], slope1[piece.s]).add_(constant1[piece.s])
             torch.ops.aten.gelu_backward.grad_input(part, piece.of(x), grad_input=part)
         return grad_x, *grads1[2:], *grads2[2:], None, None
 
@@ -299,7 +299,7 @@ class _Bottleneck(Function):
 def _through_statistics(
     grads: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor], known: Known, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What mean and variance pass on to each value of the map: a multiple of it, (S, C), plus a shift, (S, C)."""
+    """What mean and variance pass on to each value of the map: a multiple of it, (S, C), plus a constant, (S, C)."""
     if known.mean is not None:
         zero = torch.zeros_like(grads[0]).expand(x.shape[0], -1)
         return zero, zero

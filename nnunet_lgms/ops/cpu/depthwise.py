@@ -89,8 +89,8 @@ def _convolve_3d(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> T
         start += len(weight)
         dense, diagonals = lines.dense(weight.shape[0], weight.shape[2:])
         diagonals.copy_(weight.movedim(2 + axis, 2))
-        shift = None if bias is None else bias[part].repeat_interleave(lines.tile)
-        tiles = _same_conv(lines.tiles(part, weight.shape[2 + axis] - 1), dense, shift)
+        tile_bias = None if bias is None else bias[part].repeat_interleave(lines.tile)
+        tiles = _same_conv(lines.tiles(part, weight.shape[2 + axis] - 1), dense, tile_bias)
         lines.join(tiles, out[:, :, :, part])
     return out[..., : x.shape[2 + axis]].movedim((-1, -2), (2 + axis, 1))
 

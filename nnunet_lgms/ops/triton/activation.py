@@ -82,12 +82,12 @@ def slope_after_norm(z, ACT: tl.constexpr):
 
 @triton.jit
 def affine(mean, variance, weight, bias, statistics, channel, C: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr):
-    """Mean, reciprocal deviation, and the norm's scale and shift per channel."""
+    """Mean, reciprocal deviation, and the norm's factor and offset per channel."""
     inside = channel < C
     m = tl.load(mean + statistics + channel, mask=inside, other=0.0)
     r = 1.0 / tl.sqrt(tl.load(variance + statistics + channel, mask=inside, other=1.0) + EPS)
-    scale, shift = r, -m * r
+    factor, offset = r, -m * r
     if AFFINE:
-        scale = r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - m * scale
-    return m, r, scale, shift
+        factor = r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - m * factor
+    return m, r, factor, offset
