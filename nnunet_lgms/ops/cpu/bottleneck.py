@@ -76,7 +76,7 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
 
 
 def composed(x: Tensor, *parameters: Tensor | None, eps: tuple[float, float], known: tuple[Known, Known]) -> Tensor:
-    """The same of plain operators, (S, N, D) -> (S, N, C); for derivatives of the gradient."""
+    """The bottleneck of plain operators, (S, N, D) -> (S, N, C), for derivatives of its gradient."""
     for half, e, statistics in zip((parameters[:4], parameters[4:]), eps, known, strict=True):
         x = F.gelu(x)
         mean, variance = statistics

@@ -100,7 +100,7 @@ def _inverted_bottleneck_known(
     eps1: float,
     eps2: float,
 ) -> Tensor:
-    """With given statistics, (C,); for prediction, it has no gradient."""
+    """The operator with given statistics, (C,); it is for prediction and has no gradient."""
     norm1 = Norm(mean1[None], variance1[None], norm_weight1, norm_bias1, eps1)
     norm2 = Norm(mean2[None], variance2[None], norm_weight2, norm_bias2, eps2)
     return kernels.forward(x, Bottleneck(norm1, expand, expand_bias, norm2, squeeze, squeeze_bias))

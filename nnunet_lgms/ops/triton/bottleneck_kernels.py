@@ -248,7 +248,7 @@ def _hidden_gradient_sums_kernel(
     voxels, steps, stride1, stride2, EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr,
     AFFINE2: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of a slice: its part of the gradients of squeeze, and with these the sums that the gradient of norm2 needs.
+    """A slice's part of the gradients of squeeze, and with these the sums that the gradient of norm2 needs.
 
     Those are of g = squeeze' grad and of g vhat, over the voxels; squeeze is the same for all voxels, so they follow
     from the sums of grad and of grad vhat'.
@@ -296,7 +296,7 @@ def _bottleneck_backward_kernel(
     EPS1: tl.constexpr, AFFINE1: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr, D: tl.constexpr,
     H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of y; of a slice: its part of the gradients of expand, and with these the sums for that of norm1."""
+    """The gradient of y, and a slice's part of the gradients of expand, with the sums for the gradient of norm1."""
     sample, hidden, channel = tl.program_id(1), tl.arange(0, H), tl.arange(0, D)
     dtype: tl.constexpr = x.dtype.element_ty
     x += sample * voxels * D

@@ -127,13 +127,13 @@ class _LaunchGrid(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
-        """For c_in channels of a map like x to c_out."""
+        """The better grid for c_in channels of a map like x to c_out."""
         arguments = x.shape[2:], kernel, c_in, c_out
         return cls._sweep(*arguments) or cls._flat(*arguments)
 
     @classmethod
     def _sweep(cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid | None:
-        """None where the other way is better."""
+        """The grid that sweeps through the map, or None where the other way is better."""
         t, size = _Tiling.of(kernel, c_in, c_out, True), _as_3d(size, True)
         if t.kz != 3 or t.k * t.n > MAX_BAND:
             return None

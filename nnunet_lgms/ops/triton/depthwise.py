@@ -336,7 +336,7 @@ def _groups(channels: tuple[int, ...], kernels: tuple[int, ...]) -> _Groups:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """For tl.dot; it matters for float32 only."""
+    """The precision of tl.dot, which matters for float32 only."""
     return "tf32" if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 

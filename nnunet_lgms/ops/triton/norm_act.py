@@ -165,7 +165,7 @@ def _norm_act_known(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """With given statistics, (C,); for prediction, it has no gradient."""
+    """The operator with given statistics, (C,); it is for prediction and has no gradient."""
     norm = Norm(mean[None], variance[None], norm_weight, norm_bias, eps)
     return kernels.forward(x, norm, residual, "batch", 1, activation, bias)
 

@@ -51,7 +51,7 @@ class MergeGrid:
         self.grid = (self.statistics, triton.cdiv(channels, self.lanes))
 
     def constants(self, slices: int) -> dict[str, int]:
-        """Of the kernels, for ``slices`` of every sample."""
+        """The arguments of a kernel that merges ``slices`` of every sample."""
         merged = slices * self.samples
         return {
             "slices": merged,
@@ -273,7 +273,7 @@ def update_running_statistics(
 
 @triton.jit
 def _known_divisor(voxels, FIRST: tl.constexpr):
-    """The same number, of which the compiler then knows a divisor: a load of several voxels at once needs that."""
+    """Tells the compiler a divisor of the voxels, which a load of several of them at once needs."""
     if FIRST:
         voxels = voxels // FIRST * FIRST
     return voxels
