@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lgms.ops.concatenate import concatenate
-from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
+from nnunet_lgms.ops.cpu.layout import to_channels_first, to_channels_last
 from nnunet_lgms.ops.memory_format import channels_last, wants_channels_last
 
 CONV = {2: F.conv2d, 3: F.conv3d}
@@ -36,8 +35,8 @@ def same_conv(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups:
     if len(xs) == groups > 1 and wants_channels_last(xs[0]) and weight.shape[1] <= BLOCK:
         biases = [None] * groups if bias is None else bias.chunk(groups)
         parts = zip(xs, weight.chunk(groups), biases, strict=True)
-        return concatenate([same_conv([x], w, b, 1) for x, w, b in parts])
-    x = concatenate(xs)
+        return torch.cat([same_conv([x], w, b, 1) for x, w, b in parts], 1)
+    x = xs[0] if len(xs) == 1 else torch.cat(list(xs), 1)
     padding = [k // 2 for k in weight.shape[2:]]
     if not (wants_channels_last(x) and (channels_last(x) or x.shape[1] == 1)):
         return CONV[x.ndim - 2](x, weight, bias, padding=padding, groups=groups)

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
+from nnunet_lgms.ops.cpu.layout import to_channels_first, to_channels_last
 from nnunet_lgms.ops.memory_format import channels_last, wants_channels_last
 
 NARROW = 8  # channels below which a map is copied
