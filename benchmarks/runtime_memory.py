@@ -125,7 +125,7 @@ def main() -> None:
         print(json.dumps(measure(args.folder)))
         return
 
-    from nnunet_lgms.runtime.resampling import new_shape
+    from nnunet_lgms.splines import new_shape
 
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, __file__, "--folder", folder, "--shape", *map(str, args.shape), "--step"]

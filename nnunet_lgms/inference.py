@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_lgms.arrays import FLAT_SPACING, checked_image
-from nnunet_lgms.dataset_json import n_channels, read_dataset_json
+from nnunet_lgms.dataset_json import n_channels
 from nnunet_lgms.files import one_line, read_json, shown
-from nnunet_lgms.image_files import check_image_file
 from nnunet_lgms.names import check_plans_names
 
 if TYPE_CHECKING:
     import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunet_lgms.prediction.predictor import Predictor
 
 
 def predict(
@@ -71,15 +69,23 @@ def load_predictor(
     folds: Sequence[int | str] | None = None,
     checkpoint: str = "checkpoint_final.pth",
     device: str | torch.device | None = None,
-) -> nnUNetPredictor:
-    """nnU-Net's predictor with the weights of a trained model and no progress bars; arguments as in `predict`.
+    allow_tqdm: bool = False,
+    **options: Any,
+) -> Predictor:
+    """nnU-Net's predictor with the weights of a trained model.
+
+    Args:
+        model_folder: as in `predict`, like the next three.
+        folds: see there.
+        checkpoint: see there.
+        device: see there.
+        allow_tqdm: show progress bars.
+        **options: other arguments of :class:`nnunet_lgms.prediction.predictor.Predictor`.
 
     Raises:
         ValueError: the folder is no trained model, a fold is missing, or its trainer cannot be found.
     """
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    from nnunet_lgms.checkpoint import read_checkpoint
+    from nnunet_lgms.prediction.predictor import Predictor
 
     folder = Path(model_folder)
     trained = trained_folds(folder, checkpoint)
@@ -88,15 +94,10 @@ def load_predictor(
         raise ValueError(f"No fold of {folder} is named: name one of {', '.join(trained)}, or leave folds out for all.")
     if missing := [fold for fold in folds if fold not in trained]:
         raise ValueError(f"{folder} has no fold_{missing[0]}/{checkpoint}; trained are: {', '.join(trained)}.")
-    device = usable_device(device)
-    read_dataset_json(folder)
     read_model_plans(folder)
-    for fold in folds:
-        read_checkpoint(folder / f"fold_{fold}" / checkpoint)  # nnU-Net runs what a file tells it to
+    predictor = Predictor(device=usable_device(device), allow_tqdm=allow_tqdm, **options)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints where it looks for the trainer
-            predictor = nnUNetPredictor(device=device, allow_tqdm=False)
-            predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
+        predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder} is not as nnU-Net trained it ({type(error).__name__}: {one_line(error)}): "
@@ -179,29 +180,11 @@ def trained_folds(model_folder: Path, checkpoint: str = "checkpoint_final.pth") 
     return folds
 
 
-def _from_files(image: str | Path | Sequence[str | Path], predictor: nnUNetPredictor) -> tuple[np.ndarray, dict]:
-    files = [image] if isinstance(image, (str, Path)) else list(image)
-    if missing := [file for file in files if not Path(file).is_file()]:
-        raise ValueError(f"The image {missing[0]} does not exist.")
-    for file in files:
-        check_image_file(Path(file))
-    said = io.StringIO()  # nnU-Net's readers print what is wrong and raise an error without words
-    try:
-        with contextlib.redirect_stdout(said):
-            samples, properties = predictor.plans_manager.image_reader_writer_class().read_images(list(map(str, files)))
-    except Exception as error:  # readers raise whatever their libraries raise
-        reason = one_line(str(error) or said.getvalue() or type(error).__name__)
-        raise ValueError(
-            f"The image {files[0]} cannot be read as the model's training images were ({reason})."
-        ) from error
-    print(said.getvalue(), end="")
-    if not np.isfinite(samples).all():
-        raise ValueError(
-            f"The image {', '.join(map(str, files))} holds NaN or infinity, which would make every label background: "
-            "clean it first."
-        )
-    if not all(0 < mm < np.inf for mm in properties["spacing"]):
-        raise ValueError(f"The image {files[0]} has a spacing of {properties['spacing']} mm: correct its header.")
+def _from_files(image: str | Path | Sequence[str | Path], predictor: Predictor) -> tuple[np.ndarray, dict]:
+    from nnunet_lgms.prediction.cases import read_case
+
+    files = [image] if isinstance(image, (str, Path)) else image
+    samples, _, properties = read_case(list(map(str, files)), None, predictor.plans_manager, predictor.dataset_json)
     return samples, properties
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.files import check_utf8, one_line
+from nnunet_lgms.files import check_utf8, files_in, one_line
 from nnunet_lgms.image_files import check_image_file
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".tif", ".tiff", ".bmp")
@@ -182,6 +184,15 @@ def cases_in(folder: Path, ending: str) -> dict[str, Path]:
     if not cases:
         raise ValueError(f"{folder} has no {ending} files.")
     return cases
+
+
+def image_files(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """Case → one file a channel, in nnU-Net's names `CASE_0000.nii.gz`; hidden files are left out."""
+    cases = defaultdict(list)
+    for path in files_in(folder, ending):
+        if match := re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", path.name):
+            cases[match[1]].append(path)
+    return dict(cases)
 
 
 def _affine(properties: Mapping) -> np.ndarray | None:

@@ -24,6 +24,7 @@ from nnunet_lgms.sentences import out_of_memory, sentence
 COMMANDS = {
     "doctor": "is this machine ready to train?",
     "convert": "a downloaded dataset of the paper becomes an nnU-Net dataset",
+    "predict": "nnUNetv2_predict in less time and memory, for any model of nnU-Net v2",
     "evaluate": "Dice, IoU, HD95, NSD, precision and recall, with a report",
     "zeroshot": "test a trained model on datasets that it has not seen",
     "plan": "nnU-Net's planning, with patch and batch for LGMSNet on your card",

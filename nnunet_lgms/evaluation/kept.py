@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nnunet_lgms
-from nnunet_lgms.files import atomic_write, files_in, read_json
+from nnunet_lgms.files import atomic_write, read_json
 from nnunet_lgms.nnunet_files import Reader
 
 RECORD = "made_from.json"
@@ -25,15 +23,6 @@ def made_by(model_folder: Path, fold: int | str, checkpoint: str) -> dict[str, s
     }
 
 
-def image_files(folder: Path, ending: str) -> dict[str, list[Path]]:
-    """Case → one file a channel, in nnU-Net's names `CASE_0000.nii.gz`; hidden files are left out."""
-    cases = defaultdict(list)
-    for path in files_in(folder, ending):
-        if match := re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", path.name):
-            cases[match[1]].append(path)
-    return dict(cases)
-
-
 def discard_outdated(
     folder: Path, maker: Mapping[str, str], cases: Mapping[str, Sequence[Path]], reader: Reader
 ) -> list[str]:
@@ -42,7 +31,7 @@ def discard_outdated(
     Args:
         folder: of the predictions, `CASE.nii.gz`.
         maker: of `made_by`.
-        cases: of `image_files`.
+        cases: of :func:`nnunet_lgms.nnunet_files.image_files`.
         reader: of the predictions.
 
     Returns:

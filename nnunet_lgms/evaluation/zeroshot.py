@@ -13,7 +13,7 @@ import numpy as np
 
 from nnunet_lgms.dataset_json import channel_names, read_dataset_json
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
-from nnunet_lgms.evaluation.kept import discard_outdated, image_files, made_by
+from nnunet_lgms.evaluation.kept import discard_outdated, made_by
 from nnunet_lgms.evaluation.label_mapping import LabelMapping, map_labels
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
@@ -23,7 +23,7 @@ from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
 from nnunet_lgms.files import atomic_write
 from nnunet_lgms.inference import load_predictor, read_model_plans, trained_folds
 from nnunet_lgms.locks import locked
-from nnunet_lgms.nnunet_files import Reader, cases_in
+from nnunet_lgms.nnunet_files import Reader, cases_in, image_files
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,157 @@
+"""The files of a list of cases: found, read, written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import save_pickle
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_lgms.dataset_json import n_channels
+from nnunet_lgms.files import atomic_write, one_line
+from nnunet_lgms.image_files import check_image_file
+from nnunet_lgms.nnunet_files import image_files
+
+
+class CasesFailed(ValueError):
+    """Some cases of a list could not be predicted.
+
+    Attributes:
+        errors: what went wrong, by the names of the cases.
+    """
+
+    def __init__(self, errors: Mapping[str, BaseException], n_cases: int):
+        first = one_line(next(iter(errors.values())))
+        super().__init__(
+            f"{len(errors)} of {n_cases} cases are not predicted: {', '.join(errors)} (the first: {first})."
+        )
+        self.errors = dict(errors)
+
+
+def find_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """Names of the cases in a folder, and the files of each in the order of their channels.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give the one with the images, CASE_0000{ending}.")
+    cases = image_files(folder, ending)
+    if not cases:
+        raise ValueError(f"{folder} has no images named CASE_0000{ending}, as nnU-Net names channels.")
+    return cases
+
+
+def read_case(
+    files: Sequence[str], previous: str | None, plans: PlansManager, dataset_json: dict
+) -> tuple[np.ndarray, np.ndarray | None, dict]:
+    """An image, the labels of a cascade's previous stage, and what nnU-Net's reader knows of it.
+
+    Args:
+        files: one a channel.
+        previous: file with the labels of the previous stage, or None.
+        plans: of the model, which name the reader.
+        dataset_json: of the model.
+
+    Returns:
+        (C, Z, Y, X) float32; (1, Z, Y, X) or None; properties.
+
+    Raises:
+        ValueError: a file is missing, damaged or not finite, or channels are missing; one sentence.
+    """
+    reader = plans.image_reader_writer_class()
+    for file in (*files, *([previous] if previous else [])):
+        if not Path(file).is_file():
+            raise ValueError(
+                f"{file} is not there: predict this case with the previous stage of the cascade first."
+                if file == previous
+                else f"The image {file} does not exist."
+            )
+        check_image_file(Path(file))
+    try:
+        samples, properties = reader.read_images(list(files))
+        labels = None if previous is None else reader.read_seg(previous)[0]
+    except Exception as error:  # readers raise whatever their libraries raise
+        # nnU-Net's readers print what is wrong with several channels, and raise an error without words
+        reason = one_line(str(error) or "its channels differ in size or spacing")
+        raise ValueError(
+            f"The image {files[0]} cannot be read as the model's training images were ({reason})."
+        ) from error
+    expected = n_channels(dataset_json)
+    if len(samples) != expected:
+        raise ValueError(f"The image {files[0]} has {len(samples)} channel(s), the model expects {expected}.")
+    check_samples(samples, properties["spacing"], f"The image {files[0]}")
+    return samples, labels, properties
+
+
+def check_samples(samples: np.ndarray, spacing: Sequence[float], name: str) -> None:
+    """Raises ValueError for samples or a spacing that nobody can mean."""
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
+    if not all(0 < mm < np.inf for mm in spacing):
+        raise ValueError(f"{name} has a spacing of {tuple(spacing)} mm: correct its header.")
+
+
+def write_case(
+    output: str,
+    labels: np.ndarray,
+    probabilities: np.ndarray | None,
+    properties: dict,
+    plans: PlansManager,
+    dataset_json: dict,
+) -> None:
+    """Writes the files that nnU-Net writes of a case, each whole or not at all, the labels last.
+
+    Args:
+        output: path without the ending.
+        labels: (Z, Y, X).
+        probabilities: (heads, Z, Y, X), or None.
+        properties: of the reader.
+        plans: of the model, which name the writer.
+        dataset_json: of the model, which names the ending.
+    """
+    if probabilities is not None:
+        with atomic_write(Path(f"{output}.npz")) as temporary:
+            np.savez_compressed(temporary, probabilities=probabilities)
+        with atomic_write(Path(f"{output}.pkl")) as temporary:
+            save_pickle(properties, str(temporary))
+    target = Path(output + dataset_json["file_ending"])
+    with atomic_write(target) as temporary:
+        try:
+            plans.image_reader_writer_class().write_seg(labels, str(temporary), properties)
+        except RuntimeError as error:
+            raise OSError(f"{target} cannot be written ({one_line(error)}).") from error
+        check_image_file(temporary)  # SimpleITK leaves out what does not fit on a disk without a word
+
+
+def finished(output: str, ending: str, with_probabilities: bool) -> bool:
+    """Whether all files of a case are there."""
+    return all(Path(output + end).is_file() for end in ([ending, ".npz"] if with_probabilities else [ending]))
+
+
+def remove_leftovers(outputs: Sequence[str], ending: str) -> None:
+    """Removes files that a killed call was writing, of these cases, which are `.PROCESS.NAME`."""
+    by_folder: dict[str, set[str]] = {}
+    for output in outputs:
+        folder, name = os.path.split(output)
+        by_folder.setdefault(folder, set()).update(name + end for end in (ending, ".npz", ".pkl"))
+    for folder, names in by_folder.items():
+        for file in Path(folder or ".").glob(".*"):
+            match = re.fullmatch(r"\.(\d+)\.(.+)", file.name)
+            if match and match[2] in names and not _runs(int(match[1])):
+                file.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this number is on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
