@@ -11,6 +11,7 @@ import pytest
 
 from nnunet_lgms import __version__, cli
 from nnunet_lgms.cli import doctor, main
+from nnunet_lgms.ops.backend import Decision
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -226,3 +227,23 @@ def _raise(error: Exception):
         raise error
 
     return function
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("kernels", "The Triton kernels run on NVIDIA H100."),
+        ("pytorch", "The kernels need compute capability 8.0."),
+    ],
+)
+def test_a_gpu_without_kernels_is_told_with_the_reason(path: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    card = SimpleNamespace(name="A card", total_memory=8 << 30)
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("nnunet_lgms.ops.kernels_for", lambda device: Decision(path, reason))
+    finding = doctor.check_gpu()
+    assert finding.text.startswith("A card, 8 GiB")
+    assert finding.state == (doctor.OK if path == "kernels" else doctor.WARNING)
+    assert (reason in finding.text) == (path == "pytorch")

@@ -30,7 +30,7 @@ class Card:
         self._properties = SimpleNamespace(**{**H100, **properties})
         monkeypatch.setattr(torch.cuda, "get_device_properties", self._get)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(backend, "HAS_TRITON", True)
+        pytest.importorskip("triton")
         monkeypatch.setattr(backend, "_failed", {})
 
     def _get(self, device):
@@ -66,7 +66,11 @@ def test_every_reason_is_one_sentence(monkeypatch):
         reasons.append(kernels_for("cuda").reason)
         assert kernels_for("cuda").path == "pytorch"
     assert kernels_for("cuda").path == "kernels"
-    for patched in (patch.object(torch.version, "hip", "6.4"), patch.object(backend, "HAS_TRITON", False)):
+    for patched in (
+        patch.object(torch.version, "hip", "6.4"),
+        patch.object(backend, "HAS_TRITON", False),
+        patch.dict(sys.modules, {"triton": None}),
+    ):
         with patched:
             backend._hardware.cache_clear()
             assert kernels_for("cuda").path == "pytorch"

@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from nnunet_lgms import __version__
@@ -172,12 +173,14 @@ def check_gpu() -> Finding:
     text = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
     if torch.cuda.device_count() > 1:
         text += f", and {torch.cuda.device_count() - 1} more"
-    try:
-        import triton
-    except ImportError:
-        text += "; without Triton the depthwise convolutions take PyTorch's slower path"
-        return Finding(WARNING, "GPU", text, "pip install triton")
-    return Finding(OK, "GPU", f"{text}, Triton {triton.__version__}")
+    from nnunet_lgms.ops import kernels_for
+    from nnunet_lgms.ops.backend import HAS_TRITON
+
+    decision = kernels_for("cuda:0")
+    if decision.path == "kernels":
+        return Finding(OK, "GPU", f"{text}, Triton {version('triton')}")
+    text += f"; PyTorch's operators are used, which are slower. {decision.reason}"
+    return Finding(WARNING, "GPU", text, None if HAS_TRITON else "pip install triton")
 
 
 def check_compile() -> Finding:

@@ -11,7 +11,7 @@ from torch import nn
 
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology, network_kwargs
-from nnunet_lgms.ops.backend import use_kernels
+from nnunet_lgms.ops import kernels_for
 
 
 def summarise(network: nn.Module, configuration_manager: ConfigurationManager, device: torch.device) -> str:
@@ -27,9 +27,10 @@ def summarise(network: nn.Module, configuration_manager: ConfigurationManager, d
     parameters = sum(p.numel() for p in network.parameters())
     lines = [f"LGMSNet, {settings['n_stages']} levels, {parameters:,} parameters, is trained:"]
     lines += [f"  level {i + 1}: {_level(settings, i)}" for i in range(settings["n_stages"])]
-    path = "the Triton kernels" if use_kernels(next(network.parameters())) else "PyTorch's operators"
+    decision = kernels_for(device)
+    path = "the Triton kernels" if decision.path == "kernels" else "PyTorch's operators"
     lines += [
-        f"On {device} it takes {path}.",
+        f"On {device} it takes {path}. {decision.reason}",
         "network_class_name and features_per_stage of the plans are those of nnU-Net's own network and not used.",
     ]
     return "\n".join(["", *lines, ""])

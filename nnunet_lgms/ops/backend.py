@@ -93,6 +93,11 @@ def _hardware(index: int) -> Decision:
     """What the machine allows on the CUDA device ``index``."""
     if not HAS_TRITON:
         return Decision("pytorch", "The Triton kernels need the package triton, which is not installed.")
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken installation may raise anything
+        reason = " ".join(str(error).split())[:200]
+        return Decision("pytorch", f"The Triton kernels need the package triton, which cannot be imported ({reason}).")
     if torch.version.hip is not None:
         return Decision("pytorch", "The Triton kernels are for NVIDIA GPUs, and this PyTorch is built for AMD's.")
     properties = torch.cuda.get_device_properties(index)
