@@ -24,18 +24,28 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+import torch
 from exported import hippocampus_plans
 from image_family import Entry, family
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_lgms import inference
-from nnunet_lgms.runtime.description import Resampling
-from nnunet_lgms.runtime.images import Case, read_case, write_labels
-from nnunet_lgms.runtime.preprocessing import preprocess
-from nnunet_lgms.runtime.readers import READERS
-from nnunet_lgms.runtime.schema import READERS as NAMES
+pytest.importorskip("onnx", reason="needs the extra [export]")
+pytest.importorskip("onnxruntime", reason="needs the extra [runtime]")
+
+import onnx_stub  # noqa: E402
+
+from nnunet_lgms import inference  # noqa: E402
+from nnunet_lgms.image_files import check_image_file  # noqa: E402
+from nnunet_lgms.nnunet.checks import check_cases  # noqa: E402
+from nnunet_lgms.runtime import Predictor  # noqa: E402
+from nnunet_lgms.runtime.description import Resampling  # noqa: E402
+from nnunet_lgms.runtime.images import Case, read_case, write_labels  # noqa: E402
+from nnunet_lgms.runtime.preprocessing import preprocess  # noqa: E402
+from nnunet_lgms.runtime.readers import READERS  # noqa: E402
+from nnunet_lgms.runtime.schema import READERS as NAMES  # noqa: E402
 
 ALIKE, BOTH, OURS = "alike", "both refuse", "ours refuses"
 #: what the runtime alone may refuse, and reads nothing else of
@@ -96,6 +106,112 @@ def test_prediction_in_python_reads_them_as_nnunet(tmp_path, kind):
                 else:
                     same_samples(entry, file, reader, ours[0], theirs)
                     assert list(ours[1]["spacing"]) == list(theirs[1]["spacing"])
+
+
+@pytest.mark.parametrize("name", ["sform_flipped.nii", "sheared.nii", "units_micron.nii", "nifti2.nii"])
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient"])
+def test_whole_predictions_are_nnunets(tmp_path, name, reader):
+    """The way through nnU-Net's own predictor, the network the same single convolution."""
+    entry = next(entry for entry in family() if entry.name == name)
+    entry.write(tmp_path / name)
+    about = description(reader, 1)
+    manager = PlansManager(about.plans)
+    dataset = {"labels": {"background": 0, "bright": 1}, "file_ending": ".nii", "channel_names": {"0": "MRI"}}
+    network = torch.nn.Conv3d(1, 2, 1)
+    network.load_state_dict({"weight": torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1), "bias": torch.tensor([0.0, -1.0])})
+    theirs = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    configuration = manager.get_configuration("3d_fullres")
+    theirs.manual_initialization(network, manager, configuration, [network.state_dict()], dataset, "none", (0,))
+    model = onnx_stub.threshold_model(
+        tmp_path / "m.onnx",
+        tuple(configuration.patch_size),
+        reader=reader,
+        file_ending=".nii",
+        spacing=about.spacing,
+        mirror_axes=(0,),
+        resampling_data=about.resampling_data,
+        resampling_probabilities=about.resampling_probabilities,
+    )
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        theirs.predict_from_files_sequential([[str(tmp_path / name)]], [str(tmp_path / "theirs")], False, True)
+        Predictor(model).predict_file(tmp_path / name, tmp_path / "ours.nii")
+    one, other = nib.load(tmp_path / "theirs.nii"), nib.load(tmp_path / "ours.nii")
+    np.testing.assert_array_equal(one.dataobj, other.dataobj)
+    np.testing.assert_array_equal(one.affine, other.affine)
+    np.testing.assert_allclose(other.affine, nib.load(tmp_path / name).affine, atol=1e-5)
+    assert 0 < np.mean(other.dataobj) < 0.5
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_channels_are_compared_with_the_tolerance_of_nnunet(tmp_path, reader):
+    def channel(number: int, scale: float = 1.0, away: float = 0.0) -> Path:
+        affine = np.diag([scale, scale, scale, 1.0])
+        affine[0, 3] = away
+        nib.save(nib.Nifti1Image(np.full((4, 5, 6), number, np.float32), affine), tmp_path / f"scan[1]_{number}.nii.gz")
+        return tmp_path / f"scan[1]_{number}.nii.gz"
+
+    first = channel(1)
+    case = read_case([first, channel(2, 1 + 1e-6, 0.2)], description(reader, 2))
+    np.testing.assert_array_equal(case.samples[:, 0, 0, 0], [1, 2])
+    with pytest.raises(ValueError, match="The channels of a case differ"):
+        read_case([first, channel(2, 1.001)], description(reader, 2))
+    with pytest.raises(ValueError, match="lie in different places: .* up to 0.7 mm"):
+        read_case([first, channel(2, away=0.7)], description(reader, 2))
+
+
+@pytest.mark.parametrize("name", ["scan[1]_0000.tif", "scan*_0000.tif", "scan?_0000.tif", "a%b;c _0000.tif"])
+@pytest.mark.parametrize("reader", ["NaturalImage2DIO", "Tiff3DIO"])
+def test_a_name_is_no_pattern(tmp_path, name, reader):
+    tifffile.imwrite(tmp_path / "scan1_0000.tif", np.ones((6, 7, 3), np.uint8))
+    tifffile.imwrite(tmp_path / name, np.full((6, 7, 3), 5, np.uint8))
+    n_channels = 3 if reader == "NaturalImage2DIO" else 1
+    assert np.unique(read_case([tmp_path / name], description(reader, n_channels)).samples) == [5]
+
+
+def test_pages_that_go_round_have_an_end(tmp_path):
+    file = tmp_path / "ring.tif"
+    tifffile.imwrite(file, np.ones((6, 7), np.uint8), photometric="minisblack", metadata=None)
+    content = bytearray(file.read_bytes())
+    first = int.from_bytes(content[4:8], "little")
+    end = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+    content[end : end + 4] = content[4:8]
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="go round in a circle"):
+        check_image_file(file)
+
+
+def test_labels_of_two_files_are_written_together_or_not_at_all(tmp_path, monkeypatch):
+    case = Case(np.ones((1, 2, 3, 4), np.float32), (1.5, 1.0, 1.0), False, "Tiff3DIO", (1.5, 1.0, 1.0))
+    labels = np.zeros((2, 3, 4), np.uint8)
+    write_labels(labels, case, tmp_path / "a.tif")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.tif"]
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    with pytest.raises(OSError, match=r"b.tif cannot be written: \[Errno 28\] No space left on device"):
+        write_labels(labels, case, tmp_path / "b.tif")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.tif"]
+
+
+def test_a_model_that_names_no_reader_is_refused(tmp_path):
+    model = onnx_stub.threshold_model(tmp_path / "m.onnx")
+    content = json.loads(model.with_suffix(".json").read_text())
+    del content["reader"]
+    model.with_suffix(".json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="m.json .*reader"):
+        Predictor(model)
+
+
+def test_the_stage_before_a_cascade_is_found_by_name(tmp_path):
+    stage = tmp_path / "predicted"
+    stage.mkdir()
+    (stage / "scan[1].npz").touch()
+    with pytest.raises(ValueError, match="Case scan.1. has no"):  # of the preprocessed data, not of the stage before
+        check_cases(tmp_path, ["scan[1]"], "again", stage, "3d_lowres")
+    with pytest.raises(ValueError, match="no segmentation from 3d_lowres"):
+        check_cases(tmp_path, ["scan[1]", "scan1"], "again", stage, "3d_lowres")
 
 
 def made(folder: Path, kind: str | None = None) -> Iterator[tuple[Entry, Path]]:
