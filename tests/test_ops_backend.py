@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -218,6 +219,18 @@ def test_processes_that_train_together_stop(card, monkeypatch):
     with pytest.raises(RuntimeError, match="set NNUNET_LGMS_KERNELS=off for all processes") as caught:
         with_fallback(launch(Kernel(errors()[0]))[(1,)], on_card(1))
     assert not isinstance(caught.value, KernelsSwitchedOff)
+
+
+# --- who asks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", ["blocks", "architecture"])
+def test_blocks_and_networks_call_operators_and_ask_nothing(package):
+    """What decides between kernels and PyTorch, and what is private to either, is the operators' alone."""
+    private = ("ops.backend", "ops.triton", "ops.cpu", "ops.launch", "ops.memory_format", "use_kernels", "kernels_for")
+    modules = sorted(Path(backend.__file__).parents[1].joinpath(package).glob("*.py"))
+    asked = [(module.name, name) for module in modules for name in private if name in module.read_text("utf-8")]
+    assert modules and not asked
 
 
 # --- without Triton --------------------------------------------------------------------------------------------------

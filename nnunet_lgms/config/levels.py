@@ -18,6 +18,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, StringConstraints
 
+from nnunet_lgms.files import shown
+
 LevelName = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]?\+?$")]
 Value = TypeVar("Value")
 NotEmpty = Field(min_length=1)
@@ -49,7 +51,7 @@ def spread(
         return [setting for _ in levels]
     if len(setting) != n_levels:
         raise ValueError(
-            f"lgmsnet.{name} has {len(setting)} entries ({_short(setting)}), but the plan has {n_levels} levels for "
+            f"lgmsnet.{name} has {len(setting)} entries ({shown(setting)}), but the plan has {n_levels} levels for "
             f'it: give {n_levels} entries, one value for all, or a table such as {{"1": …, "2+": …}}.'
         )
     return list(setting)
@@ -76,8 +78,3 @@ def key_for(table: Mapping[str, Any], level: int) -> str | None:
         return str(level)
     open_ends = [int(key[:-1]) for key in table if key.endswith("+") and int(key[:-1]) <= level]
     return f"{max(open_ends)}+" if open_ends else None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

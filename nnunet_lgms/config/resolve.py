@@ -163,9 +163,7 @@ def network_kwargs(settings: LGMSSettings, topology: Topology) -> dict[str, Any]
     """
     n = topology.n_levels
     widths = spread(settings.widths, n, lambda level: paper_features(n)[level - 1], "widths", _is_number)
-    encoder_blocks = spread(
-        settings.block_by_level.encoder, n, paper_encoder_block, "block_by_level.encoder", lambda v: isinstance(v, str)
-    )
+    encoder_blocks = _encoder_blocks(settings, topology)
     decoder_blocks = spread(
         settings.block_by_level.decoder,
         n - 1,
@@ -252,14 +250,12 @@ def without_effect(settings: LGMSSettings, topology: Topology, given: Collection
 
 def lms_levels(settings: LGMSSettings, topology: Topology) -> list[int]:
     """Numbers of the levels whose encoder block is LMS."""
-    blocks = spread(
-        settings.block_by_level.encoder,
-        topology.n_levels,
-        paper_encoder_block,
-        "block_by_level.encoder",
-        lambda v: isinstance(v, str),
-    )
-    return [level for level, block in enumerate(blocks, start=1) if block == "LMS"]
+    return [level for level, block in enumerate(_encoder_blocks(settings, topology), start=1) if block == "LMS"]
+
+
+def _encoder_blocks(settings: LGMSSettings, topology: Topology) -> list[str]:
+    name, given = "block_by_level.encoder", settings.block_by_level.encoder
+    return spread(given, topology.n_levels, paper_encoder_block, name, lambda value: isinstance(value, str))
 
 
 def lms_kernels_by_level(settings: LGMSSettings, topology: Topology) -> list[list[tuple[int, ...]]]:
