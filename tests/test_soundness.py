@@ -12,6 +12,7 @@ from conftest import ROOT
 from hostile import RunsCode
 from networks import tiny_network
 from test_trainer import make_batch, make_trainer
+from workshop import Workshop
 
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.graphs.optimizer import FusedSGD
@@ -243,7 +244,9 @@ def test_rehearsal_of_the_benchmark_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["x", "--steps", "2", "--patch", "40", "--batch", "1", "-o", str(tmp_path / "amp.json")]
     )
-    assert amp_soundness.main() == 0
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # for planning; the script says 0 for the steps
+    with Workshop(tmp_path / "workshop").environment():
+        assert amp_soundness.main() == 0
     result = json.loads((tmp_path / "amp.json").read_text())["trainings"]["mri"]
     assert result["cases"] == 24 and result["input"] == [1, 1, 40, 40, 40] and len(result["losses"]) == 2
     assert amp_soundness.is_sound(result)
