@@ -47,6 +47,17 @@ def test_nothing_is_launched_and_each_version_compiled_once(monkeypatch):
     assert len(kernel.launched) == 1
 
 
+def test_a_kernel_that_cannot_be_compiled_ahead_fails_where_it_is_launched():
+    from triton.compiler.errors import CompilationError
+
+    class Wrong(Kernel):
+        def warmup(self, *args, grid, **kwargs):
+            raise CompilationError("tl.dot(a, b)", None, "wrong")
+
+    with only_compiling():
+        launch(Wrong())[(3,)](1)
+
+
 def test_after_an_error_nothing_is_compiled_and_launches_are_launches():
     kernel = Kernel()
     with pytest.raises(RuntimeError, match="no memory"), only_compiling():

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from nnunet_lgms.graphs.step import training_step
 from nnunet_lgms.ops import backend
 from nnunet_lgms.ops.backend import KernelsSwitchedOff, kernels_for, operator, set_kernels, use_kernels, with_fallback
 from nnunet_lgms.ops.launch import launch
@@ -202,6 +203,32 @@ def test_a_step_whose_backward_pass_failed_is_taken_again(card):
     with pytest.warns(RuntimeWarning, match="PyTorch's operators"):
         assert with_fallback(step, torch.ones(1, requires_grad=True)).item() == 2
     assert len(steps) == 2
+
+
+def test_the_training_step_is_taken_again_with_gradients_of_one_step():
+    failures = [KernelsSwitchedOff("once"), None, None]
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            if failures.pop(0):
+                raise KernelsSwitchedOff("once")
+            return grad
+
+    weights = []
+    for _ in range(2):
+        network = torch.nn.Linear(2, 1)
+        torch.nn.init.ones_(network.weight)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        data = torch.tensor([[1.0, 2.0]])
+        # the gradient of the bias, beside the function that fails, is there before
+        training_step(network, lambda out, target: Fails.apply(out * 2).sum() + out.sum(), optimizer, None, data, None)
+        weights.append(network.weight.detach())
+    assert torch.equal(*weights) and not failures
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Triton Error [CUDA]: an illegal memory access"), KeyError("x")])
