@@ -39,7 +39,7 @@ def make_numbers(i: int, device: str) -> dict:
 def keep_busy(device: str) -> None:
     """For longer than a copy of `make_numbers` takes."""
     if device == "cuda":
-        torch.cuda._sleep(100_000_000)
+        torch.cuda._sleep(1_000_000_000)  # half a second: Python may be kept waiting on a busy machine
 
 
 @pytest.mark.parametrize("device", DEVICES)
