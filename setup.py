@@ -131,6 +131,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",
+            "import-linter>=2.5",
             "mypy>=1.15",
             "nbclient>=0.10",
             "ipykernel>=6.29",

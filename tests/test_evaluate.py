@@ -14,12 +14,12 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.distance import cdist
 
 from nnunet_lgms.cli import main
-from nnunet_lgms.cli.evaluate import raw_dataset
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import compute_metrics
 from nnunet_lgms.evaluation.statistics import bootstrap_mean, compare, holm
 from nnunet_lgms.nnunet_files import Reader
+from nnunet_lgms.nnunet_folders import raw_dataset
 from nnunet_lgms.requirements import RequirementError
 
 pytestmark = pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")

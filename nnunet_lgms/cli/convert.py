@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -40,14 +39,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.data.convert import convert, splits_remark, write_splits
     from nnunet_lgms.data.datasets import DESCRIPTIONS
+    from nnunet_lgms.nnunet_folders import nnunet_folder
 
     description = DESCRIPTIONS[args.name]
     if args.size is not None and not 8 <= args.size <= LARGEST_SIZE:
         raise ValueError(f"--size {args.size} is no size for an image: give 8 to {LARGEST_SIZE}; the paper uses 256.")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers {args.workers} is not possible: give a number of at least 1.")
-    raw = _folder_of("nnUNet_raw")
-    preprocessed = _folder_of("nnUNet_preprocessed") if args.splits else None
+    raw = nnunet_folder("nnUNet_raw")
+    preprocessed = nnunet_folder("nnUNet_preprocessed") if args.splits else None
     conversion = convert(
         description,
         args.source,
@@ -70,12 +70,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(conversion.identifiers)} cases are in {conversion.folder}")
     print(f"Next: nnUNetv2_plan_and_preprocess -d {args.id}")
     return 0
-
-
-def _folder_of(variable: str) -> Path:
-    value = os.environ.get(variable)
-    if not value:
-        raise ValueError(f"The environment variable {variable} is not set: nnU-Net keeps its datasets in that folder.")
-    folder = Path(value)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import os
 from pathlib import Path
 
 
@@ -38,9 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.evaluation.evaluate import evaluate
-    from nnunet_lgms.evaluation.output import terminal_table, write_all
-    from nnunet_lgms.locks import locked
+    from nnunet_lgms.evaluation.output import evaluate_into, terminal_table
 
     output = _output_folder(args)
     for option, value, least in (
@@ -53,18 +49,18 @@ def run(args: argparse.Namespace) -> int:
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images} is no folder: give the folder of the images, or leave it out.")
     labels, reader, images = _what_to_evaluate(args)
-    models = _models(args)
-    with locked(output / ".evaluate.lock", f"evaluation into {output}"):
-        evaluation = evaluate(
-            models,
-            args.references,
-            labels,
-            reader,
-            tolerance=args.nsd_tolerance,
-            n_resamples=args.bootstrap,
-            workers=args.workers,
-        )
-        files = write_all(evaluation, output, images=args.images or images, n_worst=args.worst)
+    evaluation, files = evaluate_into(
+        output,
+        _models(args),
+        args.references,
+        labels,
+        reader,
+        images=args.images or images,
+        n_worst=args.worst,
+        tolerance=args.nsd_tolerance,
+        n_resamples=args.bootstrap,
+        workers=args.workers,
+    )
     for remark in evaluation.remarks:
         print(f"Note: {remark}")
     print(terminal_table(evaluation))
@@ -95,6 +91,7 @@ def _what_to_evaluate(args: argparse.Namespace):
     from nnunet_lgms.dataset_json import read_dataset_json
     from nnunet_lgms.evaluation.labels import LabelSet
     from nnunet_lgms.nnunet_files import Reader, file_ending_of
+    from nnunet_lgms.nnunet_folders import raw_dataset
 
     if not args.predictions.is_dir():
         raise ValueError(f"The folder {args.predictions} does not exist.")
@@ -112,25 +109,3 @@ def _what_to_evaluate(args: argparse.Namespace):
     labels = LabelSet.parse(args.labels) if args.labels else LabelSet.from_dataset_json(content)
     reader = Reader.of_dataset(content) if content else Reader(file_ending_of(args.predictions))
     return labels, reader, images
-
-
-def raw_dataset(dataset: str) -> Path:
-    """Folder of a raw dataset, by number (`101`), name (`Dataset101_BUSI`) or path (its own, or of its dataset.json).
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(os.path.abspath(dataset))  # with a name of its own: results go into folders of that name
-    if path.is_file() or (path / "dataset.json").is_file():
-        return path if path.is_dir() else path.parent
-    if path.is_dir() or Path(dataset).name != dataset or dataset in ("", ".."):
-        raise ValueError(f"{dataset} has no dataset.json: give a dataset's folder, its name, or its number.")
-    raw = os.environ.get("nnUNet_raw")
-    if not raw:
-        raise ValueError(f"To find dataset {dataset}, the environment variable nnUNet_raw must name nnU-Net's folder.")
-    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else glob.escape(dataset)
-    found = sorted(folder for folder in Path(raw).glob(pattern) if (folder / "dataset.json").is_file())
-    if len(found) != 1:
-        there = ", ".join(sorted(folder.name for folder in Path(raw).glob("Dataset*"))) or "none"
-        raise ValueError(f"{raw} has {len(found)} datasets {dataset}, expected one; there are: {there}.")
-    return found[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from pathlib import Path
 
@@ -67,15 +66,17 @@ def run(args: argparse.Namespace) -> int:
 def _calibration(args: argparse.Namespace):
     from nnunet_lgms.export.model import load_model
     from nnunet_lgms.export.precision import CalibrationSet
+    from nnunet_lgms.nnunet_folders import nnunet_folder
 
     if args.cases < 1:
         raise ValueError(f"--cases {args.cases}: at least 1 is needed.")
     _, description = load_model(args.model_folder, args.folds, args.checkpoint)
     folder = args.calibration
     if folder is None:
-        if "nnUNet_raw" not in os.environ:
+        try:
+            folder = nnunet_folder("nnUNet_raw") / description.dataset
+        except ValueError as error:
             raise ValueError(
-                "int8 is calibrated on training cases: set nnUNet_raw, or name the raw dataset with --calibration."
-            )
-        folder = Path(os.environ["nnUNet_raw"], description.dataset)
+                f"int8 is calibrated on training cases, or those of --calibration FOLDER; {error}"
+            ) from None
     return CalibrationSet.from_raw(folder, description, args.cases)

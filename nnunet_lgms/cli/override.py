@@ -27,14 +27,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nnunet_lgms.nnunet_folders import dataset_name, nnunet_folder
     from nnunet_lgms.planning.auto_kernels import components_of
     from nnunet_lgms.planning.commands import nnunet_commands
     from nnunet_lgms.planning.memory import memory_remarks
     from nnunet_lgms.planning.override import override_plans
     from nnunet_lgms.planning.plans_files import (
         check_writable,
-        dataset_name,
-        environment_folder,
         plans_file,
         plans_lock,
         read_dataset_json,
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     target = plans_file(dataset, name)
     if name == start:
         raise ValueError(f"--as {name} would replace the plans that it starts from: choose another name.")
-    preprocessed = environment_folder("nnUNet_preprocessed") / dataset
+    preprocessed = nnunet_folder("nnUNet_preprocessed") / dataset
     with plans_lock(target):
         check_writable(target, args.force)
         description = read_dataset_json(dataset)

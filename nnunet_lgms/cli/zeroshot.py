@@ -30,10 +30,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunet_lgms.cli.evaluate import raw_dataset
     from nnunet_lgms.evaluation.label_mapping import read_mapping_file
     from nnunet_lgms.evaluation.zeroshot import table, zero_shot
     from nnunet_lgms.inference import trained_folds
+    from nnunet_lgms.nnunet_folders import raw_dataset
 
     for option, value in (("--workers", args.workers), ("--bootstrap", args.bootstrap)):
         if value is not None and value < 1:

@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import METRICS, compute_metrics
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
-from nnunet_lgms.evaluation.statistics import Mean, PairedTest, bootstrap_mean, compare
+from nnunet_lgms.evaluation.statistics import Mean, PairedTest, bootstrap_mean, compare, mean_of_defined
 from nnunet_lgms.nnunet_files import Reader, Segmentation, cases_in
 from nnunet_lgms.parallel import default_workers, parallel_map
 
@@ -61,7 +61,7 @@ class Evaluation:
 
     def foreground_per_case(self, model: str, metric: str) -> np.ndarray:
         """Mean over labels in every case, (cases,)."""
-        return _mean_over_labels(self.values[model][:, :, METRICS.index(metric)])
+        return mean_of_defined(self.values[model][:, :, METRICS.index(metric)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -246,13 +246,6 @@ def _listed(items: Sequence) -> str:
     return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
 
 
-def _mean_over_labels(values: np.ndarray) -> np.ndarray:
-    """(cases, labels) → (cases,), NaN where no label has a value."""
-    defined = ~np.isnan(values)
-    count = defined.sum(axis=1)
-    return np.divide(np.nansum(values, axis=1), count, out=np.full(len(values), np.nan), where=count > 0)
-
-
 def _summarise(values: np.ndarray, labels: LabelSet, n_resamples: int) -> dict[str, dict[str, Mean]]:
     summary = {
         name: {metric: bootstrap_mean(values[:, i, m], n_resamples) for m, metric in enumerate(METRICS)}
@@ -268,7 +261,7 @@ def _test(values: Mapping[str, np.ndarray], labels: LabelSet) -> dict[str, dict[
         for i, name in enumerate(labels.regions)
     }
     tests[FOREGROUND] = {
-        metric: compare({model: _mean_over_labels(v[:, :, m]) for model, v in values.items()}, metric)
+        metric: compare({model: mean_of_defined(v[:, :, m], axis=1) for model, v in values.items()}, metric)
         for m, metric in enumerate(METRICS)
     }
     return tests

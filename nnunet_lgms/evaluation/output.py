@@ -5,17 +5,51 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation
+from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
+from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.statistics import Mean
 from nnunet_lgms.files import atomic_write
+from nnunet_lgms.locks import locked
+from nnunet_lgms.nnunet_files import Reader
+
+
+def evaluate_into(
+    output: Path,
+    models: Mapping[str, Path],
+    references: Path,
+    labels: LabelSet,
+    reader: Reader,
+    *,
+    images: Path | None = None,
+    n_worst: int = 6,
+    wait: bool = False,
+    **options: Any,
+) -> tuple[Evaluation, list[Path]]:
+    """:func:`evaluate` and :func:`write_all`, while no other evaluation writes to the same folder.
+
+    Args:
+        output: folder of the three files.
+        models, references, labels, reader: see :func:`evaluate`.
+        images, n_worst: see :func:`write_all`.
+        wait: let another evaluation end first, instead of refusing.
+        options: more of :func:`evaluate`.
+
+    Raises:
+        ValueError: see :func:`evaluate`; or another evaluation writes to ``output``.
+    """
+    with locked(output / ".evaluate.lock", f"evaluation into {output}", wait=wait):
+        evaluation = evaluate(models, references, labels, reader, **options)
+        return evaluation, write_all(evaluation, output, images=images, n_worst=n_worst)
 
 
 def write_all(evaluation: Evaluation, output: Path, *, images: Path | None = None, n_worst: int = 6) -> list[Path]:

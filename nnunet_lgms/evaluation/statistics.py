@@ -72,7 +72,7 @@ def bootstrap_mean(values: np.ndarray, n_resamples: int = 2000, seed: int = 0) -
     from scipy.stats import bootstrap
 
     def statistic(*samples: np.ndarray, axis: int) -> np.ndarray:
-        return _nanmean(np.stack([_nanmean(sample, axis) for sample in samples]), 0)
+        return mean_of_defined(np.stack([mean_of_defined(sample, axis) for sample in samples]), 0)
 
     interval = bootstrap(
         tuple(columns.T),
@@ -87,10 +87,10 @@ def bootstrap_mean(values: np.ndarray, n_resamples: int = 2000, seed: int = 0) -
     return Mean(mean, float(interval.low), float(interval.high), n)
 
 
-def _nanmean(sample: np.ndarray, axis: int) -> np.ndarray:
-    """`nanmean` that is silent about a bootstrap sample without any value."""
-    count = np.count_nonzero(~np.isnan(sample), axis=axis)
-    return np.divide(np.nansum(sample, axis=axis), count, out=np.full(count.shape, np.nan), where=count > 0)
+def mean_of_defined(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean over an axis of what is not NaN; NaN, and no warning, where nothing else is there."""
+    count = np.count_nonzero(~np.isnan(values), axis=axis)
+    return np.divide(np.nansum(values, axis=axis), count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
 def compare(values: Mapping[str, np.ndarray], metric: str) -> list[PairedTest]:

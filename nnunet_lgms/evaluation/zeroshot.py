@@ -19,7 +19,7 @@ from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.output import write_all
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
-from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
+from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean, mean_of_defined
 from nnunet_lgms.files import atomic_write
 from nnunet_lgms.inference import load_predictor, read_model_plans, trained_folds
 from nnunet_lgms.locks import locked
@@ -68,6 +68,7 @@ def zero_shot(
     n_resamples: int = 2000,
     device: str | None = None,
     workers: int | None = None,
+    wait: bool = False,
 ) -> ZeroShot:
     """Predict unseen datasets, evaluate, and compare with the model's own validation cases.
 
@@ -87,6 +88,7 @@ def zero_shot(
         n_resamples: bootstrap samples of each interval.
         device: where to predict; default: the GPU if there is one.
         workers: processes and threads beside the network.
+        wait: let another run that writes to `output` end first, instead of refusing.
 
     Raises:
         ValueError: see `load_predictor`, `map_labels` and `evaluate`; or a dataset has other channels or files, or
@@ -99,7 +101,7 @@ def zero_shot(
     model = read_dataset_json(model_folder)
     prepared = [_prepare(model_folder, model, dataset, mapping) for dataset in datasets]
     options = {"tolerance": tolerance, "n_resamples": n_resamples, "workers": workers}
-    with locked(output / ".zeroshot.lock", f"zeroshot into {output}"):
+    with locked(output / ".zeroshot.lock", f"zeroshot into {output}", wait=wait):
         return _zero_shot(model_folder, model, prepared, output, folds, checkpoint, options, device)
 
 
@@ -249,7 +251,7 @@ def _rows(dataset: str, at_home: Sequence[Evaluation], abroad: Evaluation, n_res
     labels = list(abroad.labels.regions)
     # (cases, labels, metrics): cases of all folds at home, the folds' mean in every case abroad
     home = np.concatenate([v for e in at_home for v in e.values.values()]) if at_home else np.empty((0, len(labels), 6))
-    away = _mean_over_folds(np.stack(list(abroad.values.values())))
+    away = mean_of_defined(np.stack(list(abroad.values.values())), axis=0)  # over folds
     rows = []
     for label in labels if len(labels) == 1 else [*labels, FOREGROUND]:
         for m, metric in enumerate(METRICS):
@@ -258,12 +260,6 @@ def _rows(dataset: str, at_home: Sequence[Evaluation], abroad: Evaluation, n_res
             zero = bootstrap_mean(away[:, columns, m], n_resamples)
             rows.append(Row(dataset, label, metric, in_domain, zero, in_domain.mean - zero.mean))
     return rows
-
-
-def _mean_over_folds(values: np.ndarray) -> np.ndarray:
-    """(folds, cases, labels, metrics) → (cases, labels, metrics), NaN only where no fold has a value."""
-    count = np.count_nonzero(~np.isnan(values), axis=0)
-    return np.divide(np.nansum(values, axis=0), count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
 def table(result: ZeroShot) -> str:

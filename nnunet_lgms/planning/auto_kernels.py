@@ -28,7 +28,8 @@ from tqdm import tqdm
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.files import files_in, one_line
 from nnunet_lgms.nnunet_files import Reader
-from nnunet_lgms.planning.plans_files import environment_folder, read_dataset_json
+from nnunet_lgms.nnunet_folders import nnunet_folder
+from nnunet_lgms.planning.plans_files import read_dataset_json
 
 N_GROUPS = 4
 SMALLEST, LARGEST = 3, 9
@@ -114,8 +115,8 @@ def _nearest_odd(voxels: np.ndarray, largest: np.ndarray) -> list[int]:
 
 def components_of(dataset: str, plans: dict[str, Any]) -> Components:
     """Components of a dataset of nnU-Net, by its full name; ``plans`` as in :func:`measure_components`."""
-    preprocessed = environment_folder("nnUNet_preprocessed") / dataset
-    raw = environment_folder("nnUNet_raw") / dataset
+    preprocessed = nnunet_folder("nnUNet_preprocessed") / dataset
+    raw = nnunet_folder("nnUNet_raw") / dataset
     dataset_json = read_dataset_json(dataset)
     return measure_components(plans, dataset_json, segmentation_files(preprocessed, raw, dataset_json))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_lgms.planning.plans_files import dataset_id
+from nnunet_lgms.nnunet_folders import dataset_number
 
 TRAINER = "nnUNetTrainerLGMSNet"
 
@@ -21,7 +21,7 @@ def nnunet_commands(dataset: str, plans: dict[str, Any], configurations: Sequenc
     nnU-Net's default device is the GPU; without one the lines say so, or they would end in an error.
     """
     device = "" if torch.cuda.is_available() else " -device cpu"
-    number, name = dataset_id(dataset), shlex.quote(plans["plans_name"])
+    number, name = dataset_number(dataset), shlex.quote(plans["plans_name"])
     manager = PlansManager(plans)
     blocks = []
     for configuration in configurations:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -16,8 +15,9 @@ from nnunet_lgms.architecture.topology import is_int
 from nnunet_lgms.config import KEY
 from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.locks import locked
-from nnunet_lgms.names import check_plans_names, is_dataset_name, is_file_name
+from nnunet_lgms.names import check_plans_names, is_file_name
 from nnunet_lgms.nearest import did_you_mean
+from nnunet_lgms.nnunet_folders import dataset_number, nnunet_folder
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}")
@@ -32,45 +32,6 @@ NEEDED = {
 }
 
 
-def environment_folder(variable: str) -> Path:
-    """The folder that one of nnU-Net's environment variables names.
-
-    Raises:
-        ValueError: it is not set.
-    """
-    value = os.environ.get(variable)
-    if not value:
-        raise ValueError(f"{variable} is not set: export {variable}=FOLDER, as nnU-Net itself needs it.")
-    return Path(value)
-
-
-def dataset_name(dataset: str | int) -> str:
-    """``4``, ``"4"`` or ``"Dataset004_Hippocampus"`` -> ``"Dataset004_Hippocampus"``.
-
-    Raises:
-        ValueError: nnU-Net knows no such dataset, or the name is none that it would give.
-    """
-    environment_folder("nnUNet_preprocessed")
-    environment_folder("nnUNet_raw")
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    if str(dataset).isdecimal() and len(str(dataset)) <= 9:
-        try:
-            return str(maybe_convert_to_dataset_name(int(dataset)))
-        except RuntimeError as error:
-            raise ValueError(f"{dataset!r} names no dataset: {' '.join(str(error).split())}") from None
-    if not is_dataset_name(str(dataset)):
-        raise ValueError(
-            f"{shown(dataset)} names no dataset: give nnU-Net's number, or a name such as Dataset004_Hippocampus."
-        )
-    return str(dataset)
-
-
-def dataset_id(name: str) -> int:
-    """``"Dataset004_Hippocampus"`` -> 4."""
-    return int(name[len("Dataset") :].split("_")[0])
-
-
 def plans_file(name: str, plans_name: str) -> Path:
     """``nnUNet_preprocessed/<dataset>/<plans>.json``, whether it is there or not.
 
@@ -83,7 +44,7 @@ def plans_file(name: str, plans_name: str) -> Path:
             "'+', without folders and without '__', which nnU-Net uses to separate trainer, plans and configuration; "
             "for example nnUNetPlans_k3."
         )
-    return environment_folder("nnUNet_preprocessed") / name / f"{plans_name.removesuffix('.json')}.json"
+    return nnunet_folder("nnUNet_preprocessed") / name / f"{plans_name.removesuffix('.json')}.json"
 
 
 def read_plans(name: str, plans_name: str) -> dict[str, Any]:
@@ -95,7 +56,7 @@ def read_plans(name: str, plans_name: str) -> dict[str, Any]:
     """
     path = plans_file(name, plans_name)
     if not path.is_file():
-        if not path.parent.is_dir() and not (environment_folder("nnUNet_raw") / name).is_dir():
+        if not path.parent.is_dir() and not (nnunet_folder("nnUNet_raw") / name).is_dir():
             raise ValueError(
                 f"There is no dataset {name}, neither in nnUNet_preprocessed ({path.parent.parent}) nor in nnUNet_raw: "
                 "correct its name, or the two variables."
@@ -106,7 +67,7 @@ def read_plans(name: str, plans_name: str) -> dict[str, Any]:
             + (
                 f"there are {', '.join(there)}."
                 if there
-                else f"run nnUNetv2_plan_and_preprocess -d {dataset_id(name)}."
+                else f"run nnUNetv2_plan_and_preprocess -d {dataset_number(name)}."
             )
         )
     plans = read_json(path)
@@ -171,7 +132,7 @@ def read_dataset_json(name: str) -> dict[str, Any]:
         ValueError: there is none, or nnU-Net cannot work with it.
     """
     for variable in ("nnUNet_preprocessed", "nnUNet_raw"):
-        path = environment_folder(variable) / name / "dataset.json"
+        path = nnunet_folder(variable) / name / "dataset.json"
         if path.is_file():
             description = dataset_json.read_dataset_json(path)
             _check_labels(description, path)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from nnunet_lgms.requirements import RequirementError
+from nnunet_lgms.sentences import sentence
 
 STEPS = ("convert", "plan", "preprocess", "override", "profile", "train", "validate")
 STEPS += ("find_best", "predict", "evaluate", "zeroshot", "report")
@@ -18,8 +19,8 @@ def main(step: str, study: str, done: str, *names: str) -> int:
 
     try:
         (report.write if step == "report" else getattr(steps, step))(Graph(study), Path(done).absolute(), *names)
-    except (ValueError, OSError, RequirementError) as error:
-        print(f"nnunet_lgms.study: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RequirementError) as error:
+        print(f"nnunet_lgms.study: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 from contextlib import redirect_stdout
-from difflib import get_close_matches
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.data.find import find_cases
+from nnunet_lgms.dataset_json import read_dataset_json
+from nnunet_lgms.files import files_in
+from nnunet_lgms.nearest import did_you_mean
+from nnunet_lgms.nnunet_folders import nnunet_folder
 from nnunet_lgms.planning.plans_files import read_override
-from nnunet_lgms.study.graph import Graph, nnunet_folder
+from nnunet_lgms.study.graph import Graph
 
 
 def check_inputs(graph: Graph) -> None:
@@ -31,6 +34,7 @@ def check_inputs(graph: Graph) -> None:
             if dataset[11:] != title:
                 raise ValueError(f"{dataset} is made from {own.convert.name}: call it {dataset[:11]}{title}.")
         if (raw / dataset / "dataset.json").is_file():
+            _check_file_names(raw / dataset)
             continue
         if not own.convert:
             raise ValueError(f"{dataset} is not in nnUNet_raw: put it there, or give it convert: in {graph.path.name}.")
@@ -47,6 +51,14 @@ def check_inputs(graph: Graph) -> None:
         if variant.override:
             read_override(graph.override_file(variant.override))
     _check_trainers(graph)
+
+
+def _check_file_names(dataset: Path) -> None:
+    """nnU-Net would fail on a name that is not UTF-8 hours later."""
+    ending = read_dataset_json(dataset)["file_ending"]
+    for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        if (dataset / folder).is_dir():
+            files_in(dataset / folder, ending)
 
 
 def _check_download(dataset: str, name: str, source: Path) -> None:
@@ -66,8 +78,7 @@ def _check_trainers(graph: Graph) -> None:
     known = _classes_in_trainer_folders()
     for trainer, where in wanted.items():
         if trainer not in known and not _found_by_nnunet(trainer):
-            near = get_close_matches(trainer, known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else "correct the name, or add the trainer's folder there."
+            hint = did_you_mean(trainer, known) or "correct the name, or add the trainer's folder there."
             raise ValueError(
                 f"{graph.path.name}: {where} is {trainer}, which is neither nnU-Net's nor in a folder that "
                 f"nnUNet_extTrainer names; {hint}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from nnunet_lgms.nnunet_folders import nnunet_folder
 from nnunet_lgms.study.schema import Study, Variant, filled_in, find_study
 
 UNSEEDED = "unseeded"
@@ -212,17 +212,6 @@ class Graph:
                     if own.test:
                         yield "predict", self.predicted(run, dataset, variant)
                         yield "evaluate", self.tested(run, dataset, variant)
-
-
-def nnunet_folder(variable: str) -> Path:
-    """The folder that one of nnU-Net's environment variables names.
-
-    Raises:
-        ValueError: it is not set.
-    """
-    if not os.environ.get(variable):
-        raise ValueError(f"{variable} is not set: export {variable}=FOLDER, as nnU-Net itself needs it.")
-    return Path(os.environ[variable]).absolute()
 
 
 def configuration_of(identifier: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from nnunet_lgms.evaluation.evaluate import FOREGROUND
 from nnunet_lgms.evaluation.metrics import METRICS
-from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean
+from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean, mean_of_defined
 from nnunet_lgms.study.graph import Graph, Model
 
 LGMSNET = "LGMSNet"
@@ -133,8 +133,8 @@ class Results:
             file = self.graph.validated(run, model.dataset, model.name, fold)
             for case, labels in read_cases(self.path(file).with_name("cases.csv")).items():
                 dice = np.array([values[METRICS.index("Dice")] for values in labels.values()])
-                if not np.isnan(dice).all():
-                    found.append(WorstCase(case, float(np.nanmean(dice)), str(Path(file).with_name("report.html"))))
+                if not np.isnan(mean := float(mean_of_defined(dice, axis=0))):
+                    found.append(WorstCase(case, mean, str(Path(file).with_name("report.html"))))
         return sorted(found, key=lambda worst: worst.dice)[:n]
 
     def _trained(self, model: Model, run: str, fold: int) -> Path:
@@ -163,7 +163,9 @@ class Results:
                 values.setdefault(case, []).append(labels)
         labels = list(next(iter(values.values()))[0])
         # (cases, labels, metrics), the mean over the predictions of a case
-        table = np.stack([_nanmean(np.stack([[p[label] for label in labels] for p in ps])) for ps in values.values()])
+        table = np.stack(
+            [mean_of_defined(np.stack([[p[label] for label in labels] for p in ps]), axis=0) for ps in values.values()]
+        )
         for label in [*labels, FOREGROUND]:
             columns = slice(None) if label == FOREGROUND else labels.index(label)
             for m, metric in enumerate(METRICS):
@@ -208,12 +210,6 @@ def read_cases(file: Path) -> dict[str, dict[str, np.ndarray]]:
             values = np.array([float(row[metric] or "nan") for metric in METRICS])
             found.setdefault(row["case"], {})[row["label"]] = values
     return found
-
-
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Over the first axis; NaN only where all are."""
-    count = np.count_nonzero(~np.isnan(values), axis=0)
-    return np.divide(np.nansum(values, axis=0), count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
 def _with_nan(mean: Mapping[str, float | None]) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 import nnunet_lgms
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.files import shown
+from nnunet_lgms.nearest import did_you_mean
+from nnunet_lgms.nnunet_folders import dataset_number
 
 PLANNERS = {
     "nnUNetPlans": "ExperimentPlanner",
@@ -257,8 +258,8 @@ def _sentence(error: ValidationError, content: dict[str, Any], path: Path) -> st
         return f"{where} is missing: give {allowed}; docs/how-to/study.md explains."
     if first["type"] == "extra_forbidden":
         known = list((model or Study).model_fields)
-        near = get_close_matches(named[-1], known, n=1, cutoff=0.5)
-        return f"{where} is not known; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}.")
+        hint = did_you_mean(named[-1], known) or f"known are {', '.join(known)}."
+        return f"{where} is not known; {hint}"
     if "[key]" in first["loc"]:
         allowed = (
             "letters, digits, '-', '.' and single '_'" if named[0] == "variants" else "a name such as Dataset101_BUSI"
@@ -272,9 +273,9 @@ _ENTRIES: dict[str, type[BaseModel]] = {"datasets": Dataset, "unseen": Unseen, "
 
 def _check_together(study: Study, path: Path) -> None:
     """What concerns several entries at once."""
-    numbers: dict[str, str] = {}
+    numbers: dict[int, str] = {}
     for name in [*study.datasets, *study.unseen]:
-        other = numbers.setdefault(name[7:10], name)
+        other = numbers.setdefault(dataset_number(name), name)
         if other != name or (name in study.datasets and name in study.unseen):
             raise ValueError(f"{path.name}: {other} and {name} have the same number, which nnU-Net gives only once.")
     for name, dataset in study.datasets.items():

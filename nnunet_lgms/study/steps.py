@@ -17,11 +17,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from nnunet_lgms import cli
+from nnunet_lgms.data.convert import convert as convert_dataset
+from nnunet_lgms.data.convert import write_splits
+from nnunet_lgms.data.datasets import DESCRIPTIONS
+from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import atomic_write
 from nnunet_lgms.locks import locked
+from nnunet_lgms.nnunet_folders import dataset_number, nnunet_folder, raw_dataset
 from nnunet_lgms.study.gpus import one_gpu
-from nnunet_lgms.study.graph import UNSEEDED, Graph, Model, configuration_of, nnunet_folder, planned_for
+from nnunet_lgms.study.graph import UNSEEDED, Graph, Model, configuration_of, planned_for
 from nnunet_lgms.study.schema import OWN_PLANS, PLANNERS
 
 # ---- data and plans --------------------------------------------------------------------------------------------------
@@ -32,10 +36,19 @@ def convert(graph: Graph, done: Path, dataset: str) -> None:
     conversion = (graph.study.datasets.get(dataset) or graph.study.unseen[dataset]).convert
     folder = nnunet_folder("nnUNet_raw") / dataset
     if conversion:
-        options = ["--id", int(dataset[7:10]), "--workers", graph.study.threads]
-        options += ["--splits", conversion.splits] if conversion.splits else []
-        options += ["--size", conversion.size] if conversion.size else []
-        ours("convert", conversion.name, graph.resolve(conversion.source), *options)
+        description = DESCRIPTIONS[conversion.name]
+        converted = convert_dataset(
+            description,
+            graph.resolve(conversion.source),
+            dataset_number(dataset),
+            raw=folder.parent,
+            size=conversion.size,
+            workers=graph.study.threads,
+            wait=True,
+        )
+        print(*converted.remarks, sep="\n")
+        if conversion.splits:
+            print(write_splits(description, converted, nnunet_folder("nnUNet_preprocessed")))
     elif not (folder / "dataset.json").is_file():
         raise ValueError(f"{dataset} is not in nnUNet_raw: put it there, or give it convert: in {graph.path.name}.")
     _write(done, {"folder": str(folder)})
@@ -43,11 +56,13 @@ def convert(graph: Graph, done: Path, dataset: str) -> None:
 
 def plan(graph: Graph, done: Path, dataset: str, plans: str) -> None:
     """Fingerprint and plans; those that are there stay."""
-    number, folder = dataset[7:10].lstrip("0"), nnunet_folder("nnUNet_preprocessed") / dataset
+    from nnunet_lgms.planning.plan import plan_dataset
+
+    number, folder = dataset_number(dataset), nnunet_folder("nnUNet_preprocessed") / dataset
     with locked(folder / ".plan.lock", f"planning of {dataset}", wait=True):
         if not (folder / f"{plans}.json").is_file():
             if own := OWN_PLANS.fullmatch(plans):
-                ours("plan", number, "--vram", own[1], "--as", plans)
+                plan_dataset(dataset, float(own[1]), {}, plans, wait=True)
             else:
                 check = [] if _converted_by_us(dataset) else ["--verify_dataset_integrity"]
                 options = ["--no_pp", "-npfp", graph.study.threads, *check]
@@ -71,7 +86,7 @@ def preprocess(graph: Graph, done: Path, dataset: str, identifier: str) -> None:
         if missing := [case for case in cases if not (folder / identifier / f"{case}.pkl").is_file()]:
             print(f"{len(missing)} of {len(cases)} cases are not preprocessed")
             np = ["-np", graph.study.threads]
-            nnunet("preprocess", "-d", dataset[7:10].lstrip("0"), "-plans_name", plans, "-c", configuration, *np)
+            nnunet("preprocess", "-d", dataset_number(dataset), "-plans_name", plans, "-c", configuration, *np)
     _write(done, {"cases": len(cases)})
 
 
@@ -100,9 +115,14 @@ def override(graph: Graph, done: Path, dataset: str, plans: str) -> None:
 def profile(graph: Graph, done: Path, dataset: str, plans: str, configuration: str) -> None:
     """Parameters, GMAC and memory; on a GPU also the time of a step."""
     device = graph.study.device
-    steps = ["--steps", 0] if device == "cpu" else []
     with _gpu(device):
-        ours("profile", dataset, "-p", plans, "-c", configuration, "--device", device, *steps, "--json", done)
+        from nnunet_lgms.planning.profile import as_table
+        from nnunet_lgms.planning.profile_file import profile_plans
+
+        steps = 0 if device == "cpu" else None
+        done.parent.mkdir(parents=True, exist_ok=True)
+        profiles, _ = profile_plans(dataset, plans, configuration, device=device, steps=steps, target=done)
+        print(as_table(profiles))
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -134,7 +154,7 @@ def _train(graph: Graph, model: Model, run: str, fold: int, validate_only: bool,
     os.environ["nnUNet_n_proc_DA"] = str(study.processes)
     probabilities = study.ensemble and len(graph.models(model.dataset, model.variant)) > 1
     flags = ["--val"] * validate_only + ["--c"] * (continued and not validate_only) + ["--npz"] * probabilities
-    words = ["train", model.dataset[7:10].lstrip("0"), model.configuration, fold, "-tr", model.trainer]
+    words = ["train", dataset_number(model.dataset), model.configuration, fold, "-tr", model.trainer]
     _say("nnUNetv2_train", *words[1:], "-p", model.plans, "-device", study.device, *flags)
 
     import torch
@@ -265,7 +285,7 @@ def predict(graph: Graph, done: Path, run: str, dataset: str, variant: str) -> N
     parts = [output / model["configuration"] for model in models] if several else [output / "raw"]
     with _gpu(graph.study.device):
         for model, part in zip(models, parts):
-            words = ["-i", images, "-o", part, "-d", dataset[7:10].lstrip("0"), "-f", *best["folds"]]
+            words = ["-i", images, "-o", part, "-d", dataset_number(dataset), "-f", *best["folds"]]
             words += ["-c", model["configuration"], "-tr", model["trainer"], "-p", model["plans_identifier"]]
             workers = max(1, graph.study.processes)
             words += ["-npp", workers, "-nps", workers, "-device", graph.study.device, "--continue_prediction"]
@@ -289,25 +309,25 @@ def zeroshot(graph: Graph, done: Path, run: str, dataset: str, model: str) -> No
     """A model's folds on data sets that it has not seen."""
     _use_results_of(run)
     own = graph.study.datasets[dataset]
-    options = ["-o", done.parent, "-f", *graph.folds(dataset), "--device", graph.study.device]
-    options += ["--nsd-tolerance", graph.study.nsd_tolerance, "--workers", max(1, graph.study.processes)]
-    options += ["--mapping", graph.resolve(own.mapping)] if own.mapping else []
     with _gpu(graph.study.device):
-        ours("zeroshot", _model_folder(dataset, model), *own.zeroshot, *options)
+        from nnunet_lgms.evaluation.label_mapping import read_mapping_file
+        from nnunet_lgms.evaluation.zeroshot import table, zero_shot
+
+        result = zero_shot(
+            _model_folder(dataset, model),
+            [raw_dataset(name) for name in own.zeroshot],
+            done.parent,
+            folds=[str(fold) for fold in graph.folds(dataset)],
+            mapping=read_mapping_file(graph.resolve(own.mapping)) if own.mapping else None,
+            tolerance=graph.study.nsd_tolerance,
+            device=graph.study.device,
+            workers=max(1, graph.study.processes),
+            wait=True,
+        )
+        print(*result.remarks, table(result), sep="\n")
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def ours(*words: Any) -> None:
-    """Runs one of this package's commands in this process.
-
-    Raises:
-        SystemExit: it did not succeed; it has said why.
-    """
-    _say("nnunet_lgms", *words)
-    if code := cli.main([str(word) for word in words]):
-        sys.exit(code)
 
 
 def nnunet(command: str, *words: Any) -> None:
@@ -328,18 +348,24 @@ def _say(*words: Any) -> None:
 def _evaluate(
     graph: Graph, predictions: Path, references: Path, dataset: str, output: Path, name: str, images: str = "imagesTr"
 ) -> None:
-    options = [
-        "--dataset",
-        dataset,
-        "-o",
+    from nnunet_lgms.evaluation.labels import LabelSet
+    from nnunet_lgms.evaluation.output import evaluate_into, terminal_table
+    from nnunet_lgms.nnunet_files import Reader
+
+    raw = raw_dataset(dataset)
+    description = read_dataset_json(raw)
+    evaluation, _ = evaluate_into(
         output,
-        "--name",
-        name,
-        "--images",
-        nnunet_folder("nnUNet_raw") / dataset / images,
-    ]
-    options += ["--nsd-tolerance", graph.study.nsd_tolerance, "--workers", graph.study.threads]
-    ours("evaluate", predictions, references, *options)
+        {name: predictions},
+        references,
+        LabelSet.from_dataset_json(description),
+        Reader.of_dataset(description),
+        images=raw / images,
+        tolerance=graph.study.nsd_tolerance,
+        workers=graph.study.threads,
+        wait=True,
+    )
+    print(*evaluation.remarks, terminal_table(evaluation), sep="\n")
 
 
 def _gpu(device: str):
