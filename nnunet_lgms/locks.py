@@ -71,8 +71,9 @@ def file_lock(path: Path, *, survives_exec: bool = False) -> FileLock:
     """The lock of a file, not yet held, which writes its owner into the file when it is."""
 
     def sign(descriptor: int) -> None:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
         if survives_exec:
             os.set_inheritable(descriptor, True)
 

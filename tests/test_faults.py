@@ -15,6 +15,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from another_process import another_process_holds
 from conftest import ROOT
 from nnunetv2.run.run_training import get_trainer_from_args
 from test_trainer import make_trainer
@@ -462,11 +463,50 @@ def test_checkpoint_cut_short(workshop, organs, model, size):
 
 
 def test_checkpoint_of_other_plans(workshop, organs, model, data):
-    edit(data / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(lgmsnet={"widths": [8, 8, 8]}))
+    """Also where the model's folder says that it was trained with them."""
+    for file in (data / "nnUNetPlans.json", model / "plans.json"):
+        edit(file, lambda p: p["configurations"]["3d_fullres"].update(lgmsnet={"widths": [8, 8, 8]}))
     before = (model / "fold_0" / "checkpoint_final.pth").read_bytes()
     with pytest.raises(TrainingError, match="of another network than these plans describe"):
         workshop.train(organs, "--c")
     assert (model / "fold_0" / "checkpoint_final.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "fold"), [(["--c"], 0), (["--val"], 0), ([], 1)], ids=["continued", "validated", "another fold"]
+)
+def test_weights_are_not_left_with_the_plans_of_others(workshop, organs, model, data, options, fold):
+    """A network takes images of any spacing, so nothing else would notice."""
+    edit(data / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(spacing=[2.0, 1.0, 1.0]))
+    before = {file: file.read_bytes() for file in [*model.glob("*.json"), *model.glob("fold_0/checkpoint_*.pth")]}
+    with pytest.raises(TrainingError, match=r"was trained with spacing \[1.0, .* and it is \[2.0, .* now") as error:
+        workshop.train(organs, *options, fold=fold)
+    sentence(error)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_the_only_fold_may_be_trained_anew_with_other_plans(workshop, organs, model, data):
+    edit(data / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(spacing=[2.0, 1.0, 1.0]))
+    workshop.train(organs)
+    assert json.loads((model / "plans.json").read_text())["configurations"]["3d_fullres"]["spacing"][0] == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--c"], ["--val"]])
+def test_a_fold_is_trained_once_at_a_time(workshop, organs, model, options):
+    fold = model / "fold_0"
+    with another_process_holds(fold / ".training.lock") as other:
+        before = {file: file.read_bytes() for file in model.rglob("*") if file.is_file() and "log" not in file.name}
+        with pytest.raises(TrainingError, match=rf"Another training of fold_0 of .* \(process {other.pid}\)") as error:
+            workshop.train(organs, *options)
+        sentence(error)
+        assert {file: file.read_bytes() for file in before} == before
+
+
+def test_names_in_plans_lead_nowhere_else(workshop, organs, model, data, tmp_path):
+    edit(data / "nnUNetPlans.json", lambda p: p.update(dataset_name=str(tmp_path / "outside")))
+    with pytest.raises(TrainingError, match="The plans file has the dataset_name '/"):
+        workshop.train(organs)
+    assert not (tmp_path / "outside").exists()
 
 
 INVALID = {

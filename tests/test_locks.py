@@ -8,48 +8,20 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_model
 import tiny_plans
+from another_process import another_process_holds
 from conftest import ROOT
 from dataset_replicas import REPLICAS, disc, grey, save
 
 from nnunet_lgms import cli
 from nnunet_lgms.locks import locked
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from nnunet_lgms.locks import locked
-with locked(Path(sys.argv[1]), "test"):
-    if len(sys.argv) > 2 and os.fork() == 0:
-        time.sleep(60)
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_process_holds(lock: Path, *words: str) -> Iterator[subprocess.Popen]:
-    """It lets go when it is killed or the block ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", HOLD, str(lock), *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.stdin.close()
-        process.wait()
 
 
 def test_the_sentence_names_the_other_process(tmp_path: Path):

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from nnunet_lgms.nnunet.checkpoints import CheckpointingTrainer
 from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
+from nnunet_lgms.nnunet.own_folder import OwnFolderTrainer
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends, end_with_parent
+from nnunet_lgms.nnunet_folders import dataset_number
 
 # bytes of a disk that a file has just not found room on
 NO_ROOM_LEFT = 2**20
 
 
-class RobustTrainer(CheckpointingTrainer):
+class RobustTrainer(OwnFolderTrainer):
     """nnU-Net's trainer, whatever it trains, with what a long training needs.
 
     What is wrong with the plans, the preprocessed data or the disk is said in one sentence before the first step where
@@ -54,7 +55,7 @@ class RobustTrainer(CheckpointingTrainer):
 
     def _preprocessing(self) -> str:
         """The command that makes this configuration's data."""
-        number = int(self.plans_manager.dataset_name[len("Dataset") :].split("_")[0])
+        number = dataset_number(self.plans_manager.dataset_name)
         return (
             f"nnUNetv2_preprocess -d {number} -plans_name {self.plans_manager.plans_name} -c {self.configuration_name}"
         )
