@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
 
+from nnunet_lgms.complaints import described, first_complaint
 from nnunet_lgms.files import read_json, shown
 from nnunet_lgms.names import FILE_ENDING, MAX_LABEL, is_text
 
@@ -20,6 +21,7 @@ def _line_of_text(value: str) -> str:
 Text = Annotated[str, AfterValidator(_line_of_text)]
 LabelValue = Annotated[int, Field(ge=0, le=MAX_LABEL)]
 Region = Annotated[list[LabelValue], Field(min_length=1)]
+CHANNELS_ALLOWED = 'a table {"0": "CT", …}'
 Channels = Annotated[dict[Text, Any], Field(min_length=1)]
 
 
@@ -32,18 +34,18 @@ def _has_background(labels: dict[str, Any]) -> dict[str, Any]:
 class DatasetJson(BaseModel):
     """What this package reads of it; the rest is nnU-Net's matter."""
 
-    labels: Annotated[dict[Text, LabelValue | Region], Field(min_length=2), AfterValidator(_has_background)]
-    file_ending: Annotated[str, StringConstraints(pattern=f"^{FILE_ENDING.pattern}$")]
-    channel_names: Channels | None = None
-    modality: Channels | None = None
-
-
-ALLOWED = {
-    "labels": 'a table {"background": 0, "lesion": 1, …} with whole numbers, or lists of them for regions',
-    "file_ending": 'an ending such as ".nii.gz" or ".png"',
-    "channel_names": 'a table {"0": "CT", …}',
-    "modality": 'a table {"0": "CT", …}',
-}
+    labels: Annotated[dict[Text, LabelValue | Region], Field(min_length=2), AfterValidator(_has_background)] = (
+        described(
+            ...,
+            'a table {"background": 0, "lesion": 1, …} with whole numbers, or lists of them for regions',
+            "value of each label",
+        )
+    )
+    file_ending: Annotated[str, StringConstraints(pattern=f"^{FILE_ENDING.pattern}$")] = described(
+        ..., 'an ending such as ".nii.gz" or ".png"', "of image and label files"
+    )
+    channel_names: Channels | None = described(None, CHANNELS_ALLOWED, "of an image, in their order")
+    modality: Channels | None = described(None, CHANNELS_ALLOWED, "what nnU-Net once called channel_names")
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -65,9 +67,10 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     try:
         checked = DatasetJson.model_validate(content)
     except ValidationError as error:
-        key = str(error.errors(include_url=False)[0]["loc"][0])
-        given = f"has {key} {shown(content[key])}" if key in content else f"has no {key}"
-        raise ValueError(f"{file} {given}: a dataset.json of nnU-Net needs {ALLOWED[key]}.") from None
+        complaint = first_complaint(error, DatasetJson, content)
+        key = complaint.path[0]
+        given = f"has no {key}" if complaint.kind == "missing" else f"has {key} {shown(content[key])}"
+        raise ValueError(f"{file} {given}: a dataset.json of nnU-Net needs {complaint.allowed}.") from None
     return {**content, "labels": checked.labels}
 
 
@@ -79,7 +82,7 @@ def channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
     """
     channels = dataset_json.get("channel_names") or dataset_json.get("modality")
     if not channels:
-        raise ValueError(f"The dataset.json names no channels: it needs channel_names, {ALLOWED['channel_names']}.")
+        raise ValueError(f"The dataset.json names no channels: it needs channel_names, {CHANNELS_ALLOWED}.")
     ordered = sorted(channels, key=lambda key: int(key) if str(key).isdecimal() else len(channels))
     return tuple(str(channels[key]) for key in ordered)
 

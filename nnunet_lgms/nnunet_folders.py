@@ -60,7 +60,10 @@ def raw_dataset(dataset: str) -> Path:
         return path if path.is_dir() else path.parent
     if path.is_dir() or Path(dataset).name != dataset or dataset in ("", ".."):
         raise ValueError(f"{dataset} has no dataset.json: give a dataset's folder, its name, or its number.")
-    raw = nnunet_folder("nnUNet_raw")
+    try:
+        raw = nnunet_folder("nnUNet_raw")
+    except ValueError as error:
+        raise ValueError(f"To find dataset {dataset}: {error}") from None
     pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else glob.escape(dataset)
     found = sorted(folder for folder in raw.glob(pattern) if (folder / "dataset.json").is_file())
     if len(found) != 1:

@@ -303,7 +303,7 @@ def test_what_is_no_override(dataset, tmp_path, capsys):
         ("[" * 100_000, "nested more than 64 deep"),
         ('{"lgmsnet": {"requires": "' + "9" * 300 + '"}}', "requires is '999"),
         ('{"lgmsnet": {"widths": ' + str([-1] * 10_000) + "}}", "..."),
-        ('{"lgmsnet": {"block_by_level": {"decoder": "' + "Conv+" * 5000 + 'Conv"}}}', "block_by_level is"),
+        ('{"lgmsnet": {"block_by_level": {"decoder": "' + "Conv+" * 5000 + 'Conv"}}}', "block_by_level.decoder is"),
         ('{"' + "x" * 5000 + '": 1}', "holds 'xxx"),
         ("\x00", "is not JSON"),
     ],

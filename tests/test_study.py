@@ -47,7 +47,7 @@ def written(folder: Path, text: str) -> Path:
     ("old", "new", "said"),
     [
         ("name: a\n", "", "name is missing: give letters"),
-        ("[2d]", "[2d]\nfoldz: [1]", "foldz is not known; did you mean 'folds'?"),
+        ("[2d]", "[2d]\nfoldz: [1]", "foldz is not known; did you mean 'folds' or 'folder'?"),
         ("[2d]", "[2d]\nfolds: [1, 1]", "folds is [1, 1]: allowed is a list of fold numbers, 0 to 999, each once"),
         ("[2d]", "[4d]", "configurations is ['4d']: allowed is a list of 2d, 3d_fullres"),
         ("[2d]", "[3d_cascade_fullres]", "Dataset101_B has 3d_cascade_fullres, which needs 3d_lowres"),

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from nnunet_lgms import __version__
+from nnunet_lgms.complaints import Complaint, allowed_in, described, first_complaint
 from nnunet_lgms.config.levels import ByLevel, PerLevel
 from nnunet_lgms.files import shown
 from nnunet_lgms.nearest import did_you_mean
@@ -82,10 +83,6 @@ EncoderBlock = Literal["LMS", "GMS", "Conv"]
 DecoderBlocks = Annotated[str, StringConstraints(pattern=r"^(Fusion|GMS|Conv)(\+(Fusion|GMS|Conv)){0,15}$")]
 
 
-def _setting(default: Any, allowed: str, description: str) -> Any:
-    return Field(default, description=description, json_schema_extra={"allowed": allowed})
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,10 +90,10 @@ class _Strict(BaseModel):
 class BlocksByLevel(_Strict):
     """Which block stands at which level."""
 
-    encoder: PerLevel[EncoderBlock] | None = _setting(
+    encoder: PerLevel[EncoderBlock] | None = described(
         None, '"LMS", "GMS", "Conv", per level', "block of an encoder level; null: LMS at levels 1 to 3, GMS below"
     )
-    decoder: PerLevel[DecoderBlocks] | None = _setting(
+    decoder: PerLevel[DecoderBlocks] | None = described(
         None,
         '"Fusion", "GMS", "Conv" or several joined by "+", per level but the lowest',
         "blocks of a decoder level; null: Fusion at levels 1 and 2, Fusion+GMS at level 3, GMS below",
@@ -106,55 +103,55 @@ class BlocksByLevel(_Strict):
 class LGMSSettings(_Strict):
     """What a configuration's ``"lgmsnet"`` key may hold."""
 
-    requires: str | None = _setting(
+    requires: str | None = described(
         None, f'a version such as "{READABLE_SINCE}"', "lowest version of this plugin that can read these settings"
     )
-    widths: PerLevel[Width] | None = _setting(
+    widths: PerLevel[Width] | None = described(
         None, f"whole numbers from 1 to {MAX_WIDTH}, per level", "channels of a level; null: 16, 32, 64, then 128"
     )
-    depths: PerLevel[Depth] = _setting(
+    depths: PerLevel[Depth] = described(
         1, f"whole numbers from 1 to {MAX_DEPTH}, per level", "repetitions of the encoder's block"
     )
-    block_by_level: BlocksByLevel = _setting(
+    block_by_level: BlocksByLevel = described(
         BlocksByLevel(),
         'a table with "encoder" and "decoder": each "LMS", "GMS", "Conv" (encoder) or "Fusion", "GMS", "Conv", joined '
         'by "+" (decoder), per level',
         "which block stands where",
     )
-    lms_kernels: Literal["auto"] | FlatGroups | ByLevel[Groups] = _setting(
+    lms_kernels: Literal["auto"] | FlatGroups | ByLevel[Groups] = described(
         [3, 5, 7, 9],
         f"a list of 1 to {MAX_LMS_GROUPS} odd whole numbers up to {MAX_KERNEL}, or per level a list of such numbers "
         'or of one number per axis, or "auto"',
         'depthwise kernel of each channel group of an LMS block; "auto": from the sizes of the objects in the dataset',
     )
-    lms_group_channels: GroupChannels | ByLevel[GroupChannels | None] | None = _setting(
+    lms_group_channels: GroupChannels | ByLevel[GroupChannels | None] | None = described(
         None,
         "a list with one whole number per kernel, which sum to the channels entering the block, per level",
         "channels of each LMS group; null: as equal as they can be, the first groups one larger",
     )
-    gms_ratio: PerLevel[Ratio] = _setting(
+    gms_ratio: PerLevel[Ratio] = described(
         [3, 1],
         f'"a:b" or [a, b] with whole numbers up to {MAX_WIDTH}, not both 0, per level',
         "Transformer:Conv, how a GMS block splits its channels",
     )
-    gms_patch: Patch | AxisPatch = _setting(
+    gms_patch: Patch | AxisPatch = described(
         2,
         f"a whole number from 1 to {MAX_KERNEL}, or one per axis",
         "pixels of an attention patch; p per axis make p^d sequences",
     )
-    heads: Heads = _setting(4, f"a whole number from 1 to {MAX_HEADS}", "attention heads")
-    head_dim: HeadDim = _setting(8, f"a whole number from 1 to {MAX_HEAD_DIM}", "channels of an attention head")
-    mlp_ratio: PerLevel[Factor] = _setting(
+    heads: Heads = described(4, f"a whole number from 1 to {MAX_HEADS}", "attention heads")
+    head_dim: HeadDim = described(8, f"a whole number from 1 to {MAX_HEAD_DIM}", "channels of an attention head")
+    mlp_ratio: PerLevel[Factor] = described(
         2,
         f"positive numbers up to {MAX_MLP_RATIO}, per level",
         "hidden channels of the feed-forward part over the level's width",
     )
-    norm: Literal["paper", "batch", "instance", "group"] = _setting(
+    norm: Literal["paper", "batch", "instance", "group"] = described(
         "paper",
         '"paper", "batch", "instance", "group"',
         "norm of the dense convolutions; paper: batch in 2D, instance without affine in 3D",
     )
-    deep_supervision: StrictBool = _setting(
+    deep_supervision: StrictBool = described(
         False, "true or false", "whether the loss also sees the levels below full resolution"
     )
 
@@ -174,7 +171,7 @@ class LGMSSettings(_Strict):
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
-            raise ValueError(_sentence(error, value)) from None
+            raise ValueError(_sentence(first_complaint(error, cls, dict(value)))) from None
 
     def explicit(self) -> dict[str, Any]:
         """The settings that were given, as they stand in a plans file; defaults are left out."""
@@ -202,16 +199,11 @@ def check_required_version(required: Any) -> None:
         )
 
 
-def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
-    """pydantic's first complaint as one sentence."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        model = BlocksByLevel if path[0] == "block_by_level" and len(path) > 1 else LGMSSettings
-        return _unknown(".".join(path), list(model.model_fields))
-    key = path[0]
-    allowed = LGMSSettings.model_fields[key].json_schema_extra["allowed"]
-    return f"lgmsnet.{key} is {shown(given[key])}: allowed is {allowed}; see docs/reference/plans.md."
+def _sentence(complaint: Complaint) -> str:
+    name = ".".join(complaint.path)
+    if complaint.kind == "unknown":
+        return _unknown(name, list(complaint.known))
+    return f"{KEY}.{name} is {complaint.given}: allowed is {complaint.allowed}; see docs/reference/plans.md."
 
 
 def _unknown(name: Any, known: list[str]) -> str:
@@ -235,5 +227,5 @@ def settings_table() -> str:
 
 
 def _row(name: str, field: Any) -> str:
-    cells = [f"`{name}`", f"`{json.dumps(field.default)}`", field.json_schema_extra["allowed"], field.description]
+    cells = [f"`{name}`", f"`{json.dumps(field.default)}`", allowed_in(field), field.description]
     return "| " + " | ".join(cells) + " |"

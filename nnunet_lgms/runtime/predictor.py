@@ -48,6 +48,7 @@ class Predictor:
         path = Path(model)
         if not path.is_file():
             raise ValueError(f"The model {path} does not exist: give the .onnx file that `nnunet_lgms export` wrote.")
+        path.open("rb").close()  # the system says itself why it refuses
         self.description = Description.read(path.with_suffix(".json"))
         unknown = [s for s in self.description.normalization_schemes if s not in NORMALIZATIONS]
         unknown += [self.description.reader] if self.description.reader not in READERS else []

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 
 import nnunet_lgms
+from nnunet_lgms.complaints import Complaint, allowed_in, described, first_complaint
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.files import shown
 from nnunet_lgms.nearest import did_you_mean
@@ -61,10 +62,6 @@ ConfigurationName = Literal["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres
 Configurations = Annotated[list[ConfigurationName], Field(min_length=1), AfterValidator(_unique)]
 
 
-def _field(default: Any, allowed: str, description: str) -> Any:
-    return Field(default, description=description, json_schema_extra={"allowed": allowed})
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,12 +69,12 @@ class _Strict(BaseModel):
 class Conversion(_Strict):
     """How ``nnunet_lgms convert`` makes a data set."""
 
-    name: Literal[tuple(DESCRIPTIONS)] = _field(
+    name: Literal[tuple(DESCRIPTIONS)] = described(
         ..., ", ".join(DESCRIPTIONS), "data set, as `nnunet_lgms convert` names it"
     )
-    source: str = _field(..., "a path; $VARIABLES are filled in", "the unpacked download")
-    splits: Literal["paper"] | None = _field(None, '"paper"', "the paper's folds in place of nnU-Net's")
-    size: Annotated[int, Field(strict=True, ge=8, le=8192)] | None = _field(
+    source: str = described(..., "a path; $VARIABLES are filled in", "the unpacked download")
+    splits: Literal["paper"] | None = described(None, '"paper"', "the paper's folds in place of nnU-Net's")
+    size: Annotated[int, Field(strict=True, ge=8, le=8192)] | None = described(
         None, "pixels, 8 to 8192", "resize flat images"
     )
 
@@ -85,26 +82,26 @@ class Conversion(_Strict):
 class Unseen(_Strict):
     """A data set that is only tested on."""
 
-    convert: Conversion | None = _field(None, "a table", "make it first; else it is in nnUNet_raw already")
+    convert: Conversion | None = described(None, "a table", "make it first; else it is in nnUNet_raw already")
 
 
 class Dataset(Unseen):
     """A data set that is trained on. What is left out is the study's."""
 
-    configurations: Configurations | None = _field(None, "as for the study", "other configurations than the study's")
-    folds: Folds | None = _field(None, "as for the study", "other folds than the study's")
-    test: StrictBool = _field(False, "true or false", "predict imagesTs, and evaluate against labelsTs")
-    zeroshot: list[DatasetName] = _field([], "names under datasets or unseen", "test every model on these, too")
-    mapping: str | None = _field(None, "a path", "mapping file of `nnunet_lgms zeroshot`")
+    configurations: Configurations | None = described(None, "as for the study", "other configurations than the study's")
+    folds: Folds | None = described(None, "as for the study", "other folds than the study's")
+    test: StrictBool = described(False, "true or false", "predict imagesTs, and evaluate against labelsTs")
+    zeroshot: list[DatasetName] = described([], "names under datasets or unseen", "test every model on these, too")
+    mapping: str | None = described(None, "a path", "mapping file of `nnunet_lgms zeroshot`")
 
 
 class Variant(_Strict):
     """One way to train. What is left out is the study's."""
 
-    override: str | None = _field(None, "a name in plans/, or a path from the study's file", "what differs")
-    trainer: Trainer | None = _field(None, "the name of a trainer", "another trainer than the study's")
-    plans: Plans | None = _field(None, PLANS_SENTENCE, "other plans than the study's")
-    epochs: Annotated[int, Field(strict=True, ge=1, le=10**6)] | None = _field(
+    override: str | None = described(None, "a name in plans/, or a path from the study's file", "what differs")
+    trainer: Trainer | None = described(None, "the name of a trainer", "another trainer than the study's")
+    plans: Plans | None = described(None, PLANS_SENTENCE, "other plans than the study's")
+    epochs: Annotated[int, Field(strict=True, ge=1, le=10**6)] | None = described(
         None, "a whole number, 1 to 1000000", "for the estimate of hours, where the trainer's name does not tell"
     )
 
@@ -112,33 +109,33 @@ class Variant(_Strict):
 class Study(_Strict):
     """A whole ``study.yaml``."""
 
-    name: VariantName = _field(..., "letters, digits, '-', '.' and single '_'", "its folder and the report's title")
-    folder: str | None = _field(
+    name: VariantName = described(..., "letters, digits, '-', '.' and single '_'", "its folder and the report's title")
+    folder: str | None = described(
         None, "a path; $VARIABLES are filled in", "where it is kept; default: studies/NAME in nnUNet_results"
     )
-    device: Literal["cuda", "cpu"] = _field("cuda", "cuda, cpu", "where networks run; with cuda one GPU a job")
-    threads: Cores = _field(8, "a whole number, 1 to 1024", "cores of a GPU's job")
-    processes: Annotated[int, Field(strict=True, ge=0, le=1024)] = _field(
+    device: Literal["cuda", "cpu"] = described("cuda", "cuda, cpu", "where networks run; with cuda one GPU a job")
+    threads: Cores = described(8, "a whole number, 1 to 1024", "cores of a GPU's job")
+    processes: Annotated[int, Field(strict=True, ge=0, le=1024)] = described(
         6, "a whole number, 0 to 1024", "of them, processes that prepare batches"
     )
-    configurations: Configurations = _field(
+    configurations: Configurations = described(
         ..., "a list of 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, each once", "nnU-Net's configurations"
     )
-    trainer: Trainer = _field("nnUNetTrainerLGMSNet", "the name of a trainer", "nnU-Net's or one of this package")
-    plans: Plans = _field("nnUNetPlans", PLANS_SENTENCE, "what is planned, and what overrides start from")
-    folds: Folds = _field([0, 1, 2, 3, 4], "a list of fold numbers, 0 to 999, each once", "folds that are trained")
-    seeds: Seeds = _field(
+    trainer: Trainer = described("nnUNetTrainerLGMSNet", "the name of a trainer", "nnU-Net's or one of this package")
+    plans: Plans = described("nnUNetPlans", PLANS_SENTENCE, "what is planned, and what overrides start from")
+    folds: Folds = described([0, 1, 2, 3, 4], "a list of fold numbers, 0 to 999, each once", "folds that are trained")
+    seeds: Seeds = described(
         [], "a list of whole numbers below 2^32, each once", "repeats; none: one training that is not seeded"
     )
-    ensemble: StrictBool = _field(False, "true or false", "whether pairs of configurations may win together")
-    nsd_tolerance: Annotated[float, Field(strict=True, ge=0, le=1000)] = _field(
+    ensemble: StrictBool = described(False, "true or false", "whether pairs of configurations may win together")
+    nsd_tolerance: Annotated[float, Field(strict=True, ge=0, le=1000)] = described(
         1.0, "a number, 0 to 1000", "in mm, for NSD"
     )
-    datasets: Annotated[dict[DatasetName, Dataset], Field(min_length=1)] = _field(
+    datasets: Annotated[dict[DatasetName, Dataset], Field(min_length=1)] = described(
         ..., "a table with names such as Dataset101_BUSI", "data sets that are trained on"
     )
-    unseen: dict[DatasetName, Unseen] = _field({}, "as for datasets", "data sets that are only tested on")
-    variants: Annotated[dict[VariantName, Variant], Field(min_length=1)] = _field(
+    unseen: dict[DatasetName, Unseen] = described({}, "as for datasets", "data sets that are only tested on")
+    variants: Annotated[dict[VariantName, Variant], Field(min_length=1)] = described(
         ..., "a table of names, each with a table or {}", "what is compared"
     )
 
@@ -171,7 +168,7 @@ class Study(_Strict):
         try:
             study = cls.model_validate(content)
         except ValidationError as error:
-            raise ValueError(_sentence(error, content, path)) from None
+            raise ValueError(_sentence(first_complaint(error, cls, content), path)) from None
         _check_together(study, path)
         return study
 
@@ -237,38 +234,21 @@ def filled_in(path: str) -> Path:
     return Path(filled)
 
 
-def _sentence(error: ValidationError, content: dict[str, Any], path: Path) -> str:
-    """pydantic's first complaint as one sentence."""
-    first = error.errors(include_url=False)[0]
-    model: type[BaseModel] | None = Study
-    value, named, allowed = content, [], ""
-    for part in first["loc"]:
-        if isinstance(part, int) or part == "[key]":
-            break
-        named.append(str(part))
-        if isinstance(value, dict):
-            value = value.get(part, value.get(str(part)))
-        if model is not None and part in model.model_fields:
-            allowed = model.model_fields[part].json_schema_extra["allowed"]
-            model = {"convert": Conversion}.get(part)
-        elif model is None and named[0] in _ENTRIES and len(named) == 2:
-            model, allowed = _ENTRIES[named[0]], "a table"
-    where = f"{path.name}: {'.'.join(named)}"
-    if first["type"] == "missing":
-        return f"{where} is missing: give {allowed}; docs/how-to/study.md explains."
-    if first["type"] == "extra_forbidden":
-        known = list((model or Study).model_fields)
-        hint = did_you_mean(named[-1], known) or f"known are {', '.join(known)}."
+def _sentence(complaint: Complaint, path: Path) -> str:
+    """One sentence about the study's file."""
+    where = f"{path.name}: {'.'.join(complaint.path)}"
+    if complaint.kind == "missing":
+        return f"{where} is missing: give {complaint.allowed}; docs/how-to/study.md explains."
+    if complaint.kind == "unknown":
+        hint = did_you_mean(complaint.path[-1], complaint.known) or f"known are {', '.join(complaint.known)}."
         return f"{where} is not known; {hint}"
-    if "[key]" in first["loc"]:
+    if complaint.kind == "name":
+        under = complaint.path[0]
         allowed = (
-            "letters, digits, '-', '.' and single '_'" if named[0] == "variants" else "a name such as Dataset101_BUSI"
+            "letters, digits, '-', '.' and single '_'" if under == "variants" else "a name such as Dataset101_BUSI"
         )
-        return f"{path.name}: {shown(first['input'])} cannot be a name under {named[0]}: allowed is {allowed}."
-    return f"{where} is {shown(value)}: allowed is {allowed}; see docs/how-to/study.md."
-
-
-_ENTRIES: dict[str, type[BaseModel]] = {"datasets": Dataset, "unseen": Unseen, "variants": Variant}
+        return f"{path.name}: {complaint.given} cannot be a name under {under}: allowed is {allowed}."
+    return f"{where} is {complaint.given}: allowed is {complaint.allowed}; see docs/how-to/study.md."
 
 
 def _check_together(study: Study, path: Path) -> None:
@@ -313,5 +293,5 @@ def schema_table() -> str:
         parts.append(f"| {title} | default | allowed | what it is |\n|---|---|---|---|")
         for name, field in model.model_fields.items():
             default = "**needed**" if field.is_required() else f"`{json.dumps(field.default)}`"
-            parts[-1] += f"\n| `{name}` | {default} | {field.json_schema_extra['allowed']} | {field.description} |"
+            parts[-1] += f"\n| `{name}` | {default} | {allowed_in(field)} | {field.description} |"
     return "\n\n".join(parts)
