@@ -163,6 +163,30 @@ def graphs_left() -> dict[str, bool]:
     return found
 
 
+def one_step_left_out(rank: int) -> dict[str, object]:
+    """Three steps, in the second of which the gradients of the second process alone become infinite."""
+    torch.manual_seed(0)
+    trainer = make_trainer(patch_size=PATCH[3])
+    trainer.network = DistributedDataParallel(trainer.network)
+    loss_function, moved = trainer.loss, []
+    steps = [False, True, False]  # whether gradients overflow
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if steps[0] and rank == 1:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+        return loss_function(output, target)
+
+    trainer.loss = loss
+    trainer.on_train_epoch_start()
+    weights = list(trainer.network.parameters())
+    while steps:
+        before = [p.detach().clone() for p in weights]
+        trainer.train_step(make_batch(trainer))
+        moved.append(not all(map(torch.equal, before, weights)))
+        steps.pop(0)
+    return {"moved": moved, "left_out": trainer.steps_left_out, "weights": [p.detach().clone() for p in weights]}
+
+
 def read_of_split(rank: int, folder: Path) -> str:
     """What a process finds of a file that the making of the split leaves, at its end."""
     trainer, file = make_trainer(), folder / "split"
@@ -223,7 +247,7 @@ def process(rank: int, port: int, folder: str, device: str) -> None:
     gloo.start(rank, N_PROCESSES, port)
     result = {name: trained(case, device) for name, case in CASES.items()}
     result = {"parameters": result, "shares": [shares(n) for n in GLOBAL_BATCHES]}
-    result |= {"graphs": graphs_left(), "by_ddp": gradients_by_ddp(rank)}
+    result |= {"graphs": graphs_left(), "by_ddp": gradients_by_ddp(rank), "one_left_out": one_step_left_out(rank)}
     result |= {"split": read_of_split(rank, Path(folder)), "validated": validated_without_a_case(rank)}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -271,6 +295,13 @@ def test_graphs_are_in_all_processes_or_in_none(two_processes):
     """Whatever one of them exchanges with others, it does so when all have shown that they can."""
     for result in two_processes:
         assert result["graphs"] == {"rehearse": False, "record": False, "nowhere": True}
+
+
+def test_a_step_is_left_out_by_all_processes_or_by_none(two_processes):
+    first, second = (result["one_left_out"] for result in two_processes)
+    assert first["moved"] == second["moved"] == [True, False, True]
+    assert first["left_out"] == second["left_out"] == 1
+    assert all(map(torch.equal, first["weights"], second["weights"]))
 
 
 def test_one_process_splits_and_the_others_read(two_processes):
