@@ -3,8 +3,9 @@
 #   make demo   train on real MRI, predict, evaluate, draw a picture (demo/run.py)
 #   make test   the whole test suite
 #
-# Both use the virtual environment .venv; a second call reuses what is done. `make lint` runs the linters, `make clean`
-# removes the environment and what the demo wrote.
+# Both use the virtual environment .venv; a second call reuses what is done. `make test-fast` runs what takes under three
+# minutes, `make lint` the linters, `make docs` builds the pages into build/site, `make clean` removes the environment and
+# what the demo wrote.
 #
 #   make PYTHON=python3.12 demo    another Python
 #   make CONSTRAINTS= test         the newest versions of all dependencies instead of the tested ones
@@ -15,9 +16,9 @@ CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-SOURCES := $(shell find nnunet_lgms trainers plans studies workflow -type f -not -path '*/__pycache__/*') setup.py pyproject.toml
+SOURCES := $(shell find nnunet_lgms trainers plans studies workflow models -type f -not -path '*/__pycache__/*') setup.py pyproject.toml
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-fast lint docs install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
@@ -25,10 +26,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations=15
 
+test-fast: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m 'not slow' $(FAST)
+
+# style, layers, types
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 install: $(VENV)/.installed
 

@@ -12,11 +12,21 @@ from nnunet_lgms.evaluation.statistics import bootstrap_mean
 from nnunet_lgms.files import atomic_write, read_json
 
 from .runs import ABLATIONS, STAGES, STU, Model
+from .sets import SETS
 
 BEGIN, END = "<!-- evidence: made by benchmarks/evidence.py report; a test compares -->", "<!-- end of evidence -->"
 NOT_RUN = "not run"
+MIRRORED = "validation-mirrored"
+OLDER = ("busi", "hippocampus")  # sets that were measured before there was a table of sets
 REFERENCES = Path(__file__).with_name("references.json")
 MINUS = "\N{MINUS SIGN}"
+# rows of the README's table: title, stages that measure it (the first that was run counts), scores
+README_SETS = [
+    *((data.about.split(";")[0], [f"sets_{name}"], MIRRORED) for name, data in SETS.items() if name not in OLDER),
+    ("BUSI, breast ultrasound", ["sets_busi", "busi"], MIRRORED),
+    ("the same models on STU, another hospital", ["sets_busi", "busi"], f"{STU}-mirrored"),
+    ("hippocampus, MRI", ["sets_hippocampus", "hippocampus"], MIRRORED),
+]
 WITHIN_NOISE, NOT_COMPARABLE = "within noise", "not comparable"
 ONE_TRAINING = " on these cases"  # what another training would give is not in the interval
 
@@ -435,78 +445,65 @@ def _name(run: Mapping) -> str:
 
 
 def readme_section(results: Results) -> str:
-    """What stands between the README's two markers."""
-    lines = []
-    schedules = results.schedules("busi")
-    if not schedules:
-        lines += [
-            "On real data: **not measured yet.** `benchmarks/evidence.py` trains and compares; its tables go here.",
-            "",
-        ]
-    else:
-        lines += [*_readme_how(results), "", *_readme_busi(results, schedules[0]), ""]
-    for stage, what in (("hippocampus", "equal epochs"), ("hippocampus_equal_time", "equal time of steps")):
-        for epochs in results.schedules(stage)[:1]:
-            lines += [*_readme_hippocampus(results, stage, epochs, what), ""]
-    if not results.schedules("hippocampus") and schedules:
-        lines += ["Hippocampus (3D): not measured yet.", ""]
-    lines += [
-        "All runs, intervals, ablations and costs: [benchmarks/results/evidence.md](benchmarks/results/evidence.md); "
-        "what the models are for and where they fail: [docs/explanation/model_card.md](docs/explanation/model_card.md)."
-    ]
-    return "\n".join(lines)
+    """What stands between the README's two markers: accuracy and cost beside nnU-Net's U-Net, in four columns each."""
+    where = (
+        "All runs, tests, ablations and costs: [evidence](benchmarks/results/evidence.md); what the models are for and "
+        "where they fail: [model card](docs/explanation/model_card.md)."
+    )
+    return "\n".join([*_readme_accuracy(results), "", *_readme_cost(results), "", where])
 
 
-def _readme_how(results: Results) -> list[str]:
-    stages = ("busi", "hippocampus", "hippocampus_equal_time")
-    shown = {stage: results.schedules(stage)[:1] for stage in stages}
-    runs = [r for r in results.runs if _epochs(r) in shown.get(r["run"]["stage"], ())]
-    steps, seeds = [run["iterations"] for run in runs], {run["run"]["seed"] for run in runs}
+def _readme_accuracy(results: Results) -> list[str]:
+    """Dice as nnU-Net predicts by default; the newest stage of a data set stands for it."""
+    rows, steps = [], []
+    for title, stages, scores in README_SETS:
+        found = [(stage, epochs) for stage in stages for epochs in results.schedules(stage)[:1]]
+        found = [(s, e, baseline) for s, e in found if (baseline := results.of(s, "nnunet", e))]
+        if not found:
+            continue
+        stage, epochs, baseline = found[0]
+        cells = []
+        for model in ("lgmsnet", "lgmsnet_nnunetda"):
+            if ours := results.of(stage, model, epochs):
+                mean = interval(ours, scores, "Dice")[0]
+                cells.append(f"{mean:.3f} ({signed(difference(ours, baseline, scores, 'Dice'))})")
+            else:
+                cells.append(NOT_RUN)
+        rows.append([title, *cells, f"{interval(baseline, scores, 'Dice')[0]:.3f}"])
+        steps += [run["iterations"] for run in baseline]
+    if not rows:
+        return ["Accuracy is **not measured yet**: `benchmarks/evidence.py` trains and compares, its table goes here."]
+    heads = ["Dice", "LGMSNet", "with nnU-Net's augmentation", "nnU-Net's U-Net"]
     return [
-        f"Short trainings, {min(steps):,} to {max(steps):,} steps where nnU-Net's default is 250,000, "
-        f"{'one' if len(seeds) == 1 else len(seeds)} of each model; the last epoch is evaluated. Intervals (95 %) are "
-        "over cases, not over trainings. Levels are resolution stages: five as published, or as nnU-Net plans them. In "
-        "2D all models have the paper's batch of 16 and its Dice per sample. Mirrored: predicted in all orientations, "
-        "nnU-Net's default; without it where nothing is said.",
-    ]
-
-
-def _readme_busi(results: Results, epochs: int) -> list[str]:
-    rows, authors = [], results.references["authors"]
-    for name, model in STAGES["busi"].models.items():
-        runs = results.of("busi", name, epochs)
-        if runs:
-            cells = [with_interval(interval(runs, s, m)) for s in ("validation", STU) for m in ("IoU", "Dice")]
-            rows.append([model.title, millions(runs[0]["parameters"]), *cells])
-        else:
-            rows.append([model.title, NOT_RUN, *[""] * 4])
-    cells = [from_to(authors[d][m]) for d in ("busi", "stu") for m in ("IoU", "Dice")]
-    rows.append(["the authors' network and recipe, reference", "", *cells])
-    run = next(r for r in results.runs if r["run"]["stage"] == "busi" and _epochs(r) == epochs)
-    cases, zero_shot = run["cases"], len(run["scores"][STU]["cases"])
-    return [
-        f"BUSI (the paper's split 1, {cases['training']} training and {cases['validation']} validation images, last of "
-        f"{epochs} epochs), and the same models on {zero_shot} images of another hospital (STU):",
+        *table(heads, rows),
         "",
-        *table(["", "parameters", "BUSI IoU", "BUSI Dice", "STU IoU", "STU Dice"], rows),
+        f"One training each of {min(steps):,} to {max(steps):,} steps, where nnU-Net's default is 250,000. In brackets "
+        "the difference to the U-Net with its 95 % interval over cases, not over trainings: where that holds 0, no "
+        "difference was shown.",
     ]
 
 
-def _readme_hippocampus(results: Results, stage: str, epochs: int, what: str) -> list[str]:
-    rows, baseline = [], results.of(stage, "nnunet", epochs)
-    for name, model in models_of(stage).items():
-        if runs := results.of(stage, name, epochs):
-            cells = [
-                with_interval(interval(runs, "validation", "Dice")),
-                with_interval(interval(runs, "validation", "HD95"), 2),
-            ]
-            for way in ("validation", "validation-mirrored"):
-                cells += [" ".join(against(runs, baseline, way)).strip()]
-            rows.append([model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), *cells])
-        else:
-            rows.append([model.title, NOT_RUN, *[""] * 4])
-    heads = ["", "parameters", "epochs × steps", "Dice", "HD95, mm", "Dice against nnU-Net", "the same, mirrored"]
-    return [f"Hippocampus (3D, fold 0, {what}):", "", *table(heads, rows)]
+def _readme_cost(results: Results) -> list[str]:
+    """A step beside the U-Net's of the same run, each compiled as its trainer compiles it."""
+    rows, devices = [], set()
+    measured = [row for row in results._read("gpu.json") or [] if "failed" not in row and not row.get("size")]
+    for case, title in (("3d", "3D, 2 × 128³"), ("2d", "2D, 16 × 256²")):
+        pair = [
+            next((row for row in measured if (row["case"], row["network"], row["mode"]) == (case, *which)), None)
+            for which in (("lgmsnet", "graphs"), ("plain", "compiled"))
+        ]
+        if None in pair or pair[0]["run"] != pair[1]["run"] or not all(row["train_gib"] for row in pair):
+            continue
+        cells = []
+        for key, unit, digits in (("train_ms", "ms", 1), ("infer_ms", "ms", 1), ("train_gib", "GiB", 2)):
+            a, b = (row[key][0] if isinstance(row[key], list) else row[key] for row in pair)
+            cells.append(f"{a:.{digits}f} / {b:.{digits}f} {unit} = {a / b:.2f}")
+        rows.append([title, *cells])
+        devices.add(pair[0]["device"])
+    if not rows:
+        return ["Cost on a GPU is **not measured yet**."]
+    heads = [f"LGMSNet / U-Net, {', '.join(sorted(devices))}", "training step", "prediction", "training memory"]
+    return table(heads, rows)
 
 
 def readme_with(readme: str, folder: Path) -> str:
