@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_trainer import LABELS, REGIONS, make_batch, make_trainer
 from torch import distributed as dist
 from torch import nn
@@ -31,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_lgms.graphs import network as graphed
 from nnunet_lgms.graphs.data_parallel import GraphedDataParallel
+from nnunet_lgms.nnunet.validating import ValidatingTrainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gloo  # noqa: E402
@@ -213,7 +213,7 @@ def validated_without_a_case(rank: int) -> bool:
                 network.eval()(torch.zeros(1, 1, *PATCH[3]))
         dist.barrier()
 
-    with patch.object(nnUNetTrainer, "perform_actual_validation", predict):
+    with patch.object(ValidatingTrainer, "perform_actual_validation", predict):
         trainer.perform_actual_validation()
     return True
 

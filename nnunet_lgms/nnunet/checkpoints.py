@@ -7,18 +7,17 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.files import atomic_write, one_line
 from nnunet_lgms.nnunet.aside import ProgressPicture, Writer
 from nnunet_lgms.nnunet.errors import TrainingError
+from nnunet_lgms.nnunet.validating import ValidatingTrainer
 
 LEFT_BEHIND = (".*.checkpoint_*.pth", ".*.progress.png")  # by a training that was killed while it wrote
 HOW_TO_GO_ON = "the checkpoints before are still there: make room, then continue with --c."
 
 
-class CheckpointingTrainer(nnUNetTrainer):
+class CheckpointingTrainer(ValidatingTrainer):
     """nnU-Net's trainer, whatever it trains, that goes on with ``--c`` whenever it is killed.
 
     A checkpoint appears whole or not at all. What nnU-Net writes between two epochs is written aside (`aside.py`): the

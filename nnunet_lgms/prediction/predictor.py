@@ -59,7 +59,10 @@ class Predictor(nnUNetPredictor):
 
     Attributes:
         stages: seconds of each stage since the predictor was made.
+        tap: if set, it is called with the name and the logits (heads, Z, Y, X) of every case on the network's grid.
     """
+
+    tap: Callable[[str | None, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -384,6 +387,9 @@ class Predictor(nnUNetPredictor):
         resampling = as_matrices(configuration.resampling_fn_probabilities, data.shape[1:], shape, own, spacing)
         begin, network_before = time.perf_counter(), self.stages.seconds["network"]
         rows = self._timed(self._rows(data, device, sums, title), title)
+        if self.tap is not None:
+            rows = [torch.cat(list(rows), 1)]
+            self.tap(_case(title), rows[0])
         if resampling is None:  # a function that nobody but nnU-Net knows
             logits = torch.cat([part.cpu() for part in rows], 1)
             result = convert_predicted_logits_to_segmentation_with_correct_shape(
