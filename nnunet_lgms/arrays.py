@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,13 @@ def checked_image(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple
     if flat := samples.ndim == 3:
         samples, spacing = samples[:, None], (FLAT_SPACING, *spacing)
     return samples, spacing, flat
+
+
+def is_flat(properties: Mapping[str, Any]) -> bool:
+    """Whether nnU-Net's reader gave the image its first axis: pictures, and medical images of two axes."""
+    if "sitk_stuff" in properties:
+        return len(properties["sitk_stuff"]["spacing"]) == 2
+    return "nibabel_stuff" not in properties and properties["spacing"][0] == FLAT_SPACING
 
 
 def _checked_spacing(given: Sequence[float], axes: int) -> tuple[float, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnunet_lgms.arrays import FLAT_SPACING, checked_image
+from nnunet_lgms.arrays import checked_image, is_flat
 from nnunet_lgms.dataset_json import n_channels
 from nnunet_lgms.files import one_line, read_json, shown
 from nnunet_lgms.names import check_plans_names
@@ -19,48 +21,103 @@ if TYPE_CHECKING:
 
     from nnunet_lgms.prediction.predictor import Predictor
 
+#: a file, an array with its channels, an image of SimpleITK or nibabel, or a list with one file or image a channel
+Image = Any
+
 
 def predict(
     model_folder: str | Path,
-    image: str | Path | Sequence[str | Path] | np.ndarray,
+    image: Image | Sequence[Image],
     *,
     spacing: Sequence[float] | None = None,
     folds: Sequence[int | str] | None = None,
     checkpoint: str = "checkpoint_final.pth",
     device: str | torch.device | None = None,
-) -> np.ndarray:
-    """Segment one image, quietly.
+    return_probabilities: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """Segment one image or several, quietly.
 
     Args:
         model_folder: what nnU-Net trained, `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`.
-        image: file, or one file a channel, or samples of shape (C, Y, X) or (C, Z, Y, X).
-        spacing: of the axes of an array, (y, x) or (z, y, x) in mm; files bring their own. Default for (C, Y, X): 1.
+        image: a file; samples of shape (C, Y, X) or (C, Z, Y, X); an image of SimpleITK or nibabel; or a list of files
+            or of such images that are the channels of one image. Several images: a list of arrays, or of lists of files
+            or images.
+        spacing: of the axes of arrays, (y, x) or (z, y, x) in mm; others bring their own. Default for (C, Y, X): 1.
         folds: models to average; default: all that are trained.
         checkpoint: name of the weights in each fold's folder.
         device: where to compute; default: the GPU if there is one.
+        return_probabilities: give them, too.
+        progress: called with windows done and in all, for each image.
 
     Returns:
-        Labels, (Y, X) for flat images, (Z, Y, X) for volumes, on the grid of the image.
+        Labels on the grid of the image: (Y, X) for flat images, (Z, Y, X) for volumes; an image of SimpleITK or nibabel
+        if it was given. With probabilities a pair: labels, and (heads, Y, X) or (heads, Z, Y, X) in float32, of the
+        classes or of the regions. For several images a list.
 
     Raises:
-        ValueError: the model or the image is not as described.
+        ValueError: the model or an image is not as described.
 
     Example::
 
         labels = nnunet_lgms.predict("nnUNet_results/Dataset101_BUSI/nnUNetTrainerLGMSNet__nnUNetPlans__2d", "case.png")
     """
-    predictor = load_predictor(model_folder, folds=folds, checkpoint=checkpoint, device=device)
-    if isinstance(image, np.ndarray):
-        samples, spacing, flat = checked_image(image, spacing)
-        properties = {"spacing": spacing}
-    else:
-        samples, properties = _from_files(image, predictor)
-        flat = _is_flat(properties)
+    several = isinstance(image, (list, tuple)) and any(isinstance(i, (list, tuple, np.ndarray)) for i in image)
+    images = list(image) if several else [image]
+    predictor = load_predictor(model_folder, folds=folds, checkpoint=checkpoint, device=device, progress=progress)
+    results = [_predict_one(predictor, one, spacing, return_probabilities) for one in images]
+    return results if several else results[0]
+
+
+def _predict_one(
+    predictor: Predictor, image: Image, spacing: Sequence[float] | None, with_probabilities: bool
+) -> np.ndarray | tuple:
+    from nnunet_lgms.prediction.cases import check_axes, check_channels, read_case
+    from nnunet_lgms.prediction.image_objects import is_image_object, labels_like, write_channels
+
+    channels = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not channels:
+        raise ValueError("An image is an empty list: give a file or an image for each channel.")
     expected = n_channels(predictor.dataset_json)
-    if len(samples) != expected:
-        raise ValueError(f"The image has {len(samples)} channel(s), the model in {model_folder} expects {expected}.")
-    labels = predictor.predict_single_npy_array(samples, properties)
-    return labels[0] if flat else labels
+    if len(channels) > expected:
+        raise ValueError(
+            f"A list of {len(channels)} is one image of as many channels, and the model takes {expected}: give several "
+            "images as a list of lists."
+        )
+    objects = all(is_image_object(channel) for channel in channels)
+    if not (objects or isinstance(image, np.ndarray) or all(isinstance(c, (str, Path)) for c in channels)):
+        raise ValueError(
+            f"The image is {shown(image)}: give a file, an array, an image of SimpleITK or nibabel, or a list of these."
+        )
+    with tempfile.TemporaryDirectory() if objects else contextlib.nullcontext() as folder:
+        if isinstance(image, np.ndarray):
+            samples, spacing, flat = checked_image(image, spacing)
+            properties = {"spacing": spacing}
+            check_channels(samples, predictor.dataset_json, "The array")
+            check_axes(flat, predictor.configuration_manager, "The array")
+        else:
+            files = (
+                write_channels(channels, Path(folder), predictor.dataset_json["file_ending"]) if objects else channels
+            )
+            samples, _, properties = read_case(
+                list(map(str, files)),
+                None,
+                predictor.plans_manager,
+                predictor.configuration_manager,
+                predictor.dataset_json,
+                name="The image" if objects else None,
+            )
+            flat = is_flat(properties)
+        result = predictor.predict_single_npy_array(samples, properties, None, None, with_probabilities)
+        labels, probabilities = result if with_probabilities else (result, None)
+        if objects:
+            writer = predictor.plans_manager.image_reader_writer_class()
+            found = labels_like(channels[0], labels, properties, writer, Path(folder))
+        else:
+            found = labels[0] if flat else labels
+    if probabilities is None:
+        return found
+    return found, probabilities[:, 0] if flat else probabilities
 
 
 def load_predictor(
@@ -178,18 +235,3 @@ def trained_folds(model_folder: Path, checkpoint: str = "checkpoint_final.pth") 
     if not folds:
         raise ValueError(f"{model_folder} has no fold_*/{checkpoint}: the training is not finished.")
     return folds
-
-
-def _from_files(image: str | Path | Sequence[str | Path], predictor: Predictor) -> tuple[np.ndarray, dict]:
-    from nnunet_lgms.prediction.cases import read_case
-
-    files = [image] if isinstance(image, (str, Path)) else image
-    samples, _, properties = read_case(list(map(str, files)), None, predictor.plans_manager, predictor.dataset_json)
-    return samples, properties
-
-
-def _is_flat(properties: dict[str, Any]) -> bool:
-    """Whether nnU-Net's reader gave the image its first axis: pictures, and medical images of two axes."""
-    if "sitk_stuff" in properties:
-        return len(properties["sitk_stuff"]["spacing"]) == 2
-    return "nibabel_stuff" not in properties and properties["spacing"][0] == FLAT_SPACING

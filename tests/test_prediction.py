@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -17,9 +19,12 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from PIL import Image
 
+import nnunet_lgms
+from nnunet_lgms.cli import main
 from nnunet_lgms.inference import load_predictor
+from nnunet_lgms.prediction import predictor as predictor_module
 from nnunet_lgms.prediction import resampling
-from nnunet_lgms.prediction.cases import CasesFailed
+from nnunet_lgms.prediction.cases import CasesFailed, read_case
 
 THICK = (4.0, 0.8, 0.8)
 
@@ -199,3 +204,215 @@ def test_flat_images_of_several_channels(tmp_path: Path):
     for name in ("a.png", "b.png"):
         ours, theirs = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("ours", "theirs"))
         assert np.mean(ours != theirs) <= 1e-4 and len(np.unique(theirs)) > 1
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A 3D model and an image for it."""
+    return _model_and_image(tmp_path_factory.mktemp("volume"), KINDS["cropped"])
+
+
+def test_python_gives_back_what_it_was_given(volume: tuple[Path, Path]):
+    model, file = volume
+    seen = []
+    labels, probabilities = nnunet_lgms.predict(
+        model, file, device="cpu", return_probabilities=True, progress=lambda done, total: seen.append((done, total))
+    )
+    assert labels.shape == KINDS["cropped"].shape and probabilities.shape == (4, *labels.shape)
+    np.testing.assert_allclose(probabilities.sum(0), 1, atol=1e-5)
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] > 1
+    picture = sitk.ReadImage(str(file))
+    found = nnunet_lgms.predict(model, picture, device="cpu")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), labels)
+    assert found.GetDirection() == picture.GetDirection() and found.GetOrigin() == picture.GetOrigin()
+    picture = nib.load(file)
+    found, found_probabilities = nnunet_lgms.predict(model, picture, device="cpu", return_probabilities=True)
+    assert isinstance(found, nib.Nifti1Image)
+    np.testing.assert_allclose(found.affine, picture.affine, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(found.dataobj).T, labels)
+    np.testing.assert_array_equal(found_probabilities, probabilities)
+    samples = np.asarray(picture.dataobj).T[None]
+    kept = samples.copy()
+    several = nnunet_lgms.predict(model, [samples, samples], spacing=KINDS["cropped"].spacing, device="cpu")
+    assert len(several) == 2
+    np.testing.assert_array_equal(several[1], labels)
+    np.testing.assert_array_equal(samples, kept)
+    np.testing.assert_array_equal(nnunet_lgms.predict(model, [[file]], device="cpu")[0], labels)
+
+
+def test_python_says_what_is_wrong_with_an_image(volume: tuple[Path, Path], tmp_path: Path):
+    model, file = volume
+
+    def refused(image, **options) -> str:
+        with pytest.raises(ValueError) as error:
+            nnunet_lgms.predict(model, image, device="cpu", **options)
+        return str(error.value)
+
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "colours.png")
+    assert "colours.png is none of the .nii.gz files" in refused(tmp_path / "colours.png")
+    assert "The array is flat, the model takes volumes" in refused(np.zeros((1, 20, 20), np.float32))
+    flat = sitk.GetImageFromArray(np.ones((20, 20), np.float32))
+    assert "The image is flat, the model takes volumes" in refused(flat)
+    sitk.WriteImage(flat, str(tmp_path / "flat.nii.gz"))
+    assert "flat.nii.gz is flat, the model takes volumes" in refused(tmp_path / "flat.nii.gz")
+    assert "A list of 2 is one image of as many channels, and the model takes 1" in refused([file, file])
+    assert "empty list" in refused([])
+    assert "The image is 7: give a file" in refused(7)
+    (tmp_path / "short.nii.gz").write_bytes(file.read_bytes()[:3000])
+    assert "damaged or was cut short" in refused(tmp_path / "short.nii.gz")
+
+
+def test_a_broken_case_is_named_and_the_others_go_on(volume: tuple[Path, Path], tmp_path: Path, capsys):
+    model, file = volume
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(file, images / f"{name}_0000.nii.gz")
+    (images / "b_0000.nii.gz").write_bytes(file.read_bytes()[:3000])
+    (images / "._a_0000.nii.gz").write_text("macOS")
+    out = tmp_path / "out"
+    words = [
+        "predict",
+        "-i",
+        str(images),
+        "-o",
+        str(out),
+        "-m",
+        str(model),
+        "-f",
+        "0",
+        "-device",
+        "cpu",
+        "--disable_tta",
+    ]
+    assert main([*words, "--json-times", str(tmp_path / "times.json")]) == 1
+    said = capsys.readouterr().err
+    assert "[2/3] b: " in said and "cut short" in said and "1 of 3 cases are not predicted: b" in said
+    assert sorted(f.name for f in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert times["seconds"]["total"] > times["seconds"]["start"] > 0
+    assert times["cases"]["a"].keys() == {"read", "preprocess", "network", "export", "write"}
+    shutil.copy(file, images / "b_0000.nii.gz")
+    before = (out / "a.nii.gz").stat().st_mtime_ns
+    (out / "c.nii.gz").unlink()
+    left = out / f".{2**30}.c.nii.gz"  # of a call that was killed: no process has this number
+    left.write_text("half")
+    other = out / f".{2**30}.z.nii.gz"  # of another part
+    other.write_text("half")
+    assert main([*words, "--continue_prediction"]) == 0
+    assert "1 of 3 cases are predicted already" in capsys.readouterr().err
+    assert sorted(f.name for f in out.glob("*.nii.gz")) == sorted([other.name, "a.nii.gz", "b.nii.gz", "c.nii.gz"])
+    assert (out / "a.nii.gz").stat().st_mtime_ns == before
+    assert main([*words, "-num_parts", "2", "-part_id", "1"]) == 0
+    assert "[1/1] b" in capsys.readouterr().err
+
+
+def test_wrong_options_are_said_in_one_sentence(volume: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch):
+    model, file = volume
+    monkeypatch.delenv("nnUNet_results", raising=False)
+    images, out = ["-i", str(file.parent)], ["-o", str(tmp_path / "out")]
+
+    def refused(*words: str) -> str:
+        assert main(["predict", *words]) == 2
+        return capsys.readouterr().err
+
+    assert "Which model?" in refused(*images, *out)
+    assert "either by its folder" in refused(*images, *out, "-m", str(model), "-d", "903")
+    assert "nnUNet_results must name" in refused(*images, *out, "-d", "903", "-c", "2d")
+    assert "-step_size 0: give more than 0" in refused(*images, *out, "-m", str(model), "-step_size", "0")
+    assert "-part_id 2 of -num_parts 2" in refused(*images, *out, "-m", str(model), "-num_parts", "2", "-part_id", "2")
+    assert "is no folder" in refused("-i", str(file), *out, "-m", str(model))
+    assert "-o is the folder of the images" in refused(*images, "-o", str(file.parent), "-m", str(model))
+    assert "has no fold_3" in refused(*images, *out, "-m", str(model), "-f", "3")
+    (tmp_path / "none").mkdir()
+    assert "has no images named CASE_0000.nii.gz" in refused("-i", str(tmp_path / "none"), *out, "-m", str(model))
+
+
+class Small(torch.nn.Module):
+    """A network on a device that holds a batch of so many windows."""
+
+    def __init__(self, network: torch.nn.Module, largest: int):
+        super().__init__()
+        self.network, self.largest, self.batches = network, largest, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(x))
+        if len(x) > self.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return self.network(x)
+
+    def load_state_dict(self, weights, strict=True, assign=False):
+        return self.network.load_state_dict(weights)
+
+
+def test_out_of_memory_makes_batches_smaller_and_then_another_device_compute(volume, monkeypatch):
+    model, file = volume
+    expected = nnunet_lgms.predict(model, file, device="cpu")
+    said: list[str] = []
+    predictor = load_predictor(model, device="cpu", talk=said.append)
+    monkeypatch.setitem(predictor_module.VOXELS, "cpu", 1 << 15)  # several windows
+    case = read_case(
+        [str(file)], None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
+    network = predictor.network = Small(predictor.network, largest=2)
+    np.testing.assert_array_equal(predictor.predict_single_npy_array(case[0], case[2]), expected)
+    assert max(network.batches) > 2 and said == [
+        f"Batches of {n} windows need more memory than there is: {n // 2} at a time." for n in (8, 4)
+    ]
+    n = len(network.batches)
+    predictor.predict_single_npy_array(case[0], case[2])
+    assert max(network.batches[n:]) == 2  # remembered
+
+    # a device that has no room even for one window, and one that has
+    cpu, said[:] = torch.device("cpu"), []
+    network.largest = 0
+    ways = [(cpu, cpu), (cpu, cpu), (cpu, cpu)]
+    monkeypatch.setattr(predictor, "_ways", lambda: ways)
+    attempts = []
+    segmented = predictor._segmented
+
+    def attempt(*arguments):
+        attempts.append(arguments)
+        network.largest = 8 if len(attempts) == 3 else 0
+        return segmented(*arguments)
+
+    monkeypatch.setattr(predictor, "_segmented", attempt)
+    np.testing.assert_array_equal(predictor.predict_single_npy_array(case[0], case[2]), expected)
+    assert len(attempts) == 3 and sum("the GPU has not enough memory" in line for line in said) == 2
+
+
+def test_a_network_that_gives_no_numbers_is_no_prediction(volume: tuple[Path, Path]):
+    model, file = volume
+    predictor = load_predictor(model, device="cpu")
+    for weights in predictor.list_of_parameters:
+        weights["decoder.seg_layers.0.bias"][0] = torch.nan
+    with pytest.raises(CasesFailed, match="gave infinity or NaN"):
+        predictor.predict_from_files([[str(file)]], None)
+
+
+def test_logits_are_nnunets(volume: tuple[Path, Path]):
+    """What others call: the whole volume's logits, of all models or of the network as it is."""
+    model, _ = volume
+    data = torch.randn(1, 15, 40, 20)
+    ours = load_predictor(model, device="cpu")
+    theirs = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    theirs.initialize_from_trained_model_folder(str(model), (0,))
+    for name in ("predict_logits_from_preprocessed_data", "predict_sliding_window_return_logits"):
+        a, b = (getattr(predictor, name)(data.clone()) for predictor in (ours, theirs))
+        assert a.dtype == b.dtype == torch.float16
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.002)
+
+
+def test_a_network_of_an_old_trainer_is_built(volume: tuple[Path, Path], monkeypatch):
+    """Trainers from before nnU-Net 2.8 have another signature."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    def build(arch_class_name, arch_kwargs, req_import, n_input, n_output, enable_deep_supervision=True):
+        return get_network_from_plans(
+            arch_class_name, arch_kwargs, req_import, n_input, n_output, deep_supervision=enable_deep_supervision
+        )
+
+    expected = nnunet_lgms.predict(*volume, device="cpu")
+    monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", staticmethod(build))
+    np.testing.assert_array_equal(nnunet_lgms.predict(*volume, device="cpu"), expected)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_lgms.dataset_json import n_channels
+from nnunet_lgms.arrays import is_flat
+from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.files import atomic_write, one_line
 from nnunet_lgms.image_files import check_image_file
 from nnunet_lgms.nnunet_files import image_files
@@ -47,7 +49,12 @@ def find_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
 
 
 def read_case(
-    files: Sequence[str], previous: str | None, plans: PlansManager, dataset_json: dict
+    files: Sequence[str],
+    previous: str | None,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset_json: dict,
+    name: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """An image, the labels of a cascade's previous stage, and what nnU-Net's reader knows of it.
 
@@ -55,13 +62,15 @@ def read_case(
         files: one a channel.
         previous: file with the labels of the previous stage, or None.
         plans: of the model, which name the reader.
+        configuration: of the model.
         dataset_json: of the model.
+        name: what messages call the image; default: its file.
 
     Returns:
         (C, Z, Y, X) float32; (1, Z, Y, X) or None; properties.
 
     Raises:
-        ValueError: a file is missing, damaged or not finite, or channels are missing; one sentence.
+        ValueError: a file is missing, damaged, not finite or of another kind than the training's; one sentence.
     """
     reader = plans.image_reader_writer_class()
     for file in (*files, *([previous] if previous else [])):
@@ -71,29 +80,44 @@ def read_case(
                 if file == previous
                 else f"The image {file} does not exist."
             )
+        _check_ending(file, reader, dataset_json["file_ending"])
         check_image_file(Path(file))
+    name = name or f"The image {files[0]}"
     try:
         samples, properties = reader.read_images(list(files))
         labels = None if previous is None else reader.read_seg(previous)[0]
     except Exception as error:  # readers raise whatever their libraries raise
         # nnU-Net's readers print what is wrong with several channels, and raise an error without words
         reason = one_line(str(error) or "its channels differ in size or spacing")
-        raise ValueError(
-            f"The image {files[0]} cannot be read as the model's training images were ({reason})."
-        ) from error
-    expected = n_channels(dataset_json)
-    if len(samples) != expected:
-        raise ValueError(f"The image {files[0]} has {len(samples)} channel(s), the model expects {expected}.")
-    check_samples(samples, properties["spacing"], f"The image {files[0]}")
+        raise ValueError(f"{name} cannot be read as the model's training images were ({reason}).") from error
+    check_channels(samples, dataset_json, name)
+    check_axes(is_flat(properties), configuration, name)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
+    if not all(0 < mm < np.inf for mm in properties["spacing"]):
+        raise ValueError(f"{name} has a spacing of {tuple(properties['spacing'])} mm: correct its header.")
     return samples, labels, properties
 
 
-def check_samples(samples: np.ndarray, spacing: Sequence[float], name: str) -> None:
-    """Raises ValueError for samples or a spacing that nobody can mean."""
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
-    if not all(0 < mm < np.inf for mm in spacing):
-        raise ValueError(f"{name} has a spacing of {tuple(spacing)} mm: correct its header.")
+def _check_ending(file: str, reader: BaseReaderWriter, ending: str) -> None:
+    """Libraries read more than nnU-Net asks of them: SimpleITK takes a colour picture for a volume."""
+    known = {ending, *reader.supported_file_endings}
+    known |= {".nii"} if ".nii.gz" in known else set()
+    if not file.lower().endswith(tuple(end.lower() for end in known)):
+        raise ValueError(f"The image {file} is none of the {ending} files that the model was trained on.")
+
+
+def check_channels(samples: np.ndarray, dataset_json: dict, name: str) -> None:
+    """Raises ValueError if an image (C, Z, Y, X) has another number of channels than the model."""
+    names = channel_names(dataset_json)
+    if len(samples) != len(names):
+        raise ValueError(f"{name} has {len(samples)} channel(s), the model expects {len(names)}: {', '.join(names)}.")
+
+
+def check_axes(flat: bool, configuration: ConfigurationManager, name: str) -> None:
+    """Raises ValueError if an image is flat and the model takes volumes."""
+    if flat and len(configuration.patch_size) == 3:
+        raise ValueError(f"{name} is flat, the model takes volumes, in windows of {configuration.patch_size} voxels.")
 
 
 def write_case(

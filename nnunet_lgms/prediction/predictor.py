@@ -206,7 +206,13 @@ class Predictor(nnUNetPredictor):
         def prepare(i: int) -> tuple[Tensor, dict]:
             name = _name(i, output_filenames_truncated)
             with self.stages.measured("read", name):
-                case = read_case(input_list_of_lists[i], previous[i], self.plans_manager, self.dataset_json)
+                case = read_case(
+                    input_list_of_lists[i],
+                    previous[i],
+                    self.plans_manager,
+                    self.configuration_manager,
+                    self.dataset_json,
+                )
             with self.stages.measured("preprocess", name):
                 return self._preprocess(*case), case[2]
 
