@@ -76,7 +76,7 @@ def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
         nnunet_lgms.predict(tmp_path, samples)
     with pytest.raises(ValueError, match=r"has no fold_3/checkpoint_final.pth; trained are: 0\."):
         nnunet_lgms.predict(model, samples, folds=[3], device="cpu")
-    with pytest.raises(ValueError, match="2 channel.s., the model .* expects 1"):
+    with pytest.raises(ValueError, match="has 2 channel.s., the model expects 1: ultrasound"):
         nnunet_lgms.predict(model, np.zeros((2, 32, 32)), device="cpu")
     with pytest.raises(ValueError, match=r"shape \(32, 32\), expected \(C, Y, X\)"):
         nnunet_lgms.predict(model, samples[0], device="cpu")

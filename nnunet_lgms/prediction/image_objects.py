@@ -67,7 +67,7 @@ def labels_like(image: Any, labels: np.ndarray, properties: dict, writer: Any, f
     import nibabel as nib
 
     written = nib.load(file)
-    return type(written)(np.array(written.dataobj), written.affine, written.header)
+    return type(written)(np.asarray(written.dataobj).copy(), written.affine, written.header)
 
 
 def _library(image: Any) -> str | None:
