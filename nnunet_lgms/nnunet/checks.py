@@ -146,3 +146,26 @@ def check_room(folder: Path, n_bytes: int) -> None:
             f"{folder} has {free / 2**20:.1f} MiB left, the checkpoints of this training need {n_bytes / 2**20:.1f} "
             "MiB: make room or set nnUNet_results to another disk."
         )
+
+
+def check_shared_memory(n_bytes: int, folder: Path = Path("/dev/shm")) -> None:
+    """The shared memory has room for the batches that other processes prepare.
+
+    Where it has not, as in containers, those processes fail one batch after the other and the training waits for ever.
+
+    Args:
+        n_bytes: of all batches that can wait at the same time.
+        folder: where the system keeps it; a system without such a folder is not checked.
+
+    Raises:
+        ValueError: it has less left.
+    """
+    if not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise ValueError(
+            f"{folder} has {free / 2**20:.1f} MiB left, and the processes that prepare batches need "
+            f"{n_bytes / 2**20:.1f} MiB: give the container more (docker run --shm-size or --ipc=host), allow fewer "
+            "processes (nnUNet_n_proc_DA), or none (0)."
+        )

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import distributed as dist
 
-from nnunet_lgms.nnunet.checks import check_cases, check_images, check_preprocessed, check_references, check_room
+from nnunet_lgms.nnunet.checks import (
+    check_cases,
+    check_images,
+    check_preprocessed,
+    check_references,
+    check_room,
+    check_shared_memory,
+)
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.own_folder import OwnFolderTrainer
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED, SharedDataset, end_if_one_ends, end_with_parent
@@ -109,6 +117,12 @@ class RobustTrainer(OwnFolderTrainer):
         return tuple(SharedDataset(dataset) for dataset in super().get_tr_and_val_datasets())
 
     def get_dataloaders(self):
+        if n_processes := get_allowed_n_proc_DA():
+            # those in the making and those that wait, for training and for validation
+            batches = n_processes + max(6, n_processes // 2) + max(1, n_processes // 2) + max(3, n_processes // 4)
+            voxels = self.batch_size * int(np.prod(self.configuration_manager.patch_size))
+            with said_in_one_sentence():
+                check_shared_memory(batches * voxels * (4 * self.num_input_channels + 2))  # float32, and int16 labels
         before = multiprocessing.active_children()
         loaders = super().get_dataloaders()
         workers = [process for process in multiprocessing.active_children() if process not in before]
