@@ -282,8 +282,10 @@ def _depthwise_weight_gradient_kernel(
 
 @triton.jit(do_not_specialize=["group0", "group1", "group2", "group3", "splits"])
 def _depthwise_reduce_kernel(
-    workspace_ptr, out_ptr, group0, group1, group2, group3, splits, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    workspace_ptr,  # of each channel (splits, BN, taps)
+    out_ptr,  # weights of all groups, flat
+    group0, group1, group2, group3, splits, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """Sum of the rows that `_depthwise_weight_gradient_kernel` wrote, COLS taps of one channel."""
     kz, ky, kx, _, weight, _ = _find(tl.program_id(0), group0, group1, group2, group3, True, 1, 1)
     taps = kz * ky * kx

@@ -245,7 +245,12 @@ def _standardised(value, C: tl.constexpr, EPS: tl.constexpr, inside):
 
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
 def _layer_norm_forward_kernel(
-    source, update, tokens, normed, rest, weight, bias, rows, D, H, W, EPS: tl.constexpr, FROM_MAP: tl.constexpr,
+    source,  # map (B, D, H, W, C + R) if FROM_MAP, else tokens (rows, C)
+    update,  # (rows, C), unless FROM_MAP
+    tokens, normed,  # (rows, C)
+    rest,  # (B, D, H, W, R), if FROM_MAP
+    weight, bias,  # (C,)
+    rows, D, H, W, EPS: tl.constexpr, FROM_MAP: tl.constexpr,
     PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr, C: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -272,9 +277,14 @@ def _layer_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "steps", "D", "H", "W"])
 def _layer_norm_backward_kernel(
-    grad_tokens, grad_normed, grad_rest, tokens, out, weight, sums, rows, steps, D, H, W, EPS: tl.constexpr,
-    TO_MAP: tl.constexpr, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
-    R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    grad_tokens, grad_normed,  # (rows, C)
+    grad_rest,  # (B, D, H, W, R), if TO_MAP
+    tokens,  # (rows, C)
+    out,  # map (B, D, H, W, C + R) if TO_MAP, else tokens (rows, C)
+    weight,  # (C,)
+    sums,  # (programs, 2, C): gradients of weight and bias
+    rows, steps, D, H, W, EPS: tl.constexpr, TO_MAP: tl.constexpr, PZ: tl.constexpr, PY: tl.constexpr,
+    PX: tl.constexpr, R: tl.constexpr, R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the tokens, as they are or as a map, and sums of grad_normed * xhat and of grad_normed."""
     channel = tl.arange(0, LANES)
@@ -306,7 +316,10 @@ def _layer_norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
 def _fold_kernel(
-    tokens, update, rest, out, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
+    tokens, update,  # (rows, C)
+    rest,  # (B, D, H, W, R)
+    out,  # (B, D, H, W, C + R)
+    rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
     R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The sum of tokens as a map."""
@@ -324,7 +337,10 @@ def _fold_kernel(
 
 @triton.jit(do_not_specialize=["rows", "D", "H", "W"])
 def _unfold_kernel(
-    x, tokens, rest, rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
+    x,  # (B, D, H, W, C + R)
+    tokens,  # (rows, C)
+    rest,  # (B, D, H, W, R)
+    rows, D, H, W, PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, R: tl.constexpr,
     R_LANES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tokens of a map, zero in what fills the last patches."""
