@@ -153,11 +153,12 @@ def test_pictures_are_drawn_by_a_process(tmp_path):
     if sys.platform == "linux":
         assert "libtorch" not in Path(f"/proc/{picture._process.pid}/maps").read_text()
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+    process = picture._process
     picture.draw(str(tmp_path / "nowhere"), LOGGING)
     with pytest.raises(OSError, match="No such file or directory"):
         picture.finish()
     assert [file.name for file in tmp_path.iterdir()] == ["progress.png"]
-    assert picture._process.returncode == 0
+    assert process.returncode == 0
 
 
 def test_only_the_newest_picture_is_drawn_when_the_process_is_behind(monkeypatch):

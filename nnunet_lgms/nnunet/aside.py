@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,10 +72,17 @@ class ProgressPicture:
             OSError: it could not be written.
         """
         self._thread.shutdown()
-        if self._process is not None:
-            self._process.stdin.close()
-            self._process.wait()
+        self._end_process()
         self._raise_error()
+
+    def _end_process(self) -> None:
+        if self._process is None:
+            return
+        with suppress(OSError):  # what it did not read
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+        self._process = None
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -94,7 +102,7 @@ class ProgressPicture:
                     break
                 except (OSError, ValueError):  # it does not answer
                     print(f"The process that draws progress.png was {process}.", file=sys.stderr)
-                    self._process = None
+                    self._end_process()
 
     def _ask(self, content: bytes) -> str | None:
         """What kept the process from drawing, if anything did."""
