@@ -24,10 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from provenance import provenance
+from record import provenance, write
 from tqdm import tqdm
 
-from nnunet_lgms.files import atomic_write
 from nnunet_lgms.graphs.update import MAX_GRADIENT_NORM
 from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 
@@ -157,9 +156,7 @@ def main() -> int:
             copy(source, Path(folder, "nnUNet_raw", f"Dataset{number}_{name}"))
             results[name] = train(make_trainer(number, *plan), args.steps)
     content = {**provenance(), "scale_floor": SCALE_FLOOR, "rate": WatchedTrainer.initial_lr, "trainings": results}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.output) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    write(args.output.parent, args.output.stem, content)
     for name, result in results.items():
         print(name, "sound:" if is_sound(result) else "NOT SOUND:", {k: v for k, v in result.items() if k != "losses"})
     return int(not all(map(is_sound, results.values())))

@@ -11,18 +11,15 @@ and cpu.md.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from networks import build, loss_function, parameters
-from provenance import provenance
+from compared import build, loss_function, parameters
+from record import RESULTS, processor, provenance, write
+from timing import milliseconds
 from tqdm import tqdm
 
-from nnunet_lgms.files import atomic_write
 from nnunet_lgms.planning.training_step import InferenceStep, TrainingStep
 
 ROWS = {
@@ -45,13 +42,6 @@ def make_step(name: str, row: dict) -> TrainingStep | InferenceStep:
     return TrainingStep(network.train(), loss_function, torch.randn(shape), target)
 
 
-def seconds(step: TrainingStep | InferenceStep) -> float:
-    """Of one step."""
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
 def measure(row: dict, rounds: int) -> dict:
     """Seconds of the networks, round by round, and the ratio of LGMSNet's to the U-Net's."""
     steps = {name: make_step(name, row) for name in COMPARED + (() if row["train"] else BESIDE)}
@@ -60,7 +50,7 @@ def measure(row: dict, rounds: int) -> dict:
     times = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(seconds(step))
+            times[name].append(milliseconds(step, torch.device("cpu")) / 1e3)
     ratios = [a / b for a, b in zip(times["lgmsnet"], times["plain"], strict=True)]
     return {
         "seconds": times,
@@ -92,19 +82,11 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="LGMSNet against PlainConvUNet on the CPU.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = {
@@ -114,11 +96,7 @@ def main() -> None:
         **provenance("cpu"),
         "rows": {name: measure(row, args.rounds) for name, row in tqdm(ROWS.items(), unit="row")},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.output / "cpu.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-    with atomic_write(args.output / "cpu.md") as temporary:
-        temporary.write_text(markdown(result))
+    write(args.output, "cpu", result, markdown(result))
     print(markdown(result))
 
 

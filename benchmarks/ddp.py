@@ -37,7 +37,7 @@ from threading import Lock
 
 import numpy as np
 import torch
-from provenance import provenance
+from record import RESULTS, provenance, write
 from training_sets import CONFIGURATION, HIPPOCAMPUS_BATCH, TRAIN, prepare, timings
 
 from nnunet_lgms.files import atomic_write
@@ -255,7 +255,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
     parser.add_argument("--work", type=Path, default=Path("ddp_work"))
-    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--gloo", action="store_true", help="two processes on the CPU")
     args = parser.parse_args()
     if not args.gloo and torch.cuda.device_count() < 2:
@@ -266,11 +266,11 @@ def main() -> int:
     if work.exists() and any(work.iterdir()) and not (work / "data" / "prepared.json").is_file():
         parser.error(f"--work: {args.work} holds other things, some of which would be removed: name an empty folder")
     shutil.rmtree(work / "runs", ignore_errors=True)
-    args.output.mkdir(parents=True, exist_ok=True)
     datasets = prepare(work / "data", args.synthetic, 2 if args.gloo else HIPPOCAMPUS_BATCH)
     about = {**provenance("cpu" if args.gloo else "cuda"), "epochs": args.epochs, "iterations": args.iterations}
     results = {"backend": "gloo" if args.gloo else "nccl", "datasets": {}}
-    file = args.output / ("ddp_gloo.json" if args.gloo else "ddp.json")
+    name = "ddp_gloo" if args.gloo else "ddp"
+    file = args.output / f"{name}.json"
     benches = [Bench(dataset, work / "runs", args.epochs, args.iterations, args.gloo) for dataset in datasets]
     before = json.loads(file.read_text())["datasets"] if file.is_file() else {}
     found = results["datasets"] = {**before, **{bench.name: before.get(bench.name, {}) for bench in benches}}
@@ -285,8 +285,7 @@ def main() -> int:
             result = {**found[bench.name].get(measure.__name__, {}), "failed": {"error": str(error), "run": about}}
         with one_writes:
             found[bench.name][measure.__name__] = result
-            with atomic_write(file) as temporary:
-                temporary.write_text(json.dumps(results, indent=2) + "\n")
+            write(args.output, name, results)
         print(f"{bench.name}: {measure.__name__}: {json.dumps(result)}", flush=True)
         return "failed" not in result
 

@@ -11,20 +11,17 @@ against float64, relative, on a smaller map with the same kernels. Writes depthw
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from provenance import provenance
+from record import RESULTS, provenance, write
+from timing import bandwidth, graphed, median_ms
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_lgms.files import atomic_write
 from nnunet_lgms.ops import multi_kernel_depthwise
 
 CONV = {2: F.conv2d, 3: F.conv3d}
@@ -54,36 +51,8 @@ def ours(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return multi_kernel_depthwise(x, weights, biases)
 
 
-def median_ms(function: Callable[[], object], seconds: float = 0.15) -> float:
-    """Median of CUDA event times; the L2 cache is overwritten before each."""
-    flush = torch.empty(1 << 26, dtype=torch.int32, device="cuda")
-    function()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    runs = min(60, max(5, int(seconds / (time.perf_counter() - start + 2e-4))))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-    for before, after in events:
-        flush.zero_()
-        before.record()
-        function()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in events)
-
-
-def graphed(function: Callable[[], object]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+def cold_ms(function: Callable[[], object]) -> float:
+    return median_ms(function, torch.device("cuda"), 0.15, least=5, cold=True)[0]
 
 
 def tensors(shape: tuple[int, ...], kernels: tuple[int, ...], dtype: torch.dtype):
@@ -127,10 +96,10 @@ def measure(shape: tuple[int, ...], kernels: tuple[int, ...], dtype: torch.dtype
             return both(side, x, weights, biases, grad)
 
         row[name] = {
-            "forward_ms": median_ms(graphed(forward)),
-            "step_ms": median_ms(graphed(step)),
-            "eager_forward_ms": median_ms(forward),
-            "eager_step_ms": median_ms(step),
+            "forward_ms": cold_ms(graphed(forward)),
+            "step_ms": cold_ms(graphed(step)),
+            "eager_forward_ms": cold_ms(forward),
+            "eager_step_ms": cold_ms(step),
             "error": errors(side, shape, kernels, dtype),
         }
     size = math.prod(shape) * x.element_size() / 1e6  # MB
@@ -142,13 +111,6 @@ def measure(shape: tuple[int, ...], kernels: tuple[int, ...], dtype: torch.dtype
     row["share_of_copy_forward"] = row["forward_gbs"] / copy
     row["share_of_copy_step"] = row["step_gbs"] / copy
     return row
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy, bytes read and written."""
-    a = torch.randn(1 << 28, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() * a.element_size() / 1e6 / median_ms(lambda: b.copy_(a))
 
 
 def markdown(result: dict) -> str:
@@ -180,14 +142,14 @@ def markdown(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Depthwise operator against PyTorch, on a CUDA device.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--quick", action="store_true", help="three rows only")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "This benchmark needs a CUDA device, and PyTorch sees none on this machine.\n")
 
-    copy = copy_bandwidth()
+    copy = bandwidth(torch.device("cuda")) / 1e6
     rows = {}
     for name in tqdm(QUICK if args.quick else list(ROWS), desc="depthwise"):
         rows[name] = measure(*ROWS[name], getattr(torch, args.dtype), copy)
@@ -198,12 +160,8 @@ def main() -> None:
         "copy_gbs": copy,
         "rows": rows,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     stem = "depthwise" if args.dtype == "float16" else f"depthwise_{args.dtype}"
-    with atomic_write(args.output / f"{stem}.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-    with atomic_write(args.output / f"{stem}.md") as temporary:
-        temporary.write_text(markdown(result))
+    write(args.output, stem, result, markdown(result))
     print(markdown(result))
 
 

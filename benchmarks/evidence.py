@@ -28,8 +28,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from evidence_parts.runs import STAGES, Run, runs_of  # noqa: E402
 from evidence_parts.sets import SETS  # noqa: E402
+from record import RESULTS, provenance, write  # noqa: E402
 
-RESULTS = HERE / "results"
 MIB = 2**20
 
 
@@ -142,7 +142,8 @@ def _add_to(file: Path, new: dict) -> None:
 def costs(args: argparse.Namespace) -> int:
     from evidence_parts.costs import count_costs
 
-    return _write_with_provenance(args, "costs", count_costs(Path(os.environ["nnUNet_preprocessed"])))
+    write(args.results / "evidence", "costs", count_costs(Path(os.environ["nnUNet_preprocessed"])) | provenance())
+    return 0
 
 
 def loading(args: argparse.Namespace) -> int:
@@ -150,17 +151,7 @@ def loading(args: argparse.Namespace) -> int:
     os.environ["nnUNet_results"] = tempfile.mkdtemp(dir=args.work)
     from evidence_parts.loading import measure_loading
 
-    return _write_with_provenance(args, "loading", {"rows": measure_loading(args.work)})
-
-
-def _write_with_provenance(args: argparse.Namespace, name: str, content: dict) -> int:
-    from provenance import provenance
-
-    from nnunet_lgms.files import atomic_write
-
-    (args.results / "evidence").mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.results / "evidence" / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(content | provenance(), indent=1) + "\n")
+    write(args.results / "evidence", "loading", {"rows": measure_loading(args.work)} | provenance())
     return 0
 
 

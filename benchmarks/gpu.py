@@ -24,7 +24,6 @@ import argparse
 import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,18 +35,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import NETWORKS, build, loss_function, parameters
-from provenance import provenance
+from compared import NETWORKS, build, loss_function, parameters
+from record import RESULTS, provenance, write
+from timing import median_ms, synchronize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nnunet_lgms.files import atomic_write
 from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.graphs.step import autocast
 from nnunet_lgms.planning.training_step import WARM_UP, TrainingStep, peak_memory
 
-RESULTS = Path(__file__).parent / "results"
 CASES = {  # stages: what nnU-Net plans for the patch
     "3d": {"input": (2, 1, 128, 128, 128), "classes": 4, "n_stages": 6},
     "2d": {"input": (16, 3, 256, 256), "classes": 1, "n_stages": 7},
@@ -55,33 +53,6 @@ CASES = {  # stages: what nnU-Net plans for the patch
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
 REFERENCE = ("plain", "compiled")
 MODES = ("graphs", "compiled", "eager")
-
-
-def median_ms(step, device: torch.device, seconds: float = 1.5, warmup: int = WARM_UP) -> tuple[float, float, float]:
-    """Median, 5th and 95th percentile of a step in ms."""
-    for _ in range(warmup):
-        step()
-    synchronize(device)
-    times, begin = [], time.perf_counter()
-    while len(times) < 10 or time.perf_counter() - begin < seconds:
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:  # a rehearsal
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-    times.sort()
-    return statistics.median(times), times[len(times) // 20], times[-1 - len(times) // 20]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_gib(step, device: torch.device) -> float | None:
@@ -151,13 +122,13 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for those that are still compiling
     turn()
-    row["infer_ms"] = median_ms(infer, device)
+    row["infer_ms"] = median_ms(infer, device, warmup=WARM_UP)
     if profile:
         show_profile(infer)
     network.train()
     if mode == "graphs":
         train.make_fast()
-    row["train_ms"] = median_ms(train, device)
+    row["train_ms"] = median_ms(train, device, warmup=WARM_UP)
     if profile:
         show_profile(train)
     return row
@@ -340,21 +311,15 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
         found[0][-1].legend(fontsize=7)
 
 
-def write(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
+def write_rows(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     done = [row for row in rows if "failed" not in row]
     devices = sorted({f"{row['device']}, torch {row['versions']['torch']}" for row in done}) or ["no row"]
     heading = (
         f"{'; '.join(devices)}; float16 autocast; latest run {max(row['run'] for row in rows)}, × within a run\n\n"
     )
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
-    contents = {".json": json.dumps(rows, indent=1) + "\n", ".md": heading + (sweep_table if sweep else table)(rows)}
-    out.mkdir(parents=True, exist_ok=True)
-    for ending, text in contents.items():
-        with atomic_write(out / f"{name}{ending}") as temporary:
-            temporary.write_text(text, "utf-8")
-    if done:
-        with atomic_write(out / f"{name}.png") as temporary:
-            (draw_sweep if sweep else draw)(rows, temporary)
+    picture = (lambda file: (draw_sweep if sweep else draw)(rows, file)) if done else None
+    write(out, name, rows, heading + (sweep_table if sweep else table)(rows), picture)
 
 
 def main() -> int:
@@ -398,7 +363,7 @@ def main() -> int:
                 row.compiled(compile_until - time.monotonic())
             for row in started:
                 rows.append({"run": run, **row.result()})
-                write(rows, args.out, name, args.sweep)
+                write_rows(rows, args.out, name, args.sweep)
                 tqdm.write(json.dumps(rows[-1]))
                 progress.update()
     return 0

@@ -30,12 +30,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from record import RESULTS, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nnunet_lgms.files import atomic_write
 
-RESULTS = Path(__file__).parent / "results"
 MODES = ("trained", "eager")
 MIB = 2**20
 
@@ -235,12 +234,12 @@ def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> 
         print(
             f"[{done}/{len(commands)}, {time.monotonic() - begin:.0f} s] {rows[i]['name']}, {mode}: {said}", flush=True
         )
-        _write(file, report)
+        write(file.parent, file.stem, report)
     smallest = min(plans, key=lambda p: p.batch * p.channels * torch.Size(p.patch).numel())
     alone = {"alone": [*script, "--row", json.dumps(asdict(smallest)), "--modes", "eager"]}
     for _, result in run_all(alone, 1, 60, 60):
         report["beside_mib"] = result["beside"] / MIB if result.get("beside") else None
-    _write(file, report)
+    write(file.parent, file.stem, report)
     return report
 
 
@@ -309,14 +308,7 @@ def with_estimates(report: dict, file: Path) -> None:
     """Adds the estimates to every row, and writes the table beside ``file``."""
     for row in report["rows"]:
         row.update(estimate(row))
-    _write(file, report)
-    with atomic_write(file.with_suffix(".md")) as temporary:
-        temporary.write_text(table(report), "utf-8")
-
-
-def _write(file: Path, report: dict) -> None:
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write(file.parent, file.stem, report, table(report))
 
 
 def calibrate(rows: list[dict]) -> None:
@@ -373,7 +365,6 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
         print("benchmarks/memory.py measures on a GPU and finds none: --device cpu rehearses it.", file=sys.stderr)
         return 2
 
-    args.out.mkdir(parents=True, exist_ok=True)
     report = measure_all(plans, args, file)
     with_estimates(report, file)
     print(table(report))

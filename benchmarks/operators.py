@@ -14,20 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from provenance import provenance
+from record import RESULTS, provenance, write
+from timing import bandwidth, graphed, median_ms
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM
-from nnunet_lgms.files import atomic_write
 from nnunet_lgms.ops import (
     concatenate,
     linear_upsample,
@@ -38,7 +37,6 @@ from nnunet_lgms.ops import (
 )
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST
 
-RESULTS = Path(__file__).parent / "results"
 MAPS = {"3d": (2, (128, 128, 128)), "2d": (16, (256, 256))}
 KERNELS = (3, 5, 7, 9)
 
@@ -104,24 +102,6 @@ def operators(dim: int, device: torch.device) -> list[Operator]:
     ]
 
 
-def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        from triton.testing import do_bench_cudagraph
-
-        return do_bench_cudagraph(step, rep=30)
-    step()  # a rehearsal
-    begin = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes per ms of a copy, read and written."""
-    x = torch.empty(2**30 if device.type == "cuda" else 2**22, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    return 2 * x.numel() / milliseconds(lambda: y.copy_(x), device)
-
-
 def measure(operator: Operator, case: str, shrink: int, device: torch.device, bytes_per_ms: float) -> dict:
     batch, size = MAPS[case]
     size = [n // shrink for n in size]
@@ -145,8 +125,8 @@ def measure(operator: Operator, case: str, shrink: int, device: torch.device, by
         forward().backward(grad)
 
     with torch.no_grad():
-        forward_ms = milliseconds(forward, device)
-    step_ms = milliseconds(step, device)
+        forward_ms = median_ms(graphed(forward), device, 0.1)[0]
+    step_ms = median_ms(graphed(step), device, 0.1)[0]
     bounds = [
         2 * voxels * channels / bytes_per_ms for channels in (operator.forward, operator.forward + operator.backward)
     ]
@@ -190,11 +170,7 @@ def main() -> int:
         rows.append(measure(operator, case, args.shrink, device, bytes_per_ms))
         tqdm.write(json.dumps(rows[-1]))
     heading = "{date}, {device}, torch {torch}, a copy moves {terabytes_per_s:.2f} TB/s\n\n".format(**about)
-    args.out.mkdir(parents=True, exist_ok=True)
-    contents = {".json": json.dumps({**about, "rows": rows}, indent=1) + "\n", ".md": heading + table(rows)}
-    for ending, text in contents.items():
-        with atomic_write(args.out / f"operators{ending}") as temporary:
-            temporary.write_text(text, "utf-8")
+    write(args.out, "operators", {**about, "rows": rows}, heading + table(rows))
     return 0
 
 

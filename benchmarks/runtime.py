@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import re
 import statistics
 import subprocess
@@ -69,7 +68,7 @@ def exported(folder: Path, network: str, row: dict) -> Path:
     elif not path.exists():
         import onnx
         import torch
-        from networks import build
+        from compared import build
 
         from nnunet_lgms.export.onnx_file import to_onnx
 
@@ -185,7 +184,7 @@ def markdown(result: dict) -> str:
 
 
 def main() -> None:
-    from cpu import processor
+    from record import processor, write
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(description="Latency, memory and size of the runtime.")
@@ -219,11 +218,7 @@ def main() -> None:
         "packages": {name: packages for name, (_, packages) in sizes.items()},
         "import_seconds": {name: import_time(code, 5) for name, code in IMPORTS.items()},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.output / "runtime.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    with atomic_write(args.output / "runtime.md") as temporary:
-        temporary.write_text(markdown(result), "utf-8")
+    write(args.output, "runtime", result, markdown(result))
     print(markdown(result))
 
 

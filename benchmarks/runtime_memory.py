@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 import nnunet_lgms
-from nnunet_lgms.files import atomic_write
 
 SPACING, TARGET = (1.0, 0.75, 0.75), (1.25, 0.8, 0.8)  # mm
 PATCH, CLASSES = (64, 160, 160), 3
@@ -125,6 +124,8 @@ def main() -> None:
         print(json.dumps(measure(args.folder)))
         return
 
+    from record import write
+
     from nnunet_lgms.splines import new_shape
 
     with tempfile.TemporaryDirectory() as folder:
@@ -152,8 +153,7 @@ def main() -> None:
         "multiple_of_volume": (used - row) / volume,
         "stated_multiple": MULTIPLE,
     }
-    with atomic_write(args.output / "runtime_memory.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write(args.output, "runtime_memory", result)
     print(json.dumps(result, indent=1))
     if result["multiple_of_volume"] > MULTIPLE:
         sys.exit(f"more than {MULTIPLE} times the volume")

@@ -26,9 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from provenance import provenance
-
-from nnunet_lgms.files import atomic_write
+from record import RESULTS, provenance, write
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "demo" / "data" / "hippocampus"
@@ -116,7 +114,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="MIB")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.epochs < 5:
         parser.error("--epochs must be 5 or more to show a trend")
@@ -142,9 +140,7 @@ def main() -> int:
         "last": held[-1],
         "held": {key: [round(h[key], 1) for h in held] for key in held[0]},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.output / f"soak_{args.device}.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write(args.output, f"soak_{args.device}", results)
     print(json.dumps({key: results[key] for key in ("growth_in_second_half", "grew", "first", "last", "seconds")}))
     return int(bool(grew))
 

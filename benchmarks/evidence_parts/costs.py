@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from networks import NETWORKS, build
+from compared import NETWORKS, build
 
 from nnunet_lgms.files import read_json
 from nnunet_lgms.planning.profile import LGMSNET, NNUNET, Subject, count_gmac

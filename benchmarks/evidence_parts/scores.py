@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from provenance import commit_of
+from record import commit_of
 
 from nnunet_lgms.evaluation.evaluate import evaluate
 from nnunet_lgms.evaluation.labels import LabelSet

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from provenance import provenance
+from record import provenance
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 

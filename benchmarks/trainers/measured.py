@@ -1,4 +1,4 @@
-"""Trainers with a length and a seed from outside; they write down how long steps took (`ddp.py`, `epochs.py`)."""
+"""Trainers with a length and a seed from outside; they write down how long steps took (`ddp.py`, `waits.py`)."""
 
 import json
 import os
@@ -16,7 +16,10 @@ from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 
 
 class Measured:
-    """MEASURED_EPOCHS epochs of MEASURED_ITERATIONS steps; MEASURED_STOP=n breaks off after epoch n."""
+    """MEASURED_EPOCHS epochs of MEASURED_ITERATIONS steps; MEASURED_STOP=n breaks off after epoch n.
+
+    A step of validation and a checkpoint an epoch, unless MEASURED_LIKE_NNUNET=1 leaves both as nnU-Net has them.
+    """
 
     def __init__(
         self,
@@ -29,8 +32,8 @@ class Measured:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = int(os.environ["MEASURED_EPOCHS"])
         self.num_iterations_per_epoch = int(os.environ["MEASURED_ITERATIONS"])
-        self.num_val_iterations_per_epoch = 1
-        self.save_every = 1
+        if os.environ.get("MEASURED_LIKE_NNUNET") != "1":
+            self.num_val_iterations_per_epoch = self.save_every = 1
         self.seconds, self.waiting, self.times = [], [], []  # of the steps of each epoch of this run
 
     def initialize(self):

@@ -14,7 +14,6 @@ BENCHMARKS = ROOT / "benchmarks"
 
 @pytest.fixture
 def memory(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):  # the benchmark sets what is not set
         monkeypatch.setenv(variable, "1")
     import memory

@@ -1,6 +1,6 @@
-"""Where a result comes from: machine, versions, code.
+"""What a benchmark writes, and where it comes from: machine, versions, code.
 
-    python benchmarks/provenance.py
+    python benchmarks/record.py
 
 Writes the commit into the results that were measured before there was one, or where there is no git.
 """
@@ -16,11 +16,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,26 @@ RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("nnunet_lgms", "trainers", "plans")
 COMMITS = 40  # that are looked through
 MISSING = re.compile(r'(?P<before>"code": "(?P<code>[0-9a-f]{64})",\s*"commit": )null')
+
+
+def write(folder: Path, name: str, content: Any, markdown: str = "", picture: Callable[[Path], Any] | None = None):
+    """``NAME.json``, and ``NAME.md`` and ``NAME.png`` where there are such; each whole, or as it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps(content, indent=1) + "\n"} | ({".md": markdown} if markdown else {})
+    for ending, text in texts.items():
+        with atomic_write(folder / f"{name}{ending}") as temporary:
+            temporary.write_text(text, "utf-8")
+    if picture is not None:
+        with atomic_write(folder / f"{name}.png") as temporary:
+            picture(temporary)
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def provenance(device: str = "cuda") -> dict:
@@ -59,19 +80,30 @@ def digest(files: Iterable[tuple[str, bytes]]) -> str:
 
 
 def commit_of(code: str) -> str | None:
-    """The newest commit whose code has this digest; None if it was not committed lately, or there is no git."""
-    if shutil.which("git") is None:
+    """The newest commit whose code has this digest; None if it was not committed lately, or this is no git checkout.
+
+    A folder that lies in a checkout of something else, such as an unpacked archive, is none.
+    """
+    if shutil.which("git") is None or not (top := _git("rev-parse", "--show-toplevel").decode().strip()):
         return None
-    listed = subprocess.run(["git", "rev-list", f"-{COMMITS}", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    for commit in listed.stdout.split():
+    if not Path(top).samefile(ROOT):
+        return None
+    for commit in _git("rev-list", f"-{COMMITS}", "HEAD").decode().split():
         if _digest_at(commit) == code:
             return commit
     return None
 
 
+def _git(*words: str) -> bytes:
+    """What git says; nothing if it fails."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True).stdout
+
+
 @cache
-def _digest_at(commit: str) -> str:
-    archive = subprocess.run(["git", "archive", commit, *CODE], cwd=ROOT, capture_output=True).stdout
+def _digest_at(commit: str) -> str | None:
+    archive = _git("archive", commit, *CODE)
+    if not archive:  # of a time before these folders
+        return None
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         members = [m for m in tar if m.isfile() and Path(m.name).suffix in (".py", ".json")]
         return digest((m.name, tar.extractfile(m).read()) for m in members)

@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import re
-import sys
 import tarfile
 import threading
 from importlib.util import find_spec
@@ -18,13 +17,10 @@ import pytest
 import tiny_plans
 from conftest import ROOT
 from dataset_replicas import disc, grey, picture, save
+from evidence_parts import packs, pictures, report, scheduler
+from evidence_parts.runs import BUSI, PUBLISHED, STU, Run, file_of, runs_of, with_equal_time
+from evidence_parts.turnstile import Turnstile
 from tiny_model import dataset_json
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import provenance  # noqa: E402
-from evidence_parts import packs, pictures, report, scheduler  # noqa: E402
-from evidence_parts.runs import BUSI, PUBLISHED, STU, Run, file_of, runs_of, with_equal_time  # noqa: E402
-from evidence_parts.turnstile import Turnstile  # noqa: E402
 
 SIZE = 32
 TRAINING, VALIDATION, UNSEEN = ["a", "b", "c"], ["d", "e"], ["f", "g"]
@@ -260,21 +256,6 @@ def test_alone_means_alone(tmp_path):
     assert events == ["alone", "shared"]
 
 
-def test_the_code_of_a_commit_is_found(tmp_path):
-    if not (ROOT / ".git").exists():
-        pytest.skip("no checkout")
-    head = provenance._digest_at("HEAD")
-    assert provenance.commit_of(head) is not None
-    assert provenance.commit_of("0" * 64) is None
-    rows = [{"code": head, "commit": None}, {"code": head, "commit": "of then"}]
-    for indent in (None, 1):
-        text = json.dumps({"rows": rows, "unknown": {"code": "0" * 64, "commit": None}}, indent=indent)
-        filled = provenance.fill(text)
-        (missing, known), unknown = json.loads(filled).values()
-        assert missing["commit"] == provenance.commit_of(head) and known["commit"] == "of then"
-        assert unknown["commit"] is None and provenance.fill(filled) == filled != text
-
-
 def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
     """A script in place of a training: one finishes, one fails, one is too slow, and one is not begun."""
     script = tmp_path / "fake.py"
@@ -490,9 +471,9 @@ def test_rehearsal_of_a_training(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "runs" / run.name / "progress.json").read_text())["epoch"] == 1
     train_run(run, tmp_path, "cpu", until=float("inf"))
 
-    record = json.loads((tmp_path / "runs" / run.name / "record.json").read_text())
-    assert len(record["train_losses"]) == 2 and len(record["first_steps_s"]) == 2 and record["iterations"] == 4
-    assert record["cases"] == {"training": 3, "validation": 2} and record["versions"]["torch"]
+    written = json.loads((tmp_path / "runs" / run.name / "record.json").read_text())
+    assert len(written["train_losses"]) == 2 and len(written["first_steps_s"]) == 2 and written["iterations"] == 4
+    assert written["cases"] == {"training": 3, "validation": 2} and written["versions"]["torch"]
     for name, cases in (("validation", VALIDATION), (f"{STU}-mirrored", UNSEEN)):
         with np.load(tmp_path / "runs" / run.name / f"{name}.npz") as labels:
             assert labels.files == cases and all(labels[case].shape == (1, SIZE, SIZE) for case in cases)

@@ -1,0 +1,111 @@
+"""The benchmark of waiting: what it reads off stock nnU-Net and trainings, and what it makes of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import waits
+
+HOOKS = Path(waits.__file__).parent / "hooks"
+
+
+def test_stages_of_stock_nnunet_are_noted_in_every_process(tmp_path):
+    """Also in a process that nnU-Net's own process starts."""
+    said = tmp_path / "stages"
+    read = "from nnunetv2.imageio.nibabel_reader_writer import NibabelIO\n"
+    read += "try: NibabelIO().read_images(['none'])\nexcept Exception: pass"
+    script = f"import subprocess, sys; exec({read!r}); subprocess.run([sys.executable, '-c', {read!r}], check=True)"
+    environment = {"PYTHONPATH": str(HOOKS), "WAITS_STAGES": str(said), "PATH": ""}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    lines = [json.loads(line) for line in said.read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["read", "read"] and all(line["seconds"] > 0 for line in lines)
+
+
+def test_every_stage_exists_in_this_nnunet():
+    import importlib
+
+    sys.path.insert(0, str(HOOKS))
+    try:
+        stages = importlib.import_module("sitecustomize")
+        stages = stages if hasattr(stages, "STAGES") else importlib.reload(stages)
+    finally:
+        sys.path.remove(str(HOOKS))
+    if not hasattr(stages, "STAGES"):
+        pytest.skip("the system has a sitecustomize of its own, which was loaded first")
+    for module, names in stages.STAGES.items():
+        for name in names:
+            owner = importlib.import_module(module)
+            for part in name.split("."):
+                owner = getattr(owner, part)
+
+
+def test_writing_is_not_counted_as_export(tmp_path):
+    lines = [
+        {"stage": "all", "begin": 12.0, "seconds": 9.0},
+        {"stage": "write", "begin": 15.0, "seconds": 1.0},
+        {"stage": "export", "begin": 13.0, "seconds": 4.0},
+        {"stage": "network", "begin": 13.0, "seconds": 2.5},
+        {"stage": "network", "begin": 14.0, "seconds": 0.5},
+    ]
+    file = tmp_path / "said"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    found = waits.stock_stages(file, 10.0)
+    assert found == {"start": 2.0, "read": 0, "preprocess": 0, "network": 3.0, "export": 3.0, "write": 1.0}
+
+
+def test_a_training_falls_into_its_parts():
+    """Start 5 s, a first epoch of 20 s, then epochs of 4 s of which 3 are steps, and 2 s after the last step."""
+    measured = {"times": [105.0, 125.0, 129.0, 133.0], "seconds": [18.0, 3.0, 3.0, 3.0]}
+    found = waits.training_parts(measured, {"begin": 100.0, "seconds": 38.0}, 4)
+    assert found["stages"] == {"start": 5.0, "first epoch": 20.0, "steps": 3.0, "between": 1.0, "end": 2.0}
+    assert found["epoch_s"] == 4.0 and found["hundred_epochs_s"] == 5 + 20 + 99 * 4
+
+
+def test_memory_counts_children():
+    child = "import time, numpy; x = numpy.ones(50_000_000 // 8); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert process.pid in waits.family(1) or process.pid in waits.family(waits.os.getpid())
+        assert waits.resident(process.pid) > 45e6
+        process.kill()
+    assert waits.resident(process.pid) == 0
+
+
+@pytest.mark.parametrize("network", [waits.UNET, waits.OURS])
+def test_models_are_ones_that_nnunet_loads(tmp_path, network):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    row = waits.Row("tiny", 2, (8, 40, 36), (2.0, 1.0, 1.0), (2.0, 1.5, 1.5), 3, ())
+    waits.write_images(row, tmp_path / "images")
+    waits.write_model(row, network, "torch", tmp_path / "model")
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(tmp_path / "model"), (0,))
+    assert predictor.configuration_manager.patch_size == [40, 56, 40]
+    reader = predictor.plans_manager.image_reader_writer_class()
+    image, properties = reader.read_images([str(tmp_path / "images" / "case_000_0000.nii.gz")])
+    assert image.shape == (1, 8, 40, 36) and np.allclose(properties["spacing"], row.spacing)
+
+
+def test_tables_and_picture_say_what_failed(tmp_path):
+    stages = dict.fromkeys(waits.STAGES, 1.0)
+    run = {"row": "ct", "title": "a CT", "network": "x", "plans": "default", "stages": stages, "peak_gib": 2.0}
+    training = {"row": "training", "title": "training", "network": "x", "tool": "t", "plans": "default", "epochs": 4}
+    training |= {"stages": {"start": 1.0, "first epoch": 2.0, "steps": 3.0, "between": 0.5, "end": 1.0}, "seconds": 9.0}
+    results = {"date": "", "device": "", "cores": 2, "versions": {"torch": "", "nnunetv2": ""}}
+    results["runs"] = [
+        run | {"tool": "stock", "seconds": 10.0},
+        run | {"tool": "ours", "seconds": 2.0},
+        {key: run[key] for key in ("row", "title", "network", "plans")} | {"tool": "broken", "failed": "no memory"},
+        training | {"epoch_s": 3.5, "hundred_epochs_s": 350.0},
+        training | {"epoch_s": 1.5, "hundred_epochs_s": 175.0, "network": "y"},
+    ]
+    text = waits.markdown(results)
+    assert "| 2.0 | 0.20 |" in text and "failed: no memory" in text and "| 175 | 0.50 |" in text
+    waits.draw(results, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000

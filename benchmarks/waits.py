@@ -1,0 +1,413 @@
+"""What a user waits for: prediction from file to file and training by the clock on the wall, with each stage's seconds.
+
+    python benchmarks/waits.py                                  every row that this machine can measure
+    python benchmarks/waits.py --rows ct busi --device cuda     some of them
+    python benchmarks/waits.py --rows hippocampus small_ct --device cpu
+
+Each run is a command in a process of its own, timed from its start to its end, start of Python included: nnU-Net's own
+``nnUNetv2_predict_from_modelfolder`` and ``nnUNetv2_train``, and this package's ``predict``. The runs of a row follow
+each other on the same files. Stages overlap in time (several processes or threads), so their sum may exceed the clock.
+Weights are random but for the shipped hippocampus model: they change no time. Memory is the most that the command and
+its children held together, as the system counts it several times a second.
+
+Trainings are some epochs of nnU-Net's 250 steps and 50 of validation; "100 epochs" is the start and the first epoch
+as measured, and 99 times the median of the later ones. Writes waits.json, waits.md and waits.png after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from record import RESULTS, ROOT, provenance, write
+from training_sets import CONFIGURATION, TRAIN, prepare
+
+HERE = Path(__file__).resolve().parent
+STOCK = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
+STAGES = ("start", "read", "preprocess", "network", "export", "write")
+TORCH = {"is_seg": False, "force_separate_z": False, "memefficient_seg_resampling": False}
+
+
+# ---- what is predicted -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images and the models that predict them.
+
+    Args:
+        title: of the row.
+        images: how many.
+        shape: of an image, voxels.
+        spacing: of an image, mm.
+        target: spacing that the plans resample to, mm.
+        classes: labels with the background.
+        runs: (network, tool, resampling) each.
+        devices: on which the row is measured by default.
+    """
+
+    title: str
+    images: int
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    target: tuple[float, ...]
+    classes: int
+    runs: tuple[tuple[str, str, str], ...]
+    devices: tuple[str, ...] = ("cuda",)
+
+
+UNET, OURS = "nnU-Net's U-Net", "LGMSNet"
+PAIR = ((UNET, "nnUNetv2_predict", "default"), (UNET, "nnunet_lgms", "default"), (OURS, "nnunet_lgms", "default"))
+CT = {"shape": (300, 512, 512), "spacing": (1.25, 0.75, 0.75), "target": (1.5, 1.0, 1.0)}  # becomes 250×384×384
+ROWS = {
+    "ct": Row(
+        "a CT, 300×512×512, 14 classes",
+        images=1,
+        classes=14,
+        runs=(
+            *PAIR,
+            (UNET, "nnUNetv2_predict", "torch"),
+            (OURS, "nnUNetv2_predict", "torch"),
+            (OURS, "nnunet_lgms", "torch"),
+        ),
+        **CT,
+    ),
+    "cts": Row("five such CTs", images=5, classes=14, runs=(PAIR[0], PAIR[2]), devices=(), **CT),
+    "classes": Row("the same CT, 104 classes", images=1, classes=104, runs=(PAIR[0], PAIR[2]), devices=(), **CT),
+    "busi": Row("195 images, 256×256", 195, (256, 256), (1.0, 1.0), (1.0, 1.0), 2, PAIR),
+    "small_ct": Row(
+        "a CT, 64×256×256, 3 classes", 1, (64, 256, 256), (2.0, 1.0, 1.0), (2.0, 1.25, 1.25), 3, PAIR, ("cpu",)
+    ),
+    "hippocampus": Row("the demo's hippocampus test cases", 6, (35, 50, 36), (1.0,) * 3, (1.0,) * 3, 3, PAIR, ("cpu",)),
+}
+TRAININGS = {UNET: "nnUNetTrainer_measured", OURS: "nnUNetTrainerLGMSNet_measured"}
+
+
+def write_images(row: Row, folder: Path) -> None:
+    """Soft tissue with organs in air, or a picture with a disc: the labels are random, so only the size matters."""
+    import nibabel
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(row.images):
+        axes = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in row.shape), indexing="ij", sparse=True)
+        inside = sum(axis**2 for axis in axes[-2:]) < 0.7
+        noise = random.integers(-20, 20, row.shape, dtype=np.int16)
+        if len(row.shape) == 2:
+            Image.fromarray((100 + 60 * inside + noise).astype(np.uint8)).save(folder / f"case_{i:03d}_0000.png")
+            continue
+        volume = (np.where(inside, 40, -1000) + noise).astype(np.int16)
+        affine = np.diag([*row.spacing[::-1], 1.0])
+        nibabel.save(nibabel.Nifti1Image(volume.T, affine), folder / f"case_{i:03d}_0000.nii.gz")
+
+
+def write_model(row: Row, network: str, resampling: str, folder: Path) -> None:
+    """A model folder as a training leaves it, with the plans of nnU-Net's planner and random weights."""
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    flat = len(row.shape) == 2
+    planned = ROOT / "tests" / "planned_by_nnunet" / ("breast_ultrasound" if flat else "ct_isotropic")
+    plans, dataset = (json.loads((planned / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
+    name, order = ("2d" if flat else "3d_fullres"), list(range(3))
+    configuration = plans["configurations"][name]
+    patch = [256, 256] if flat else [128] * 3 if max(row.shape) > 100 else [40, 56, 40]
+    levels = configuration["architecture"]["arch_kwargs"]
+    if max(patch) < 128:  # as nnU-Net plans for patches of this size
+        for key in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_conv_per_stage_decoder"):
+            levels[key] = levels[key][: 4 - key.endswith("decoder")]
+        levels["n_stages"] = 4
+    configuration |= {"patch_size": patch, "spacing": list(row.target)}
+    if resampling == "torch":
+        for what in ("data", "seg", "probabilities"):
+            configuration[f"resampling_fn_{what}"] = "resample_torch_fornnunet"
+            configuration[f"resampling_fn_{what}_kwargs"] = TORCH | {"is_seg": what == "seg"}
+    reader = "NaturalImage2DIO" if flat else "NibabelIO"
+    plans |= {"transpose_forward": order, "transpose_backward": order, "image_reader_writer": reader}
+    labels = {"background": 0} | {f"label {i}": i for i in range(1, row.classes)}
+    dataset |= {"labels": labels, "overwrite_image_reader_writer": reader}
+
+    cls = trainer_class("nnUNetTrainer" if network == UNET else "nnUNetTrainerLGMSNet")
+    managers = PlansManager(plans), PlansManager(plans).get_configuration(name)
+    channels = determine_num_input_channels(*managers, dataset)
+    torch.manual_seed(0)
+    weights = cls.build_network_architecture(*managers, channels, row.classes, enable_deep_supervision=False)
+    (folder / "fold_0").mkdir(parents=True)
+    for file, content in (("plans.json", plans), ("dataset.json", dataset)):
+        (folder / file).write_text(json.dumps(content))
+    checkpoint = {
+        "network_weights": weights.state_dict(),
+        "trainer_name": cls.__name__,
+        "init_args": {"configuration": name, "fold": 0, "plans": plans, "dataset_json": dataset},
+        "inference_allowed_mirroring_axes": tuple(range(len(patch))),
+    }
+    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+
+
+def trainer_class(name: str):
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    os.environ["nnUNet_extTrainer"] = str(ROOT / "trainers")
+    return recursive_find_trainer_class_by_name(name)
+
+
+# ---- commands and their clock ----------------------------------------------------------------------------------------
+
+
+def run(command: list[str], environment: dict[str, str], log: Path) -> dict:
+    """Runs a command; seconds by the clock, and the most memory of it and its children, GiB.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    begin, peak = time.time(), 0
+    with log.open("w") as said:
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=said)
+        while process.poll() is None:
+            peak = max(peak, sum(map(resident, family(process.pid))))
+            time.sleep(0.1)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)[:200]} ended with {process.returncode}: {log.read_text()[-600:]}")
+    return {"begin": begin, "seconds": time.time() - begin, "peak_gib": peak / 2**30}
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants; Linux."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return [pid]
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process alone: what it shares with others is not counted for each of them."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()
+    except OSError:  # it has ended
+        return 0
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def stock_stages(file: Path, begin: float) -> dict[str, float]:
+    """Seconds of each stage, summed over processes, of what `hooks/sitecustomize.py` noted."""
+    said = [json.loads(line) for line in file.read_text().splitlines()]
+    found = {stage: sum(line["seconds"] for line in said if line["stage"] == stage) for stage in STAGES}
+    found["export"] -= found["write"]
+    found["start"] = next(line["begin"] for line in said if line["stage"] == "all") - begin
+    return found
+
+
+def predict(row: Row, model: Path, images: Path, tool: str, device: str, folder: Path) -> dict:
+    """One run of one tool."""
+    out, times = folder / "out", folder / "times"
+    shutil.rmtree(out, ignore_errors=True)
+    times.unlink(missing_ok=True)
+    options = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", "0", "-device", device]
+    environment = {"nnUNet_extTrainer": str(ROOT / "trainers"), "PYTHONPATH": path_with(ROOT)}
+    if tool == "nnunet_lgms":
+        command = [sys.executable, "-m", "nnunet_lgms", "predict", *options, "--json-times", str(times)]
+    else:
+        command = [sys.executable, "-c", STOCK, *options]
+        environment |= {"WAITS_STAGES": str(times), "PYTHONPATH": path_with(HERE / "hooks", ROOT)}
+    found = run(command, environment, folder / "log.txt")
+    made = [path for path in out.iterdir() if path.name.startswith(("case_", "hippocampus_"))]
+    if len(made) != len(list(images.iterdir())):
+        raise RuntimeError(f"{tool} predicted {len(made)} cases: {(folder / 'log.txt').read_text()[-600:]}")
+    if tool == "nnunet_lgms":
+        said = json.loads(times.read_text())["seconds"]
+        stages = {stage: said.get(stage, 0.0) for stage in STAGES}
+    else:
+        stages = stock_stages(times, found["begin"])
+    return found | {"stages": stages}
+
+
+def path_with(*folders: Path) -> str:
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def measure_row(name: str, device: str, work: Path, done) -> None:
+    row = ROWS[name]
+    images = work / name / "images"
+    if name == "hippocampus":
+        shutil.copytree(ROOT / "demo" / "data" / "hippocampus" / "imagesTs", images)
+    else:
+        write_images(row, images)
+    for network, tool, resampling in row.runs:
+        model = work / name / f"{'unet' if network == UNET else 'lgmsnet'}_{resampling}"
+        if not model.is_dir():
+            write_model(row, network, resampling, model)
+        try:
+            found = predict(row, model, images, tool, device, work / name)
+        except RuntimeError as error:
+            found = {"failed": str(error)}
+        done({"row": name, "title": row.title, "network": network, "tool": tool, "plans": resampling, **found})
+
+
+def measure_training(dataset: str, title: str, epochs: int, iterations: int, device: str, folder: Path, done) -> None:
+    """A training of each network, from command to command, in its parts."""
+    for network, trainer in TRAININGS.items():
+        environment = {
+            "nnUNet_extTrainer": str(HERE / "trainers"),
+            "PYTHONPATH": path_with(ROOT),
+            "MEASURED_EPOCHS": str(epochs),
+            "MEASURED_ITERATIONS": str(iterations),
+            "MEASURED_LIKE_NNUNET": "1",
+        }
+        command = [*TRAIN, dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device]
+        row = {"row": "training", "title": title, "network": network, "tool": "nnUNetv2_train", "plans": "default"}
+        try:
+            found = run(command, environment, folder / f"{trainer}.txt")
+        except RuntimeError as error:
+            done(row | {"failed": str(error)})
+            continue
+        (file,) = (folder / "nnUNet_results").glob(f"Dataset{int(dataset):03d}_*/{trainer}__*/fold_0/measured.json")
+        done(row | found | training_parts(json.loads(file.read_text()), found, epochs))
+
+
+def training_parts(measured: dict, found: dict, epochs: int) -> dict:
+    """Start, steps and what stands between them, of one epoch (median of the later ones), and 100 epochs of these."""
+    begins, steps = measured["times"], measured["seconds"]
+    whole = np.diff(begins)  # of each epoch but the last, from begin to begin
+    later = slice(1, None)
+    epoch = statistics.median(whole[later])
+    between = statistics.median(whole[later] - np.array(steps[:-1])[later])
+    start = begins[0] - found["begin"]
+    end = found["begin"] + found["seconds"] - begins[-1] - steps[-1]
+    return {
+        "stages": {"start": start, "first epoch": whole[0], "steps": epoch - between, "between": between, "end": end},
+        "epoch_s": epoch,
+        "hundred_epochs_s": start + whole[0] + 99 * epoch,
+        "epochs": epochs,
+    }
+
+
+# ---- tables and the picture ------------------------------------------------------------------------------------------
+
+
+def markdown(results: dict) -> str:
+    lines = [
+        "# What a user waits for",
+        "",
+        f"{results['date']}, {results['device']}, {results['cores']} cores, torch {results['versions']['torch']}, "
+        f"nnunetv2 {results['versions']['nnunetv2']}. Seconds by the clock, from command to command; × against the "
+        "first run of the row. Stages overlap, so they need not add up.",
+        "",
+        "| | network | tool | plans' resampling | s | × | GiB | " + " | ".join(STAGES) + " |",
+        "|" + "---|" * (7 + len(STAGES)),
+    ]
+    first: dict[str, float] = {}
+    for found in (r for r in results["runs"] if r["row"] != "training"):
+        cells = [found["title"], found["network"], found["tool"], found["plans"]]
+        if "failed" in found:
+            lines.append("| " + " | ".join([*cells, f"failed: {found['failed'][:80]}"]) + " |" * (3 + len(STAGES)))
+            continue
+        ratio = found["seconds"] / first.setdefault(found["row"], found["seconds"])
+        cells += [f"{found['seconds']:.1f}", f"{ratio:.2f}", f"{found['peak_gib']:.1f}"]
+        lines.append("| " + " | ".join([*cells, *(f"{found['stages'][s]:.1f}" for s in STAGES)]) + " |")
+    trainings = [r for r in results["runs"] if r["row"] == "training"]
+    if trainings:
+        lines += [
+            "",
+            "Training; an epoch is the median of those after the first, from its begin to the next one's; 100 epochs "
+            "are start, first epoch and 99 of these.",
+            "",
+            "| | network | epochs run | start s | first epoch s | epoch s | of it between steps | 100 epochs s | × |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+    for found in trainings:
+        if "failed" in found:
+            lines.append(f"| {found['title']} | {found['network']} | failed: {found['failed'][:80]} |" + " |" * 6)
+            continue
+        ratio = found["hundred_epochs_s"] / first.setdefault(found["title"], found["hundred_epochs_s"])
+        stages = found["stages"]
+        cells = [found["title"], found["network"], str(found["epochs"]), f"{stages['start']:.1f}"]
+        cells += [f"{stages['first epoch']:.1f}", f"{found['epoch_s']:.2f}", f"{stages['between']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{found['hundred_epochs_s']:.0f}", f"{ratio:.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict, file: Path) -> None:
+    """Stacked bars: the seconds of each stage; a line where the clock stopped."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [found for found in results["runs"] if "failed" not in found]
+    titles = list(dict.fromkeys(found["title"] for found in rows))
+    heights = [1 + sum(found["title"] == title for found in rows) for title in titles]
+    figure, axes = plt.subplots(
+        len(titles),
+        1,
+        figsize=(9, 0.42 * sum(heights) + 0.6),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for title, axis in zip(titles, axes[:, 0]):
+        those = [found for found in rows if found["title"] == title][::-1]
+        for y, found in enumerate(those):
+            left = 0.0
+            for i, (stage, seconds) in enumerate(found["stages"].items()):
+                axis.barh(y, seconds, left=left, color=f"C{i}", label=stage if y == 0 else None)
+                left += seconds
+            if found["row"] != "training":
+                axis.plot([found["seconds"]] * 2, [y - 0.45, y + 0.45], "k-", linewidth=2)
+        axis.set_yticks(range(len(those)), [f"{r['network']}, {r['tool']}, {r['plans']}" for r in those], fontsize=7)
+        axis.set_title(f"{title}: seconds", fontsize=9, loc="left")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.legend(fontsize=6, ncols=6)
+    figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "training"], help="(those of the device)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--epochs", type=int, default=5, help="of a training; 3 or more")
+    parser.add_argument("--iterations", type=int, default=250, help="steps an epoch")
+    parser.add_argument("--name", default="waits", help="of the files (waits; a run on the CPU: waits_cpu)")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.epochs < 3:
+        parser.error("--epochs must be 3 or more: the first one compiles, and the last has no next one")
+    name = f"{args.name}_cpu" if args.device == "cpu" and args.name == "waits" else args.name
+    rows = args.rows or [n for n, row in ROWS.items() if args.device in row.devices]
+    rows = rows if args.rows or args.device == "cpu" else [*rows, "training"]
+    results = {**provenance(args.device), "cores": len(os.sched_getaffinity(0)), "runs": []}
+
+    def done(found: dict) -> None:
+        results["runs"].append(found)
+        said = found.get("failed") or f"{found['seconds']:.1f} s"
+        print(f"{found['title']}, {found['network']}, {found['tool']}, {found['plans']}: {said}", flush=True)
+        measured = any("failed" not in r for r in results["runs"])
+        picture = (lambda file: draw(results, file)) if measured else None
+        write(args.output, name, results, markdown(results), picture)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            if row != "training":
+                measure_row(row, args.device, Path(folder) / "predict", done)
+                continue
+            hippocampus, _ = prepare(Path(folder) / "train", 64 if args.device == "cpu" else 128)
+            training = args.epochs, args.iterations, args.device, Path(folder) / "train", done
+            measure_training(hippocampus, "training, hippocampus", *training)
+    return int(any("failed" in found for found in results["runs"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
