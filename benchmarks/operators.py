@@ -39,6 +39,7 @@ from nnunet_lgms.ops.memory_format import CHANNELS_LAST
 
 MAPS = {"3d": (2, (128, 128, 128)), "2d": (16, (256, 256))}
 KERNELS = (3, 5, 7, 9)
+REPEATS = 10  # calls in a graph, so that its launch does not count
 
 
 class Operator(NamedTuple):
@@ -125,8 +126,8 @@ def measure(operator: Operator, case: str, shrink: int, device: torch.device, by
         forward().backward(grad)
 
     with torch.no_grad():
-        forward_ms = median_ms(graphed(forward), device, 0.1)[0]
-    step_ms = median_ms(graphed(step), device, 0.1)[0]
+        forward_ms = median_ms(graphed(forward, REPEATS), device, 0.1)[0] / REPEATS
+    step_ms = median_ms(graphed(step, REPEATS), device, 0.1)[0] / REPEATS
     bounds = [
         2 * voxels * channels / bytes_per_ms for channels in (operator.forward, operator.forward + operator.backward)
     ]

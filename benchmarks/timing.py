@@ -59,10 +59,15 @@ def median_ms(
     return statistics.median(times), times[len(times) // 20], times[-1 - len(times) // 20]
 
 
-def graphed(function: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of it, without Python's part; on a CPU itself."""
+def graphed(function: Callable[[], object], times: int = 1) -> Callable[[], object]:
+    """The replay of a CUDA graph of so many calls, without Python's part; on a CPU the calls themselves."""
+
+    def calls() -> None:
+        for _ in range(times):
+            function()
+
     if not torch.cuda.is_available():
-        return function
+        return calls
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -71,7 +76,7 @@ def graphed(function: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function()
+        calls()
     return graph.replay
 
 

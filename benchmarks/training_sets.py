@@ -20,6 +20,8 @@ TRAIN = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_tra
 PLAN = [sys.executable, "-m", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"]
 
 
+#: SimpleITK is 52 MB, more than may travel to some machines
+READER = {"overwrite_image_reader_writer": "NibabelIO"}
 HIPPOCAMPUS_BATCH = 9  # what nnU-Net plans for all 260 cases of the set; for the demo's 24 it plans 2
 
 
@@ -37,7 +39,10 @@ def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> lis
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (folder / name).mkdir(parents=True)
     prepared.write_text("{}")  # nothing yet, but the folder is ours
-    shutil.copytree(ROOT / "demo" / "data" / "hippocampus", folder / "nnUNet_raw" / HIPPOCAMPUS)
+    raw = folder / "nnUNet_raw" / HIPPOCAMPUS
+    shutil.copytree(ROOT / "demo" / "data" / "hippocampus", raw)
+    description = json.loads((raw / "dataset.json").read_text()) | READER
+    (raw / "dataset.json").write_text(json.dumps(description))
     subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
     file = folder / "nnUNet_preprocessed" / HIPPOCAMPUS / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
@@ -50,7 +55,7 @@ def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> lis
 
 def make_synthetic(size: int) -> None:
     """Noise with two nested boxes, images of ``size`` voxels and more per axis; planned and preprocessed."""
-    import SimpleITK as sitk
+    import nibabel
 
     raw = Path(os.environ["nnUNet_raw"]) / f"Dataset{SYNTHETIC_ID}_Synthetic"
     shutil.rmtree(raw, ignore_errors=True)
@@ -63,13 +68,14 @@ def make_synthetic(size: int) -> None:
         for value, part in ((1, 0.3), (2, 0.15)):
             label[tuple(slice(int(n * (0.5 - part)), int(n * (0.5 + part))) for n in shape)] = value
         image = (rng.normal(100, 10, shape) + 40 * label).astype(np.float32)
-        sitk.WriteImage(sitk.GetImageFromArray(image), str(raw / "imagesTr" / f"case_{case}_0000.nii.gz"))
-        sitk.WriteImage(sitk.GetImageFromArray(label), str(raw / "labelsTr" / f"case_{case}.nii.gz"))
+        for array, name in ((image, f"imagesTr/case_{case}_0000"), (label, f"labelsTr/case_{case}")):
+            nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), raw / f"{name}.nii.gz")
     description = {
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0, "organ": 1, "lesion": 2},
         "numTraining": 6,
         "file_ending": ".nii.gz",
+        **READER,
     }
     (raw / "dataset.json").write_text(json.dumps(description))
     select = ["-d", str(SYNTHETIC_ID), "-c", CONFIGURATION, "-npfp", "4", "-np", "4"]

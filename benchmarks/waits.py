@@ -403,9 +403,11 @@ def main() -> int:
             if row != "training":
                 measure_row(row, args.device, Path(folder) / "predict", done)
                 continue
-            hippocampus, _ = prepare(Path(folder) / "train", 64 if args.device == "cpu" else 128)
-            training = args.epochs, args.iterations, args.device, Path(folder) / "train", done
-            measure_training(hippocampus, "training, hippocampus", *training)
+            sets = prepare(Path(folder) / "train", 24 if args.device == "cpu" else 128)
+            titles = ("training, the demo's hippocampus cases", "training, 2 × 128³")
+            for dataset, title in list(zip(sets, titles))[: 1 if args.device == "cpu" else 2]:
+                size = args.epochs, args.iterations, args.device
+                measure_training(dataset, title, *size, Path(folder) / "train", done)
     return int(any("failed" in found for found in results["runs"]))
 
 
