@@ -11,7 +11,6 @@ from pathlib import Path
 
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.data.find import find_cases
-from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import files_in
 from nnunet_lgms.nearest import did_you_mean
 from nnunet_lgms.nnunet_folders import nnunet_folder
@@ -55,10 +54,9 @@ def check_inputs(graph: Graph) -> None:
 
 def _check_file_names(dataset: Path) -> None:
     """nnU-Net would fail on a name that is not UTF-8 hours later."""
-    ending = read_dataset_json(dataset)["file_ending"]
     for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         if (dataset / folder).is_dir():
-            files_in(dataset / folder, ending)
+            files_in(dataset / folder, "")
 
 
 def _check_download(dataset: str, name: str, source: Path) -> None:
