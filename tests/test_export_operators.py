@@ -60,7 +60,7 @@ def test_attention_holds_one_matrix_at_a_time(patch):
 
 def test_norms_before_pointwise_convolutions_are_part_of_them():
     torch.manual_seed(0)
-    block = FusionBlock(nn.Conv2d, 8, 6, (3, 3), BatchNorm2d, {})
+    block = FusionBlock(8, 6)
     for norm in (block.norm1, block.norm2, block.norm3):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_lgms import LGMSNet
+from nnunet_lgms.blocks import FusionBlock, GMSBlock, LMSBlock
 from nnunet_lgms.blocks.attention import PositionGroupAttention, SparseTransformer, real_token_mask
 from nnunet_lgms.ops import tokens
 from nnunet_lgms.ops.tokens import fold_positions, unfold_positions
@@ -205,3 +206,35 @@ def test_attention_matrix_is_never_stored(size):
         transformer(x).sum().backward()
     assert 0 < largest.numel < n_tokens**2 / 10
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize(
+    "make, channels, out",
+    [
+        (lambda dim: LMSBlock(32, dim=dim), 32, 32),
+        (lambda dim: LMSBlock(8, (3, 5), 1, dim=dim), 8, 8),
+        (lambda dim: GMSBlock(16, dim=dim), 16, 16),
+        (lambda dim: GMSBlock(8, 16, dim=dim), 8, 16),
+        (lambda dim: FusionBlock(8, dim=dim), 8, 4),
+    ],
+)
+def test_blocks_for_own_code_have_the_papers_defaults(make, channels, out, dim):
+    size = (6, 7, 5)[:dim]
+    assert make(dim)(torch.randn(2, channels, *size)).shape == (2, out, *size)
+
+
+def test_blocks_for_own_code_refuse_in_one_sentence():
+    for make, sentence in (
+        (lambda: LMSBlock(32, dim=1), "not dim=1: choose dim=2 or dim=3"),
+        (lambda: LMSBlock(32, (3, 4)), "depthwise_kernel_sizes holds 4: give one odd"),
+        (lambda: GMSBlock(6), "6 channels cannot give 3/4 of them"),
+        (lambda: GMSBlock(8, kernel_size=(3, 3, 3)), "kernel_size holds .*the 2 axes"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make()
+
+
+def test_the_published_network_with_deep_supervision():
+    network = LGMSNet.paper(1, 2, dim=2, deep_supervision=True)
+    assert [tuple(y.shape[2:]) for y in network(torch.randn(1, 1, 32, 32))] == [(32, 32), (16, 16), (8, 8), (4, 4)]

@@ -5,15 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from nnunet_lgms import LGMSNet, load_official
 from nnunet_lgms.architecture.official import rename_block
 from nnunet_lgms.blocks import FusionBlock, GMSBlock, LMSBlock
-from nnunet_lgms.blocks.norm import paper_norm
 
 VECTORS = Path(__file__).parent / "vectors"
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def load(name):
@@ -24,17 +21,11 @@ def load(name):
 
 
 def build_block(kind, dim):
-    norm_op, norm_op_kwargs = paper_norm(dim)
-    shared = {"kernel_size": (3,) * dim, "norm_op": norm_op, "norm_op_kwargs": norm_op_kwargs}
     if kind == "lms":
-        kernels = [(k,) * dim for k in (3, 5, 7, 9)]
-        return LMSBlock(CONV[dim], 16 if dim == 2 else 8, kernels, **shared)
+        return LMSBlock(16 if dim == 2 else 8, dim=dim)
     if kind == "gms":
-        in_channels = 24 if dim == 2 else 16
-        return GMSBlock(
-            CONV[dim], in_channels, 32, transformer_channels=24, mlp_channels=64, patch=(2,) * dim, **shared
-        )
-    return FusionBlock(CONV[dim], 16, 8, **shared)
+        return GMSBlock(24 if dim == 2 else 16, 32, dim=dim)
+    return FusionBlock(16, dim=dim)
 
 
 def worst_error(actual, expected, std=None):

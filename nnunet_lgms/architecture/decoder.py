@@ -47,7 +47,7 @@ class LGMSDecoder(nn.Module):
             in_channels = 2 * width
             for name in level.decoder_blocks:
                 if name == "Fusion":
-                    stage.append(FusionBlock(encoder.conv_op, in_channels, width, level.kernel_size, **norm))
+                    stage.append(FusionBlock(in_channels, width, level.kernel_size, dim=len(level.stride), **norm))
                 elif name == "GMS":
                     stage.append(make_gms_block(encoder, level, in_channels, width, level.decoder_gms, gms_kwargs))
                 else:

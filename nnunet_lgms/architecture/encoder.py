@@ -85,10 +85,10 @@ class LGMSEncoder(nn.Module):
         if level.encoder_block == "LMS":
             lms = [
                 LMSBlock(
-                    self.conv_op,
                     in_channels,
                     level.lms_kernel_sizes,
                     level.kernel_size,
+                    dim=len(level.stride),
                     group_channels=level.lms_group_channels,
                     **norm,
                 )
@@ -123,13 +123,13 @@ def make_gms_block(
 ) -> GMSBlock:
     """A GMS block with the encoder's kinds of convolution and norm."""
     return GMSBlock(
-        encoder.conv_op,
         in_channels,
         out_channels,
         split.transformer_channels,
         split.mlp_channels,
         level.kernel_size,
-        encoder.norm_op,
-        encoder.norm_op_kwargs,
+        dim=len(level.stride),
+        norm_op=encoder.norm_op,
+        norm_op_kwargs=encoder.norm_op_kwargs,
         **gms_kwargs,
     )

@@ -24,10 +24,9 @@ from nnunet_lgms.architecture.topology import (
     PAPER_LMS_KERNELS,
     PAPER_WIDTHS,
     dimension,
-    is_int,
-    per_axis,
     resolve_levels,
 )
+from nnunet_lgms.blocks.dimension import conv_for, is_int, per_axis
 from nnunet_lgms.blocks.norm import paper_norm
 from nnunet_lgms.files import one_line, shown
 from nnunet_lgms.ops import to_fastest_layout
@@ -149,29 +148,31 @@ class LGMSNet(nn.Module):
         self.decoder = LGMSDecoder(self.encoder, levels, num_classes, gms_kwargs, deep_supervision, auxiliary_heads)
 
     @classmethod
-    def paper(cls, input_channels: int, num_classes: int, dim: int) -> LGMSNet:
+    def paper(cls, input_channels: int, num_classes: int, dim: int, **options: Any) -> LGMSNet:
         """The published network: five levels, stride 2, without heads for deep supervision.
 
         ``paper(3, 1, dim=2)`` has 2,321,393 parameters, ``paper(1, 14, dim=3)`` has 6,193,742.
 
+        Args:
+            input_channels: channels of the image.
+            num_classes: channels of the output.
+            dim: spatial axes, 2 or 3.
+            options: what is to differ from the published network, as in ``LGMSNet(...)``: ``deep_supervision=True``
+                brings the heads that it needs.
+
         Raises:
-            ValueError: ``dim`` is neither 2 nor 3, or a number of channels is below 1.
+            ValueError: ``dim`` is neither 2 nor 3, a number of channels is below 1, or an option is not valid.
         """
-        if dim not in (2, 3):
-            raise ValueError(
-                f"LGMSNet was published for 2 and 3 dimensions, not for dim={dim!r}: choose dim=2 or dim=3."
-            )
         n_stages = len(PAPER_WIDTHS)
-        return cls(
-            input_channels,
-            num_classes,
-            n_stages,
-            PAPER_WIDTHS,
-            nn.Conv2d if dim == 2 else nn.Conv3d,
-            kernel_sizes=[3] * n_stages,
-            strides=[1] + [2] * (n_stages - 1),
-            auxiliary_heads=False,
-        )
+        published = {
+            "n_stages": n_stages,
+            "features_per_stage": PAPER_WIDTHS,
+            "conv_op": conv_for(dim),
+            "kernel_sizes": [3] * n_stages,
+            "strides": [1] + [2] * (n_stages - 1),
+            "auxiliary_heads": bool(options.get("deep_supervision")),
+        }
+        return cls(input_channels, num_classes, **{**published, **options})
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, input_channels, *spatial) of any size -> (B, num_classes, *spatial); a list with deep supervision.

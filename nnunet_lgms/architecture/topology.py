@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isfinite
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from nnunet_lgms.blocks.dimension import is_int, per_axis, plain
 from nnunet_lgms.files import shown
 
 ENCODER_BLOCKS = ("LMS", "GMS", "Conv")
@@ -188,17 +189,6 @@ def resolve_levels(
     return levels
 
 
-def is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def plain(value: Any) -> Any:
-    """NumPy's arrays and numbers, and tensors, as Python's lists and numbers, also inside lists."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _per_level(value: Any, n: int, name: str) -> list:
     """One entry per level: a number is repeated, a sequence must have ``n`` entries."""
     value = plain(value)
@@ -207,20 +197,6 @@ def _per_level(value: Any, n: int, name: str) -> list:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != n:
         raise ValueError(f"{name} is {shown(value)}: give one entry for each of the {n} levels that it covers.")
     return list(value)
-
-
-def per_axis(value: Any, dim: int, name: str, odd: bool = False) -> tuple[int, ...]:
-    """One positive whole number per axis: a number is repeated, a sequence must have ``dim`` entries."""
-    value = plain(value)
-    entries = (value,) * dim if is_int(value) else value
-    if (
-        not isinstance(entries, Sequence)
-        or len(entries) != dim
-        or not all(is_int(e) and e >= 1 and (e % 2 or not odd) for e in entries)
-    ):
-        kind = "odd positive whole number" if odd else "positive whole number"
-        raise ValueError(f"{name} holds {shown(value)}: give one {kind}, or one for each of the {dim} axes.")
-    return tuple(int(e) for e in entries)
 
 
 def _lms_kernels_per_level(kernels: Any, n: int) -> list[Sequence[Any]]:

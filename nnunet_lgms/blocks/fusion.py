@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import same_padding
+from nnunet_lgms.blocks.dimension import conv_for, norm_for, per_axis
 from nnunet_lgms.ops import conv_bottleneck, norm_act
 
 EXPANSION = 4
@@ -20,35 +20,37 @@ class FusionBlock(nn.Module):
     bottleneck. Activation comes before the norm, three times.
 
     Args:
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
         in_channels: channels of the input (D), even.
-        out_channels: channels of the output (C).
-        kernel_size: kernel of the grouped convolution (paper: 3 on every axis).
-        norm_op: norm type.
+        out_channels: channels of the output (C); half of the input's if None.
+        kernel_size: kernel of the grouped convolution, one number or one per axis (paper: 3).
+        dim: spatial axes, 2 or 3.
+        norm_op: norm type; the paper's for ``dim`` if None.
         norm_op_kwargs: its keyword arguments.
 
     Raises:
-        ValueError: ``in_channels`` is odd.
+        ValueError: ``in_channels`` is odd, or a kernel is even.
     """
 
     def __init__(
         self,
-        conv_op: type[_ConvNd],
         in_channels: int,
-        out_channels: int,
-        kernel_size: Sequence[int],
-        norm_op: type[nn.Module],
-        norm_op_kwargs: dict,
+        out_channels: int | None = None,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        dim: int = 2,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict | None = None,
     ):
         super().__init__()
+        conv_op, (norm_op, norm_op_kwargs) = conv_for(dim), norm_for(dim, norm_op, norm_op_kwargs)
+        kernel_size = per_axis(kernel_size, dim, "kernel_size", odd=True)
+        out_channels = in_channels // 2 if out_channels is None else out_channels
         if in_channels % 2:
             raise ValueError(
                 f"A Fusion block works in 2 groups and cannot take {in_channels} channels: give an even number."
             )
         expanded = EXPANSION * out_channels
-        self.grouped = conv_op(
-            in_channels, in_channels, tuple(kernel_size), padding=same_padding(kernel_size), groups=2
-        )
+        self.grouped = conv_op(in_channels, in_channels, kernel_size, padding=same_padding(kernel_size), groups=2)
         self.norm1 = norm_op(in_channels, **norm_op_kwargs)
         self.expand = conv_op(in_channels, expanded, 1)
         self.norm2 = norm_op(expanded, **norm_op_kwargs)

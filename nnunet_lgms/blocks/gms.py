@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
+from nnunet_lgms.blocks.dimension import conv_for, norm_for, per_axis
 from nnunet_lgms.blocks.norm import BATCH_NORM
 from nnunet_lgms.ops import concatenate, multi_kernel_depthwise, norm_act
 
@@ -51,37 +52,54 @@ class GMSBlock(nn.Module):
     convolution.
 
     Args:
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
         in_channels: channels of the input (D).
-        out_channels: channels of the output (C).
-        transformer_channels: channels that go through attention, 0 to C (paper: 3/4 of C).
-        mlp_channels: hidden channels of the feed-forward part (paper: 2 C).
-        kernel_size: kernel of the dense and depthwise convolutions (paper: 3 on every axis).
-        norm_op: norm type of the dense convolutions.
+        out_channels: channels of the output (C); as many if None.
+        transformer_channels: channels that go through attention, 0 to C; the paper's 3/4 of C if None.
+        mlp_channels: hidden channels of the feed-forward part; the paper's 2 C if None.
+        kernel_size: kernel of the dense and depthwise convolutions, one number or one per axis (paper: 3).
+        patch: pixels of an attention patch, likewise (paper: 2).
+        dim: spatial axes, 2 or 3.
+        norm_op: norm type of the dense convolutions; the paper's for ``dim`` if None.
         norm_op_kwargs: its keyword arguments.
-        patch: pixels of an attention patch per axis (paper: 2).
         n_heads: attention heads (paper: 4).
         head_dim: channels of a head (paper: 8).
 
     Raises:
-        ValueError: ``transformer_channels`` is not between 0 and ``out_channels``.
+        ValueError: ``transformer_channels`` is not between 0 and ``out_channels``, or is left out where 3/4 of them is
+            no whole number, or a kernel is even.
+
+    Example:
+        >>> GMSBlock(64)(torch.zeros(1, 64, 20, 24)).shape
+        torch.Size([1, 64, 20, 24])
     """
 
     def __init__(
         self,
-        conv_op: type[_ConvNd],
         in_channels: int,
-        out_channels: int,
-        transformer_channels: int,
-        mlp_channels: int,
-        kernel_size: Sequence[int],
-        norm_op: type[nn.Module],
-        norm_op_kwargs: dict,
-        patch: Sequence[int],
+        out_channels: int | None = None,
+        transformer_channels: int | None = None,
+        mlp_channels: int | None = None,
+        kernel_size: int | Sequence[int] = 3,
+        patch: int | Sequence[int] = 2,
         n_heads: int = 4,
         head_dim: int = 8,
+        *,
+        dim: int = 2,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict | None = None,
     ):
         super().__init__()
+        conv_op, (norm_op, norm_op_kwargs) = conv_for(dim), norm_for(dim, norm_op, norm_op_kwargs)
+        kernel_size, patch = per_axis(kernel_size, dim, "kernel_size", odd=True), per_axis(patch, dim, "patch")
+        out_channels = in_channels if out_channels is None else out_channels
+        mlp_channels = 2 * out_channels if mlp_channels is None else mlp_channels
+        if transformer_channels is None:
+            if out_channels % 4:
+                raise ValueError(
+                    f"A GMS block of {out_channels} channels cannot give 3/4 of them to attention: choose a multiple "
+                    "of 4, or give transformer_channels."
+                )
+            transformer_channels = 3 * out_channels // 4
         conv_channels = out_channels - transformer_channels
         if transformer_channels < 0 or conv_channels < 0:
             raise ValueError(

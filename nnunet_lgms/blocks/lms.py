@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct, same_padding
+from nnunet_lgms.blocks.dimension import conv_for, norm_for, per_axis
 from nnunet_lgms.ops import multi_kernel_depthwise, norm_act
 
 NORM_GROUPS = 4
@@ -42,29 +43,37 @@ class LMSBlock(nn.Module):
     """Depthwise kernels per channel group, residual, GroupNorm, GELU, bottleneck of 1/4, residual.
 
     Args:
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
         channels: channels of input and output; divisible by 4.
-        depthwise_kernel_sizes: odd kernel per axis of each channel group (paper: 3, 5, 7, 9).
-        kernel_size: kernel of the bottleneck's second convolution (paper: 3 on every axis).
-        norm_op: norm type of the two bottleneck convolutions.
+        depthwise_kernel_sizes: odd kernel of each channel group (paper: 3, 5, 7, 9), one number or one per axis.
+        kernel_size: kernel of the bottleneck's second convolution, likewise (paper: 3).
+        dim: spatial axes, 2 or 3.
+        norm_op: norm type of the two bottleneck convolutions; the paper's for ``dim`` if None.
         norm_op_kwargs: its keyword arguments.
         group_channels: channels of each group; groups as equal as they can be if None.
 
     Raises:
-        ValueError: ``channels`` does not divide by 4, or the groups do not fill ``channels``.
+        ValueError: ``channels`` does not divide by 4, the groups do not fill ``channels``, or a kernel is even.
+
+    Example:
+        >>> LMSBlock(32)(torch.zeros(1, 32, 40, 50)).shape
+        torch.Size([1, 32, 40, 50])
     """
 
     def __init__(
         self,
-        conv_op: type[_ConvNd],
         channels: int,
-        depthwise_kernel_sizes: Sequence[Sequence[int]],
-        kernel_size: Sequence[int],
-        norm_op: type[nn.Module],
-        norm_op_kwargs: dict,
+        depthwise_kernel_sizes: Sequence[int | Sequence[int]] = (3, 5, 7, 9),
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        dim: int = 2,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict | None = None,
         group_channels: Sequence[int] | None = None,
     ):
         super().__init__()
+        conv_op, (norm_op, norm_op_kwargs) = conv_for(dim), norm_for(dim, norm_op, norm_op_kwargs)
+        kernel_size = per_axis(kernel_size, dim, "kernel_size", odd=True)
+        depthwise_kernel_sizes = [per_axis(k, dim, "depthwise_kernel_sizes", odd=True) for k in depthwise_kernel_sizes]
         check_lms_width(channels)
         group_channels = lms_groups(channels, len(depthwise_kernel_sizes), group_channels)
         self.depthwise = MultiKernelDepthwise(conv_op, group_channels, depthwise_kernel_sizes)

@@ -18,13 +18,12 @@ import numpy as np
 from nnunet_lgms.architecture.topology import (
     PAPER_LMS_KERNELS,
     hidden_channels,
-    is_int,
     paper_decoder_blocks,
     paper_encoder_block,
     paper_features,
-    per_axis,
     transformer_channels,
 )
+from nnunet_lgms.blocks.dimension import is_int, per_axis
 from nnunet_lgms.blocks.lms import check_lms_width, lms_groups
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM, GroupNorm, paper_norm
 from nnunet_lgms.config.levels import key_for, spread

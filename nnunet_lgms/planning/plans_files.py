@@ -11,7 +11,7 @@ from typing import Any
 
 import nnunet_lgms
 from nnunet_lgms import dataset_json
-from nnunet_lgms.architecture.topology import is_int
+from nnunet_lgms.blocks.dimension import is_int
 from nnunet_lgms.config import KEY
 from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.locks import locked
