@@ -27,6 +27,7 @@ from planned import configuration
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.cli import main
 from nnunet_lgms.config import LGMSSettings
+from nnunet_lgms.config.planned import Planned
 from nnunet_lgms.config.resolve import Topology, network_kwargs
 from nnunet_lgms.data import natural_images, volumes
 from nnunet_lgms.data.datasets import DESCRIPTIONS
@@ -183,7 +184,9 @@ def test_override_files(folder, content):
     path = folder / "x.json"
     path.write_bytes(content)
     with one_sentence():
-        LGMSSettings.from_plan(read_override(str(path)))
+        override = read_override(str(path))
+        Planned.from_override(override)
+        LGMSSettings.from_plan(override.get("lgmsnet", {}))
 
 
 @fuzz(400)
@@ -195,7 +198,7 @@ def test_plans(folder, plans):
         assert "heads changes nothing" in line and "\n" not in line
 
     with one_sentence():
-        override_plans(read_plans(NAME, "nnUNetPlans"), {"heads": 2}, "New", None, pytest.fail, say)
+        override_plans(read_plans(NAME, "nnUNetPlans"), {"lgmsnet": {"heads": 2}}, "New", None, pytest.fail, say)
 
 
 @fuzz(300)

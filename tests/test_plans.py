@@ -80,8 +80,8 @@ def test_auto_of_a_dataset_builds_steps_and_loads_again(tmp_path):
             "3d_fullres": configuration((12, 32, 32), 4, spacing=(4.0, 1.0, 1.0), strides=strides),
         }
     )
-    override = json.loads((ROOT / "plans" / "kernels_auto.json").read_text())["lgmsnet"]
-    assert override == {"lms_kernels": "auto"}
+    override = json.loads((ROOT / "plans" / "kernels_auto.json").read_text())
+    assert override == {"lgmsnet": {"lms_kernels": "auto"}}
     said = []
     new = override_plans(
         plans,

@@ -106,8 +106,7 @@ def test_studies_that_come_along_are_valid_and_found_by_name(folders: Path, path
     graph = Graph(path.stem)
     assert len(graph.jobs()["train"]) == len(set(graph.jobs()["train"])) > 0
     for variant in graph.study.variants.values():
-        if variant.override:
-            read_override(graph.override_file(variant.override))
+        read_override(*map(graph.override_file, variant.overrides))
 
 
 def test_unknown_study_names_those_that_come_along(folders: Path, capsys) -> None:

@@ -17,7 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--vram", type=float, metavar="GB", help="memory of the card (default: this machine's, or else 8)"
     )
-    parser.add_argument("--apply", metavar="FILE", help="plan for these settings: a JSON file, or a name in plans/")
+    parser.add_argument(
+        "--apply", nargs="+", default=[], metavar="FILE", help="plan for these settings: JSON files, or names in plans/"
+    )
     parser.add_argument("--as", dest="name", metavar="NAME", help="name of the plans (nnUNetLGMSNetPlans_<GB>G)")
     parser.add_argument("--force", action="store_true", help="replace plans of that name")
 
@@ -32,7 +34,13 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.planning.plans_files import read_override
 
     vram = _vram(args.vram)
-    settings = read_override(args.apply) if args.apply else {}
+    override = read_override(*args.apply)
+    if decided := [key for key in override if key != KEY]:
+        raise ValueError(
+            f"--apply {' '.join(args.apply)} sets {', '.join(decided)}, which this command is to find out: use "
+            "nnunet_lgms override, which takes them as they are."
+        )
+    settings = override.get(KEY, {})
     dataset = dataset_name(args.dataset)
     preprocessed = nnunet_folder("nnUNet_preprocessed") / dataset
     name = (f"{PLANS_NAME}_{vram:g}G" if args.name is None else args.name).removesuffix(".json")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nnunet_lgms.config.settings import KEY, LGMSSettings
+from nnunet_lgms.config.settings import KEY, LGMSSettings, merge
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-__all__ = ["KEY", "LGMSSettings", "settings_of"]
+__all__ = ["KEY", "LGMSSettings", "merge", "settings_of"]
 
 
 def settings_of(configuration_manager: ConfigurationManager) -> LGMSSettings:

@@ -178,6 +178,14 @@ class LGMSSettings(_Strict):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the settings of ``override``; the two parts of ``block_by_level`` are merged one by one."""
+    merged = {**base, **override}
+    if isinstance(base.get("block_by_level"), Mapping) and isinstance(override.get("block_by_level"), Mapping):
+        merged["block_by_level"] = {**base["block_by_level"], **override["block_by_level"]}
+    return merged
+
+
 def check_required_version(required: Any) -> None:
     """Refuses settings that a newer plugin wrote.
 

@@ -13,6 +13,7 @@ fill). ``benchmarks/memory.py`` measures steps, writes them beside the estimates
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,18 +118,27 @@ def estimate_training_memory(
 def memory_remarks(
     old: dict[str, Any], new: dict[str, Any], configurations: Sequence[str] | None, dataset_json: dict[str, Any]
 ) -> list[str]:
-    """A line for every configuration whose training step needs clearly more memory in ``new`` plans than in ``old``."""
+    """What the training steps of ``new`` plans need, a line each.
+
+    Of configurations that need clearly more memory than in ``old``, that have another patch, batch or number of levels,
+    or that need more than this machine's card has.
+    """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     channels = n_channels(dataset_json)
     classes = len(dataset_json["labels"])
     own = [name for name, content in new["configurations"].items() if "inherits_from" not in content]
 
+    def shape_of(plans: dict[str, Any], name: str) -> tuple[Topology, int]:
+        manager = PlansManager(plans).get_configuration(name)
+        return Topology.of(manager.configuration), manager.batch_size
+
     def gib(plans: dict[str, Any], name: str) -> float:
         manager = PlansManager(plans).get_configuration(name)
         topology = Topology.of(manager.configuration)
         return estimate_training_memory(settings_of(manager), topology, manager.batch_size, channels, classes) / 2**30
 
+    card = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else math.inf
     remarks = []
     for name in configurations or own:
         try:
@@ -136,8 +146,9 @@ def memory_remarks(
         except ValueError:  # settings that no network can be built from: nothing to compare with
             continue
         after = gib(new, name)
-        if after > CLEARLY_MORE * before:
-            remarks.append(f"{name}: a training step needs about {after:.1f} GiB instead of {before:.1f}")
+        if after > min(card, CLEARLY_MORE * before) or shape_of(old, name) != shape_of(new, name):
+            more = f", more than the {card:.1f} of this card" if after > card else ""
+            remarks.append(f"{name}: a training step needs about {after:.1f} GiB instead of {before:.1f}{more}")
     return remarks
 
 

@@ -1,4 +1,4 @@
-"""New plans from old: the same data, patch and batch, another LGMSNet."""
+"""New plans from old: the same data, another LGMSNet, and another patch, batch or number of levels if asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
-from nnunet_lgms.config import KEY, LGMSSettings
+from nnunet_lgms.config import KEY, LGMSSettings, merge
+from nnunet_lgms.config.planned import Planned, replanned
 from nnunet_lgms.config.resolve import Topology, lms_levels, network_kwargs, without_effect
 from nnunet_lgms.config.settings import AUTO, READABLE_SINCE
 from nnunet_lgms.files import shown
@@ -21,14 +22,6 @@ from nnunet_lgms.planning.auto_kernels import Components, choose_kernels
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-
-def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the settings of ``override``; the two parts of ``block_by_level`` are merged one by one."""
-    merged = {**base, **override}
-    if isinstance(base.get("block_by_level"), Mapping) and isinstance(override.get("block_by_level"), Mapping):
-        merged["block_by_level"] = {**base["block_by_level"], **override["block_by_level"]}
-    return merged
 
 
 def override_plans(
@@ -45,7 +38,7 @@ def override_plans(
 
     Args:
         plans: nnU-Net's plans.
-        override: settings, as under the key ``"lgmsnet"``.
+        override: as in its file: settings under the key ``"lgmsnet"``, and the keys of :class:`Planned`.
         plans_name: name of the new plans.
         configurations: those to change; None for all that do not inherit from another one (those inherit the change).
         measure: gives the components of the dataset; called at most once, if kernels are "auto".
@@ -56,14 +49,15 @@ def override_plans(
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    LGMSSettings.from_plan(override)
+    given, planned = override.get(KEY, {}), Planned.from_override(override)
+    LGMSSettings.from_plan(given)
     manager = PlansManager(deepcopy(plans))
     new = deepcopy(plans)
     new["plans_name"] = plans_name
     measure = cache(measure)
 
-    def changed(name: str, say: Callable[[str], None]) -> LGMSSettings:
-        return _changed(resolved(manager, name), override, measure, name, say)
+    def changed(name: str, say: Callable[[str], None]) -> dict[str, Any]:
+        return _changed(resolved(manager, name), given, planned, measure, name, say)
 
     def fits(name: str) -> bool:
         try:
@@ -74,37 +68,49 @@ def override_plans(
 
     for name in _targets(plans, configurations):
         try:
-            settings = changed(name, say)
+            changes = changed(name, say)
         except ValueError as error:
             others = [] if configurations else [c for c in _targets(plans, None) if c != name and fits(c)]
             hint = f" To leave {name} as it is, add -c {shlex.join(others)}." if others else ""
             raise ValueError(f"{name}: {error}{hint}") from None
-        new["configurations"][name][KEY] = stored(settings)
+        new["configurations"][name] |= changes
     return new
 
 
 def _changed(
     configuration: Mapping[str, Any],
-    override: Mapping[str, Any],
+    given: Mapping[str, Any],
+    planned: Planned,
     measure: Callable[[], Components],
     name: str,
     say: Callable[[str], None],
-) -> LGMSSettings:
-    """The settings of a configuration with the override, which a network can be built from."""
-    topology = Topology.of(configuration)
+) -> dict[str, Any]:
+    """The keys of a configuration that an override changes, with values that a network can be built from."""
+    changes = replanned(configuration, planned)
+    topology = Topology.of({**configuration, **changes})
     try:
         base = LGMSSettings.from_plan(configuration.get(KEY, {})).explicit()
     except ValueError as error:
         raise ValueError(f"in the plans to start from, {error}") from None
-    settings = LGMSSettings.from_plan(merge(base, override))
+    settings = LGMSSettings.from_plan(merge(base, given))
     if settings.lms_kernels == AUTO:
         components = measure()
         say(f"{name}: kernels from {len(components.edges)} objects in {components.n_cases} cases")
         settings = with_auto_kernels(settings, topology, components, say)
     build_on_meta(settings, topology)
-    for remark in without_effect(settings, topology, override):
+    for remark in [*without_effect(settings, topology, given), *_beyond_images(configuration, changes)]:
         say(f"{name}: {remark}")
-    return settings
+    return {**changes, KEY: stored(settings)} if given or base else changes
+
+
+def _beyond_images(configuration: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """A remark on a new patch that is larger than the median image, which nnU-Net would not plan."""
+    patch = changes.get("patch_size", [])
+    image = [round(n) for n in configuration.get("median_image_size_in_voxels", [])][-len(patch) :]
+    if not patch or not any(p > n for p, n in zip(patch, image, strict=False)):
+        return []
+    sizes = ("x".join(map(str, size)) for size in (patch, image))
+    return ["the patch of {} is larger than the median image, {}: what lies beyond is filled up.".format(*sizes)]
 
 
 def with_auto_kernels(

@@ -12,7 +12,8 @@ from typing import Any
 import nnunet_lgms
 from nnunet_lgms import dataset_json
 from nnunet_lgms.blocks.dimension import is_int
-from nnunet_lgms.config import KEY
+from nnunet_lgms.config import KEY, merge
+from nnunet_lgms.config.planned import MAX_BATCH, Planned
 from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.locks import locked
 from nnunet_lgms.names import check_plans_names, is_file_name
@@ -21,7 +22,6 @@ from nnunet_lgms.nnunet_folders import dataset_number, nnunet_folder
 
 #: what a new plans file may be called: safe in a path, in a shell and as an argument
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}")
-MAX_BATCH = 4096
 #: of which a message shows all
 LONGEST_PATH = 300
 STOCK_PLANS = "nnUNetPlans"
@@ -186,20 +186,34 @@ def overrides_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "plans"
 
 
-def read_override(name_or_path: str) -> dict[str, Any]:
-    """The settings of an override: a path, or the name of one that comes with the package.
+def read_override(*names_or_paths: str) -> dict[str, Any]:
+    """An override: a path, or the name of one that comes with the package; of several, the later wins.
+
+    Returns:
+        settings under ``"lgmsnet"``, and keys of :class:`nnunet_lgms.config.planned.Planned`; their values are not
+        looked at.
 
     Raises:
-        ValueError: there is no such file, it has a key twice, or not exactly one key, ``"lgmsnet"``.
+        ValueError: there is no such file, it has a key twice, or keys that no override has.
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        path = _override_of_the_package(name_or_path)
-    content = read_json(path, keys_once=True)
-    if not isinstance(content, dict) or list(content) != [KEY]:
-        found = ", ".join(map(shown, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f'{path} holds {found or "nothing"}: an override is {{"{KEY}": {{...}}}} and nothing else.')
-    return content[KEY]
+    override: dict[str, Any] = {}
+    for name_or_path in names_or_paths:
+        path = Path(name_or_path)
+        if not path.is_file():
+            path = _override_of_the_package(name_or_path)
+        content = read_json(path, keys_once=True)
+        known = [KEY, *Planned.model_fields]
+        if not isinstance(content, dict) or not content or not set(content) <= set(known):
+            found = ", ".join(map(shown, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(
+                f'{path} holds {found or "nothing"}: an override is {{"{KEY}": {{...}}}}, beside it may stand '
+                f"{', '.join(known[1:])}, and nothing else."
+            )
+        settings = [table for table in (override.get(KEY), content.get(KEY)) if table is not None]
+        if len(settings) == 2 and all(isinstance(table, dict) for table in settings):
+            content = {**content, KEY: merge(*settings)}
+        override |= content
+    return override
 
 
 def _override_of_the_package(name: str) -> Path:

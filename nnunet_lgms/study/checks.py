@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
+from nnunet_lgms.config.planned import Planned
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.data.find import find_cases
 from nnunet_lgms.files import files_in
@@ -47,8 +48,7 @@ def check_inputs(graph: Graph) -> None:
         if own.mapping and not graph.resolve(own.mapping).is_file():
             raise ValueError(f"datasets.{dataset}.mapping names {graph.resolve(own.mapping)}, which does not exist.")
     for variant in graph.study.variants.values():
-        if variant.override:
-            read_override(graph.override_file(variant.override))
+        Planned.from_override(read_override(*map(graph.override_file, variant.overrides)))
     _check_trainers(graph)
 
 

@@ -25,7 +25,7 @@ class Model:
         trainer: name of the trainer.
         base: plans that were planned.
         plans: plans that are trained with: `base`, or `base` with an override.
-        override: name or path of the override, or None.
+        overrides: names or paths of the overrides, the first to be applied first.
         configuration: nnU-Net's configuration.
     """
 
@@ -34,7 +34,7 @@ class Model:
     trainer: str
     base: str
     plans: str
-    override: str | None
+    overrides: tuple[str, ...]
     configuration: str
 
     @property
@@ -108,9 +108,9 @@ class Graph:
 
     def _model(self, dataset: str, name: str, variant: Variant, configuration: str) -> Model:
         base = variant.plans or self.study.plans
-        plans = f"{base}_{Path(variant.override).stem}" if variant.override else base
+        plans = "_".join([base, *(Path(override).stem for override in variant.overrides)])
         trainer = variant.trainer or self.study.trainer
-        return Model(dataset, name, trainer, base, plans, variant.override, configuration)
+        return Model(dataset, name, trainer, base, plans, variant.overrides, configuration)
 
     # ---- files that say that a part is done --------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Graph:
                 yield "plan", self.planned(dataset, model.base)
                 yield "plan", self.planned(dataset, planned_for(model.data_identifier))
                 yield "preprocess", self.preprocessed(dataset, model.data_identifier)
-                if model.override:
+                if model.overrides:
                     yield "override", self.overridden(dataset, model.plans)
                 yield "profile", self.profile(model)
                 for run in self.runs:

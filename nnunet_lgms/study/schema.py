@@ -98,12 +98,19 @@ class Dataset(Unseen):
 class Variant(_Strict):
     """One way to train. What is left out is the study's."""
 
-    override: str | None = described(None, "a name in plans/, or a path from the study's file", "what differs")
+    override: str | Annotated[list[str], Field(min_length=1)] | None = described(
+        None, "a name in plans/, or a path from the study's file, or a list of these", "what differs; the later wins"
+    )
     trainer: Trainer | None = described(None, "the name of a trainer", "another trainer than the study's")
     plans: Plans | None = described(None, PLANS_SENTENCE, "other plans than the study's")
     epochs: Annotated[int, Field(strict=True, ge=1, le=10**6)] | None = described(
         None, "a whole number, 1 to 1000000", "for the estimate of hours, where the trainer's name does not tell"
     )
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Names and paths of what differs, the first to be applied first."""
+        return (self.override,) if isinstance(self.override, str) else tuple(self.override or ())
 
 
 class Study(_Strict):
@@ -271,18 +278,15 @@ def _check_together(study: Study, path: Path) -> None:
     same: dict[tuple, str] = {}
     stems: dict[str, str] = {}
     for name, variant in study.variants.items():
-        key = (variant.trainer or study.trainer, variant.plans or study.plans, variant.override)
+        key = (variant.trainer or study.trainer, variant.plans or study.plans, variant.overrides)
         if (other := same.setdefault(key, name)) != name:
             raise ValueError(f"{path.name}: variants {other} and {name} are the same training: leave one out.")
-        if variant.override is None:
-            continue
-        stem = Path(variant.override).stem
-        if not re.fullmatch(NAME, stem):
-            raise ValueError(f"{path.name}: the override {variant.override!r} cannot name plans: rename the file.")
-        if stems.setdefault(stem, variant.override) != variant.override:
-            raise ValueError(
-                f"{path.name}: {stems[stem]} and {variant.override} would name the same plans: rename one."
-            )
+        for override in variant.overrides:
+            stem = Path(override).stem
+            if not re.fullmatch(NAME, stem):
+                raise ValueError(f"{path.name}: the override {override!r} cannot name plans: rename the file.")
+            if stems.setdefault(stem, override) != override:
+                raise ValueError(f"{path.name}: {stems[stem]} and {override} would name the same plans: rename one.")
 
 
 def schema_table() -> str:

@@ -98,7 +98,7 @@ def override(graph: Graph, done: Path, dataset: str, plans: str) -> None:
 
     model = next(m for m in graph.models(dataset) if m.plans == plans)
     content = read_plans(dataset, model.base)
-    settings = read_override(graph.override_file(model.override))
+    settings = read_override(*map(graph.override_file, model.overrides))
     new = override_plans(content, settings, plans, None, lambda: components_of(dataset, content))
     target = plans_file(dataset, plans)
     with plans_lock(target, wait=True):
@@ -106,8 +106,9 @@ def override(graph: Graph, done: Path, dataset: str, plans: str) -> None:
             write_plans(target, new, force=False)
         elif _read(target)["configurations"] != json.loads(json.dumps(new["configurations"])):
             raise ValueError(
-                f"{target} exists and says something else than {model.base} with {model.override}: models may have "
-                f"been trained with it, so rename the override, or move that file and its models away."
+                f"{target} exists and says something else than {model.base} with "
+                f"{' and '.join(model.overrides)}: models "
+                f"may have been trained with it, so rename the override, or move that file and its models away."
             )
     _write(done, {"plans": str(target)})
 
