@@ -22,15 +22,16 @@ from tiny_plans import LABELS, REGIONS, configuration, dataset_json, plans
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.graphs.optimizer import FusedSGD
 from nnunet_lgms.graphs.update import RecordedUpdate
-from nnunet_lgms.nnunet import graphed, robust, smoke
+from nnunet_lgms.nnunet import graphed, paper, robust, smoke
 from nnunet_lgms.nnunet import trainer as trainers
-from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
+from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, rotations_and_flips, said_of_rotations
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
 EPOCHS = (5, 50, 100, 250, 1000)
 IN_TRAINERS = ["nnUNetTrainerLGMSNet", "nnUNetTrainerLGMSNet_nnUNetDA", "nnUNetTrainerLGMSNet_smoke"]
 IN_TRAINERS += [f"nnUNetTrainerLGMSNet_{n}epochs" for n in EPOCHS]
-TRAINERS = {name: getattr(trainers, name, None) or getattr(smoke, name) for name in IN_TRAINERS}
+IN_TRAINERS += ["nnUNetTrainerLGMSNet_paper2D", "nnUNetTrainerLGMSNet_paper3D"]
+TRAINERS = {n: getattr(trainers, n, None) or getattr(smoke, n, None) or getattr(paper, n) for n in IN_TRAINERS}
 TRAINERS["nnUNetTrainerLGMSNet_demo"] = runpy.run_path(ROOT / "demo" / "trainers" / "demo.py")[
     "nnUNetTrainerLGMSNet_demo"
 ]
@@ -66,7 +67,7 @@ def make_batch(trainer: nnUNetTrainer) -> dict:
     """One random batch that went through the trainer's own transforms."""
     patch = trainer.configuration_manager.patch_size
     generator = torch.Generator().manual_seed(0)
-    rotation, dummy_2d, _, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    rotation, dummy_2d, taken, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     labels = trainer.label_manager
     transform = trainer.get_training_transforms(
         patch,
@@ -81,8 +82,8 @@ def make_batch(trainer: nnUNetTrainer) -> dict:
     )
     samples = [
         transform(
-            image=torch.randn(1, *patch, generator=generator),
-            segmentation=torch.randint(-1, max(labels.all_labels) + 1, (1, *patch), generator=generator).short(),
+            image=torch.randn(1, *taken, generator=generator),
+            segmentation=torch.randint(-1, max(labels.all_labels) + 1, (1, *taken), generator=generator).short(),
         )
         for _ in range(trainer.batch_size)
     ]
@@ -155,6 +156,37 @@ def test_recipe_is_the_papers():
     assert trainer.batch_size == 2  # the plan's
     assert [make_trainer(f"nnUNetTrainerLGMSNet_{n}epochs").num_epochs for n in EPOCHS] == list(EPOCHS)
     assert make_trainer("nnUNetTrainerLGMSNet_nnUNetDA").num_epochs == 500
+
+
+def test_the_recipe_of_the_3d_script():
+    trainer = make_trainer("nnUNetTrainerLGMSNet_paper3D")
+    (group,) = trainer.optimizer.param_groups
+    assert isinstance(trainer.optimizer, torch.optim.AdamW) and group["weight_decay"] == 1e-5
+    rates = []
+    for epoch in (0, 5, 10, 255, 500):
+        trainer.lr_scheduler.step(epoch)
+        rates.append(group["lr"])
+    np.testing.assert_allclose(rates, [1e-5, 5.05e-4, 1e-3, 5e-4, 0], atol=1e-12)
+    np.random.seed(0), torch.manual_seed(0)
+    transform = trainer.get_training_transforms((3, 3), (), None, (0,), False)
+    image = torch.arange(9.0).reshape(1, 3, 3)
+    flipped = [not torch.equal(transform(image=image)["image"], image) for _ in range(500)]
+    assert 0.14 < np.mean(flipped) < 0.26
+    transform = trainer.get_training_transforms((3, 3), (0, 1), None, None, False)
+    turned = [not torch.equal(transform(image=image)["image"], image) for _ in range(500)]
+    assert 0.14 < np.mean(turned) < 0.26
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerLGMSNet_paper2D", "nnUNetTrainerLGMSNet_paper3D"])
+def test_an_epoch_of_the_paper_is_one_pass(name, monkeypatch):
+    def datasets(self):
+        return tuple(SimpleNamespace(identifiers=list(range(n))) for n in (485, 162))
+
+    monkeypatch.setattr(robust.RobustTrainer, "get_tr_and_val_datasets", datasets)
+    trainer = make_trainer(name, batch_size=16)
+    trainer.get_tr_and_val_datasets()
+    assert (trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (31, 11)
+    assert trainer.num_epochs * trainer.num_iterations_per_epoch == 15_500
 
 
 def test_demo_fits_two_cores():
@@ -248,11 +280,26 @@ def test_loss_of_regions(batch_dice, ignore):
     mask = ~target[:, 2:] if ignore else torch.ones(2, 1, 4, 5, 6, dtype=torch.bool)
     probabilities, onehot = logits.sigmoid(), target[:, :2].float()
     cross_entropy = -(onehot * probabilities.log() + (1 - onehot) * (1 - probabilities).log())
-    # nnU-Net's class divides the masked sum over all regions by the number of voxels that are not ignored
-    cross_entropy = (cross_entropy * mask).sum() / mask.sum() if ignore else cross_entropy.mean()
+    cross_entropy = cross_entropy[mask.expand_as(cross_entropy)].mean()
     axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
     dice = soft_dice(probabilities, onehot, mask, axes)
     torch.testing.assert_close(loss, 0.5 * cross_entropy - dice)
+
+
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+def test_an_ignore_label_that_no_voxel_has_changes_nothing(labels):
+    logits = torch.randn(2, 3 if labels is LABELS else 2, 4, 5, 6)
+    if labels is LABELS:
+        target = with_ignore = torch.randint(0, 3, (2, 1, 4, 5, 6))
+    else:
+        target = torch.randint(0, 2, (2, 2, 4, 5, 6)).bool()
+        with_ignore = torch.cat((target, torch.zeros(2, 1, 4, 5, 6, dtype=torch.bool)), dim=1)
+    losses = []
+    for given, of in ((labels, target), ({**labels, "ignore": 3}, with_ignore)):
+        manager = PlansManager(plans()).get_label_manager(dataset_json(given))
+        of = of if "ignore" in given else of.float()
+        losses.append(cross_entropy_and_dice(manager, batch_dice=False, ddp=False)(logits, of))
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
@@ -334,11 +381,13 @@ def test_weights_load_strictly_at_prediction(trained_with):
     ("patch_size", "spacing", "expected"),
     [
         ([256, 256], [1, 1], (0, 1)),
-        ([512, 448], [0.5, 0.5], ()),
+        ([512, 448], [0.5, 0.5], (0, 1)),
+        ([512, 200], [0.5, 0.5], ()),  # a turn would leave more than half of it empty
         ([128, 128, 128], [1, 1, 1], (0, 1, 2)),
-        ([40, 56, 40], [1, 1, 1], (0, 2)),
+        ([40, 56, 40], [1, 1, 1], (0, 1, 2)),
+        ([40, 100, 60], [1, 1, 1], (0, 2)),
         ([20, 320, 320], [3.0, 0.7, 0.7], (1, 2)),
-        ([20, 320, 256], [3.0, 0.7, 0.7], ()),
+        ([20, 320, 256], [3.0, 0.7, 0.7], (1, 2)),
         ([96, 96, 96], [2.0, 1.5, 1.5], (1, 2)),  # equal lengths, but the anatomy would be stretched
         ([64, 64], [3.0, 0.7], ()),
         ([256, 256], [999, 1, 1], (0, 1)),  # 2D data with the spacing of three axes
@@ -355,21 +404,52 @@ def test_image_and_labels_turn_together(patch_size):
     np.random.seed(0)
     dim = len(patch_size)
     axes = rotation_axes(patch_size, [1] * dim)
-    transform = rotations_and_flips(axes, range(dim), None)
-    numbered = torch.arange(np.prod(patch_size)).reshape(1, *patch_size)
+    taken = patch_to_turn(patch_size, axes)
+    transform = rotations_and_flips(axes, range(dim), None, patch_size=patch_size)
+    numbered = torch.arange(np.prod(taken)).reshape(1, *taken)
+    begin = [(n - p) // 2 for n, p in zip(taken, patch_size, strict=True)]
+    middle = (slice(None), *(slice(b, b + p) for b, p in zip(begin, patch_size, strict=True)))
     allowed = {
         tuple(turned.flatten().tolist())
         for turned in rotations(numbered, axes)
-        for turned in flips(turned, range(1, dim + 1))
+        for turned in flips(turned[middle], range(1, dim + 1))
     }
     seen = set()
-    for _ in range(300):
+    for _ in range(500):
         sample = transform(image=numbered.float(), segmentation=numbered.short())
         assert sample["image"].shape == sample["segmentation"].shape == (1, *patch_size)
         assert torch.equal(sample["image"].short(), sample["segmentation"])
         seen.add(tuple(sample["image"].long().flatten().tolist()))
     assert seen <= allowed
     assert len(seen) > 0.8 * len(allowed)
+
+
+def test_square_patches_turn_as_ever():
+    """Nothing is cut, and no other random number is drawn."""
+    samples = []
+    for patch_size in (None, (6, 6)):
+        np.random.seed(1), torch.manual_seed(1)
+        transform = rotations_and_flips((0, 1), (0, 1), None, patch_size=patch_size)
+        image = torch.arange(36.0).reshape(1, 6, 6)
+        samples.append([transform(image=image, segmentation=image.short())["image"] for _ in range(10)])
+    assert all(torch.equal(a, b) for a, b in zip(*samples, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "spacing", "said"),
+    [
+        ((64, 64), (1, 1), "Planes of axes 0-1 rotate by 90 degrees, and all axes flip."),
+        ((512, 640), (1, 1), "Planes of axes 0-1 rotate by 90 degrees, cut from patches of 640x640 voxels, and all"),
+        (
+            (20, 320, 256),
+            (3, 0.7, 0.7),
+            "Planes of axes 1-2 rotate by 90 degrees, cut from patches of 20x320x320 voxels",
+        ),
+        ((96, 96), (3, 0.7), "No plane rotates by 90 degrees: none has equal spacing (3 x 0.7 mm)"),
+    ],
+)
+def test_log_says_which_planes_rotate(patch_size, spacing, said):
+    assert said in said_of_rotations(patch_size, spacing, rotation_axes(patch_size, spacing))
 
 
 def rotations(x, axes):

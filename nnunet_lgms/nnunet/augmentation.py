@@ -18,17 +18,24 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
+from torch import Tensor
 
-ROTATION_PROBABILITY = 0.5
+ROTATION_PROBABILITY = FLIP_PROBABILITY = 0.5
 #: spacings whose ratio is below this count as equal: a rotation between them distorts less than anatomy varies
 SPACING_TOLERANCE = 1.1
 
 
-def rotation_axes(patch_size: Sequence[int], spacing: Sequence[float]) -> tuple[int, ...]:
-    """Axes among which a patch may be rotated by 90 degrees: the largest set of equal length and equal spacing.
+#: lengths whose ratio is at most this may change places; of a patch that is as wide as the image, a longer one would be
+#: mostly empty after a turn
+MOST_UNEQUAL = 2
 
-    A plane of unequal lengths would change the shape of the patch, one of unequal spacing (thick slices) the shape of
-    the anatomy. Rotation by 180 degrees needs neither, but is nothing new beside the flips.
+
+def rotation_axes(patch_size: Sequence[int], spacing: Sequence[float]) -> tuple[int, ...]:
+    """Axes among which a patch may be rotated by 90 degrees: the largest set of equal spacing.
+
+    A plane of unequal spacing (thick slices) would change the shape of the anatomy. One of unequal lengths needs a
+    larger patch to be cut from (:func:`patch_to_turn`), at most twice as long. Rotation by 180 degrees needs neither,
+    but is nothing new beside the flips.
 
     Args:
         patch_size: voxels per axis.
@@ -39,11 +46,60 @@ def rotation_axes(patch_size: Sequence[int], spacing: Sequence[float]) -> tuple[
     """
     spacing = list(spacing)[-len(patch_size) :]
     for n in range(len(patch_size), 1, -1):
+        unequal = {}
         for axes in combinations(range(len(patch_size)), n):
             lengths, spacings = [patch_size[a] for a in axes], [spacing[a] for a in axes]
-            if min(lengths) == max(lengths) and max(spacings) < SPACING_TOLERANCE * min(spacings):
-                return axes
+            if max(lengths) <= MOST_UNEQUAL * min(lengths) and max(spacings) < SPACING_TOLERANCE * min(spacings):
+                unequal[axes] = max(lengths) / min(lengths)
+        if unequal:
+            return min(unequal, key=unequal.get)
     return ()
+
+
+def patch_to_turn(patch_size: Sequence[int], axes: Sequence[int]) -> list[int]:
+    """The smallest patch from whose middle ``patch_size`` can be cut after a rotation in any plane of ``axes``."""
+    longest = max((patch_size[a] for a in axes), default=0)
+    return [max(n, longest) if a in axes else n for a, n in enumerate(patch_size)]
+
+
+def said_of_rotations(patch_size: Sequence[int], spacing: Sequence[float], axes: Sequence[int]) -> str:
+    """A line for the log of a training: which planes rotate, and from what."""
+    if not axes:
+        sizes = " x ".join(f"{s:g}" for s in list(spacing)[-len(patch_size) :])
+        return (
+            f"No plane rotates by 90 degrees: none has equal spacing ({sizes} mm) and lengths "
+            f"({_x(patch_size)} voxels) within a factor of {MOST_UNEQUAL}. Axes flip."
+        )
+    planes = ", ".join(f"{a}-{b}" for a, b in combinations(axes, 2))
+    larger = patch_to_turn(patch_size, axes)
+    cut = f", cut from patches of {_x(larger)} voxels" if larger != list(patch_size) else ""
+    return f"Planes of axes {planes} rotate by 90 degrees{cut}, and all axes flip."
+
+
+def _x(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+class CentreCrop(BasicTransform):
+    """Cuts a patch from the middle of image and segmentation.
+
+    Args:
+        patch_size: voxels per axis, none more than what comes has.
+    """
+
+    def __init__(self, patch_size: Sequence[int]):
+        super().__init__()
+        self.patch_size = [int(n) for n in patch_size]
+
+    def _middle(self, x: Tensor) -> Tensor:
+        begin = [(n - p) // 2 for n, p in zip(x.shape[1:], self.patch_size, strict=True)]
+        return x[(slice(None), *(slice(b, b + p) for b, p in zip(begin, self.patch_size, strict=True)))]
+
+    def _apply_to_image(self, img: Tensor, **params) -> Tensor:
+        return self._middle(img)
+
+    def _apply_to_segmentation(self, segmentation: Tensor, **params) -> Tensor:
+        return self._middle(segmentation)
 
 
 def rotations_and_flips(
@@ -54,13 +110,16 @@ def rotations_and_flips(
     foreground_labels: Sequence[int] | None = None,
     regions: Sequence | None = None,
     ignore_label: int | None = None,
+    patch_size: Sequence[int] | None = None,
+    rotation_probability: float = ROTATION_PROBABILITY,
+    flip_probability: float = FLIP_PROBABILITY,
 ) -> BasicTransform:
     """Transforms of a training sample ``{"image": (C, *spatial), "segmentation": (1 or 2, *spatial)}``.
 
-    With probability 1/2 the sample turns by 90, 180 or 270 degrees in a random plane of ``rotation_axes``, and each
-    axis of ``mirror_axes`` flips with probability 1/2. What follows is no augmentation of the image but what nnU-Net
-    does to every segmentation. In a cascade that includes its distortions of the previous stage's segmentation, without
-    which the second stage learns to copy the first; the paper has no cascade.
+    With probability 1/2 the sample turns by 90, 180 or 270 degrees in a random plane of ``rotation_axes``, the patch is
+    cut from its middle, and each axis of ``mirror_axes`` flips with probability 1/2. What follows is no augmentation of
+    the image but what nnU-Net does to every segmentation. In a cascade that includes its distortions of the previous
+    stage's segmentation, without which the second stage learns to copy the first; the paper has no cascade.
 
     Args:
         rotation_axes: from :func:`rotation_axes`.
@@ -70,15 +129,26 @@ def rotations_and_flips(
         foreground_labels: labels of a cascade's previous stage.
         regions: regions to convert the labels to; None for labels.
         ignore_label: label without annotation; becomes the last channel where there are regions.
+        patch_size: what is cut from the middle of the sample, as large as :func:`patch_to_turn`; None if that is as it
+            should be.
+        rotation_probability: of a turn.
+        flip_probability: of each flip, at most 1/2.
     """
     transforms: list[BasicTransform] = []
     if rotation_axes:
         rotation = Rot90Transform(
             num_axis_combinations=1, num_rot_per_combination=(1, 2, 3), allowed_axes=set(rotation_axes)
         )
-        transforms.append(RandomTransform(rotation, apply_probability=ROTATION_PROBABILITY))
-    if mirror_axes:
+        transforms.append(RandomTransform(rotation, apply_probability=rotation_probability))
+        if patch_size is not None and patch_to_turn(patch_size, rotation_axes) != list(patch_size):
+            transforms.append(CentreCrop(patch_size))
+    if mirror_axes and flip_probability == FLIP_PROBABILITY:
         transforms.append(MirrorTransform(allowed_axes=tuple(mirror_axes)))
+    else:  # the transform itself flips one time in two
+        transforms += [
+            RandomTransform(MirrorTransform(allowed_axes=(axis,)), apply_probability=2 * flip_probability)
+            for axis in mirror_axes or ()
+        ]
 
     transforms.append(RemoveLabelTansform(-1, 0))
     if is_cascaded:

@@ -19,7 +19,8 @@ def cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: b
     """0.5 * BCE + Dice for regions (sigmoid), 0.5 * CE + Dice for labels (softmax).
 
     The Dice part is minus the soft Dice, as everywhere in nnU-Net, so a perfect prediction costs -1. Under a softmax
-    the background takes no part in it, as is nnU-Net's default.
+    the background takes no part in it, as is nnU-Net's default. Both parts are means over the voxels that have a label;
+    an ignore label that no voxel has changes nothing.
 
     Args:
         label_manager: says whether labels are regions, and which label, if any, is ignored.
@@ -33,12 +34,14 @@ def cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: b
     """
     dice_kwargs = {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp}
     if label_manager.has_regions:
+        has_ignore, n_regions = label_manager.ignore_label is not None, len(label_manager.foreground_regions)
         return DC_and_BCE_loss(
             {},
             {**dice_kwargs, "do_bg": True},
-            weight_ce=CROSS_ENTROPY_WEIGHT,
+            # with an ignore label nnU-Net sums over the regions where it otherwise takes their mean
+            weight_ce=CROSS_ENTROPY_WEIGHT / n_regions if has_ignore else CROSS_ENTROPY_WEIGHT,
             weight_dice=DICE_WEIGHT,
-            use_ignore_label=label_manager.ignore_label is not None,
+            use_ignore_label=has_ignore,
             dice_class=MemoryEfficientSoftDiceLoss,
         )
     return DC_and_CE_loss(

@@ -17,7 +17,7 @@ from torch import nn
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.graphs.ahead import StepResult
 from nnunet_lgms.graphs.optimizer import FusedSGD
-from nnunet_lgms.nnunet.augmentation import rotation_axes, rotations_and_flips
+from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, rotations_and_flips, said_of_rotations
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.errors import said_in_one_sentence
 from nnunet_lgms.nnunet.graphed import GraphedTrainer
@@ -34,7 +34,7 @@ class nnUNetTrainerLGMSNet(GraphedTrainer):
       so the rate depends on epoch and iteration alone and a continued training goes on where it stopped. nnU-Net's log
       and progress plot show each epoch's first rate.
     - 0.5 * BCE + Dice for regions, 0.5 * CE + Dice for labels, smoothing 1e-5.
-    - Rotation by 90 degrees where the patch allows it, flips, nothing else.
+    - Rotation by 90 degrees in planes of equal spacing, flips, nothing else.
     - Gradients are clipped at norm 12, as in every nnU-Net trainer.
 
     The rate of 0.02 is as published because it was stable where it was tried: 250 steps at the full rate on the demo's
@@ -116,15 +116,18 @@ class nnUNetTrainerLGMSNet(GraphedTrainer):
         super().set_deep_supervision_enabled(enabled and self.enable_deep_supervision)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """Axes that may rotate and flip. Neither needs a larger initial patch or a detour through 2D.
+        """Axes that may rotate and flip, and the patch that the loader takes, which is larger where a turn needs it.
 
         nnU-Net hands the first result to ``get_training_transforms`` as ``rotation_for_DA``; here it is axes, not an
         angle.
         """
-        patch_size = self.configuration_manager.patch_size
+        patch_size, spacing = self.configuration_manager.patch_size, self.configuration_manager.spacing
         mirror_axes = tuple(range(len(patch_size)))
         self.inference_allowed_mirroring_axes = mirror_axes
-        return rotation_axes(patch_size, self.configuration_manager.spacing), False, patch_size, mirror_axes
+        axes = rotation_axes(patch_size, spacing)
+        initial_patch = patch_to_turn(patch_size, axes)
+        self.print_to_log_file(said_of_rotations(patch_size, spacing, axes))
+        return axes, False, initial_patch, mirror_axes
 
     @staticmethod
     def get_training_transforms(
@@ -145,7 +148,14 @@ class nnUNetTrainerLGMSNet(GraphedTrainer):
         needs no second masking.
         """
         return rotations_and_flips(
-            rotation_for_DA, mirror_axes, deep_supervision_scales, is_cascaded, foreground_labels, regions, ignore_label
+            rotation_for_DA,
+            mirror_axes,
+            deep_supervision_scales,
+            is_cascaded,
+            foreground_labels,
+            regions,
+            ignore_label,
+            patch_size=patch_size,
         )
 
 
