@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
+from nnunet_lgms.complaints import allowed_in, described, first_complaint
 from nnunet_lgms.config.resolve import MAX_AXIS, MAX_STAGES, Topology
 from nnunet_lgms.config.settings import KEY
 from nnunet_lgms.files import shown
@@ -34,8 +35,7 @@ Axis = Annotated[int, Field(strict=True, ge=1, le=MAX_AXIS)]
 
 
 def _key(allowed: str, description: str) -> Any:
-    allowed += ', or a table of these for "2d" and "3d"'
-    return Field(None, description=description, json_schema_extra={"allowed": allowed})
+    return described(None, allowed + ', or a table of these for "2d" and "3d"', description)
 
 
 class Planned(BaseModel):
@@ -67,13 +67,13 @@ class Planned(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            key = str(error.errors(include_url=False)[0]["loc"][0])
-        if key not in cls.model_fields:
-            known = [KEY, *cls.model_fields]
+            complaint = first_complaint(error, cls, given)
+        key = complaint.path[0]
+        if complaint.kind == "unknown":
+            known = [KEY, *complaint.known]
             hint = did_you_mean(key, known) or f"known are {', '.join(known)}."
             raise ValueError(f"An override has no key {shown(key)}; {hint}")
-        allowed = cls.model_fields[key].json_schema_extra["allowed"]
-        raise ValueError(f"{key} is {shown(given[key])}: allowed is {allowed}; see docs/reference/plans.md.")
+        raise ValueError(f"{key} is {shown(given[key])}: allowed is {complaint.allowed}; see docs/reference/plans.md.")
 
     def of_dimension(self, dim: int) -> dict[str, Any]:
         """What is given for configurations of ``dim`` axes."""
@@ -107,7 +107,7 @@ def replanned(configuration: Mapping[str, Any], planned: Planned) -> dict[str, A
         )
     strides, kernels = topology.strides, topology.kernel_sizes
     if patch != topology.patch_size or given.get("levels", 0) > topology.n_levels:
-        strides, kernels = _nnunet_levels(topology.spacing or (1.0,) * topology.dim, patch)
+        strides, kernels = nnunet_levels(topology.spacing or (1.0,) * topology.dim, patch)
     levels = given.get("levels", min(topology.n_levels, len(strides)))
     if not 2 <= levels <= len(strides):
         allowed = f"2 to {len(strides)} levels" if len(strides) > 1 else "no levels"
@@ -127,7 +127,7 @@ def replanned(configuration: Mapping[str, Any], planned: Planned) -> dict[str, A
     return changes
 
 
-def _nnunet_levels(spacing: tuple[float, ...], patch: tuple[int, ...]) -> tuple[tuple, tuple]:
+def nnunet_levels(spacing: tuple[float, ...], patch: tuple[int, ...]) -> tuple[tuple, tuple]:
     """Strides and kernels of as many levels as nnU-Net's planner gives a patch."""
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
@@ -165,6 +165,6 @@ def planned_table() -> str:
     """The table of ``docs/reference/plans.md``, in Markdown."""
     lines = ["| key | default | allowed | what it does |", "|---|---|---|---|"]
     for name, field in Planned.model_fields.items():
-        allowed = field.json_schema_extra["allowed"]
+        allowed = allowed_in(field)
         lines.append(f"| `{name}` | `{json.dumps(field.default)}` | {allowed} | {field.description} |")
     return "\n".join(lines)

@@ -40,3 +40,17 @@ def build_network(
         deep_supervision=enable_deep_supervision,
         **network_kwargs(settings_of(configuration_manager), topology),
     )
+
+
+def unused_heads(network: nn.Module) -> int:
+    """Parameters of the segmentation heads below full resolution, where the network returns full resolution alone.
+
+    nnU-Net builds them whether or not they are used, so that weights load strictly; LGMSNet does so for nnU-Net.
+
+    Args:
+        network: LGMSNet or one of nnU-Net's U-Nets, whose decoders hold their heads alike; others have none.
+    """
+    decoder = getattr(network, "decoder", None)
+    if decoder is None or decoder.deep_supervision:
+        return 0
+    return sum(p.numel() for p in decoder.seg_layers[:-1].parameters())

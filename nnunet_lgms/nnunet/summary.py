@@ -11,6 +11,7 @@ from torch import nn
 
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology, network_kwargs
+from nnunet_lgms.nnunet.builder import unused_heads
 from nnunet_lgms.ops import kernels_for
 
 
@@ -24,8 +25,10 @@ def summarise(network: nn.Module, configuration_manager: ConfigurationManager, d
     """
     topology = Topology.of(configuration_manager.configuration)
     settings = network_kwargs(settings_of(configuration_manager), topology)
-    parameters = sum(p.numel() for p in network.parameters())
-    lines = [f"LGMSNet, {settings['n_stages']} levels, {parameters:,} parameters, is trained:"]
+    unused = unused_heads(network)
+    parameters = sum(p.numel() for p in network.parameters()) - unused
+    heads = f" (and {unused:,} in heads for deep supervision, which is off)" if unused else ""
+    lines = [f"LGMSNet, {settings['n_stages']} levels, {parameters:,} parameters{heads}, is trained:"]
     lines += [f"  level {i + 1}: {_level(settings, i)}" for i in range(settings["n_stages"])]
     decision = kernels_for(device)
     path = "the Triton kernels" if decision.path == "kernels" else "PyTorch's operators"

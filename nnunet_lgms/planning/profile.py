@@ -25,7 +25,7 @@ from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.blocks.lms import MultiKernelDepthwise
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.config.resolve import Topology
-from nnunet_lgms.nnunet.builder import build_network
+from nnunet_lgms.nnunet.builder import build_network, unused_heads
 from nnunet_lgms.nnunet_files import WITHOUT_SPACING
 from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
 from nnunet_lgms.planning.training_step import WARM_UP, InferenceStep, peak_memory, planned_training_step
@@ -101,7 +101,10 @@ class Subject:
 
 
 def static_profile(subject: Subject) -> dict[str, Any]:
-    """What needs no step: parameters, GMAC of one patch, receptive field per encoder level, estimated GPU memory."""
+    """What needs no step: parameters, GMAC of one patch, receptive field per encoder level, estimated GPU memory.
+
+    Heads that only deep supervision has are counted by themselves, as prediction has no use for them.
+    """
     topology = Topology.of(subject.manager.configuration)
     if subject.plans.get("image_reader_writer") in WITHOUT_SPACING:
         topology = replace(topology, spacing=None)  # nnU-Net writes 1, which is no mm
@@ -117,7 +120,8 @@ def static_profile(subject: Subject) -> dict[str, Any]:
         "patch_size": list(topology.patch_size),
         "spacing_mm": list(topology.spacing or ()),
         "batch_size": subject.manager.batch_size,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": sum(p.numel() for p in network.parameters()) - unused_heads(network),
+        "unused_heads": unused_heads(network),
         "gmac": count_gmac(network, subject.input_shape(batch=1)),
         "receptive_field": receptive_fields(network, topology),
         "estimated_training_mib": needed_bytes(memory, topology.dim) / MIB if subject.kind == LGMSNET else None,
@@ -216,7 +220,8 @@ def _measure(subject: Subject, kind: str, device_name: str, steps: int, compiled
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = peak_memory() if on_cuda else _peak_of_process() - before
-    return {"ms": 1000 * statistics.median(seconds), "peak_mib": peak / MIB}
+    ms = [1000 * s for s in seconds]
+    return {"ms": statistics.median(ms), "ms_fastest": min(ms), "ms_slowest": max(ms), "peak_mib": peak / MIB}
 
 
 def _peak_of_process() -> int:
@@ -241,6 +246,7 @@ def as_table(profiles: Sequence[dict[str, Any]]) -> str:
         (f"patch ({samples})", ["x".join(map(str, p["patch_size"])) for p in profiles]),
         ("batch", [str(p["batch_size"]) for p in profiles]),
         ("parameters", [f"{p['parameters']:,}" for p in profiles]),
+        ("heads for deep supervision only", [f"{p['unused_heads']:,}" for p in profiles]),
         ("GMAC, one patch", [f"{p['gmac']:.2f}" for p in profiles]),
     ]
     for level in range(max(len(p["receptive_field"]) for p in profiles)):
@@ -273,7 +279,9 @@ def _field(levels: list[dict[str, Any]], i: int) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
-    return f"failed: {step['failed'][:40]}" if "failed" in step else f"{step['ms']:.0f} ms, {step['peak_mib']:.0f} MiB"
+    if "failed" in step:
+        return f"failed: {step['failed'][:40]}"
+    return f"{step['ms']:.0f} ms ({step['ms_fastest']:.0f} to {step['ms_slowest']:.0f}), {step['peak_mib']:.0f} MiB"
 
 
 def _product(values: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ from nnunet_lgms.planning.profile import LGMSNET, NNUNET, Subject, machine, meas
 def profile_plans(
     dataset: str,
     plans_name: str,
-    configuration: str,
+    configuration: str | None = None,
     *,
     against: str | None = None,
     device: str,
@@ -34,10 +34,10 @@ def profile_plans(
     Args:
         dataset: nnU-Net's name of it.
         plans_name: plans of LGMSNet.
-        configuration: of both plans.
+        configuration: of both plans; default: 3d_fullres if it is there, else the first.
         against: plans of nnU-Net's network; default: the same.
         device: "cuda" or "cpu".
-        steps: training steps that are timed; default: 10 on a GPU, 1 elsewhere.
+        steps: training steps that are timed; default: 10 on a GPU, none elsewhere.
         compiled: whether nnU-Net's network is compiled on a GPU.
         target: the file; default: PLANS_CONFIGURATION_profile.json beside the plans.
 
@@ -49,12 +49,15 @@ def profile_plans(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU, and PyTorch finds none: use --device cpu.")
-    steps = steps if steps is not None else (10 if device == "cuda" else 1)
+    steps = steps if steps is not None else (10 if device == "cuda" else 0)
     if steps < 0:
         raise ValueError(f"--steps {steps} is negative: give 0 or more.")
     dataset_json = read_dataset_json(dataset)
     # as file names too
     own, other = (name.removesuffix(".json") for name in (plans_name, against or plans_name))
+    if configuration is None:
+        there = list(read_plans(dataset, own)["configurations"])
+        configuration = "3d_fullres" if "3d_fullres" in there else there[0]
     subjects = []
     for kind, name in ((LGMSNET, own), (NNUNET, other)):
         plans = read_plans(dataset, name)
