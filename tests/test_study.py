@@ -197,7 +197,7 @@ def test_missing_inputs_are_named_before_the_first_job(folders: Path, capsys, mo
     assert "has no imagesTs" in said(SMALLEST.replace("Dataset101_B: {}", "Dataset101_B: {test: true}"))
     missing = said(SMALLEST.replace("a: {}", "a: {trainer: nnUNetTrainer_25epochs}"))
     assert "variants.a.trainer is nnUNetTrainer_25epochs, which is neither nnU-Net's nor in a folder" in missing
-    assert "did you mean 'nnUNetTrainer_250epochs'?" in missing
+    assert "did you mean 'nnUNetTrainer_250epochs', " in missing
     assert main(["study", "check", str(written(folders, SMALLEST)), "--snakemake='-n"]) == 2
     assert "every quotation mark needs its partner" in capsys.readouterr().err
     assert main(["study", "check", str(written(folders, SMALLEST + "device: cpu"))]) == 0
