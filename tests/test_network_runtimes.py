@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_lgms import LGMSNet
 from nnunet_lgms.nnunet.loss import deep_supervision_weights
 
 ODD = {2: (20, 13), 3: (10, 7, 9)}  # padding, cropping and masks are part of what is compiled
@@ -255,3 +256,9 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(deep_supervision, tmp_path):
         assert (gradient is None) == (p.grad is None)
         if gradient is not None:
             torch.testing.assert_close(gradient, p.grad, rtol=1e-7, atol=1e-10)
+
+
+def test_tracing_is_refused_in_one_sentence():
+    network = LGMSNet.paper(1, 2, dim=2).eval()
+    with pytest.raises(RuntimeError, match="cannot be recorded by torch.jit.trace: use torch.export"):
+        torch.jit.trace(network, torch.randn(1, 1, 32, 32))

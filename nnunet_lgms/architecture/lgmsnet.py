@@ -179,7 +179,13 @@ class LGMSNet(nn.Module):
 
         Raises:
             ValueError: the input has the wrong number of axes or channels, an axis without voxels, or whole numbers.
+            RuntimeError: ``torch.jit.trace`` calls it, which cannot follow operators that choose by size and device.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "LGMSNet cannot be recorded by torch.jit.trace: use torch.export.export(network, (image,)), or "
+                "nnunet_lgms export for an ONNX file."
+            )
         if x.ndim != self.dim + 2:
             axes = "(B, C, H, W)" if self.dim == 2 else "(B, C, D, H, W)"
             raise ValueError(f"This LGMSNet is {self.dim}D and takes {axes}, not a tensor of shape {tuple(x.shape)}.")
