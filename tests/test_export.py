@@ -92,6 +92,17 @@ def test_logits_are_pytorchs_on_real_cases(exported, model_folder, hippocampus):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_a_blank_window_is_background(exported, model_folder):
+    """With no foreground made of rounding, in PyTorch and ONNX Runtime alike."""
+    network, description = load_model(model_folder, ["0"])
+    blank = np.zeros((1, 1, *description.patch_size), np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(blank)).numpy()
+    logits = Predictor(exported).network(blank)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert logits.reshape(logits.shape[1], -1).std(1).max() < 1e-5 and (logits.argmax(1) == 0).all()
+
+
 def test_folds_are_averaged_for_any_batch_and_size(two_folds):
     folder, file = two_folds
     predictor = load_predictor(folder, device="cpu")

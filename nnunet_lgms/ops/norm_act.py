@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nnunet_lgms.ops.backend import operator, use_kernels
 from nnunet_lgms.ops.cpu import norm_act as cpu
 from nnunet_lgms.ops.layout import to_channels_last
+from nnunet_lgms.ops.norms import normalise
 
 #: activation after the norm; "gelu_first" is GELU before it
 ACTIVATIONS = {
@@ -55,5 +56,5 @@ def norm_act(
         x, activation = F.gelu(x), "none"
     if cpu.fits(x, norm):
         return cpu.norm_act(x, norm, activation, residual)
-    out = ACTIVATIONS[activation](norm(x))
+    out = ACTIVATIONS[activation](normalise(x, norm))
     return out if residual is None else out + residual

@@ -1,13 +1,26 @@
-"""What operators need to know of a norm: over what its statistics are taken, and what becomes of them."""
+"""What operators need to know of a norm: over what its statistics are taken, and what becomes of them.
+
+An instance or group norm of a constant map is 0, or its bias. Computed as published it is not: the mean of equal
+numbers is rounded, what is left is divided by the root of eps, which multiplies it by 316, the zero padding of the next
+convolution gives it a border, and some norms later rounding has become a picture, with foreground in it. So a variance
+that is no more than rounding of the mean is none here: :func:`variance_above_rounding` where a form has moments,
+:func:`normalise` where it has not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+FLAT = 16 * 2**-23
+"""Deviations, as a share of the mean, that are rounding."""
+NEAR = 0.2
+"""A share that sums one after the other may make of a constant; it was above 0.4 in all maps of real images."""
 
 
 class NormSpec(NamedTuple):
@@ -52,6 +65,41 @@ def unbiasing(x: Tensor) -> float:
     """The factor that makes the variance of the channels of x (B, C, *spatial) the unbiased one."""
     count = x.numel() // x.shape[1]
     return count / max(count - 1, 1)
+
+
+def is_constant(low: Tensor, high: Tensor) -> Tensor:
+    """Whether the smallest and the largest value differ by no more than rounding."""
+    return (high - low).float() <= FLAT * torch.maximum(high.abs(), low.abs()).float()
+
+
+def variance_above_rounding(mean: Tensor, variance: Tensor, bounds: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+    """The variance, and infinity where a map is constant: the reciprocal deviation is 0 then, and with it the gradient.
+
+    Args:
+        mean: of each channel.
+        variance: of each channel.
+        bounds: gives the smallest and the largest value of each channel; asked where the moments do not tell.
+    """
+    if not (variance <= (NEAR * mean) ** 2).any():
+        return variance
+    return torch.where(is_constant(*bounds()), torch.inf, variance)
+
+
+def normalise(x: Tensor, norm: nn.Module) -> Tensor:
+    """norm(x), (B, C, *spatial), for any norm; an instance or group norm gives its bias for what is constant."""
+    return bias_where_constant(norm(x), x, norm)
+
+
+def bias_where_constant(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
+    """What an instance or group norm made of x, and its bias where x is constant; what another made as it is."""
+    if NormSpec.of(norm).kind == "batch" or not statistics_of_batch(norm):
+        return out
+    sets = x.flatten(2) if isinstance(norm, _InstanceNorm) else x.reshape(x.shape[0], norm.num_groups, -1)
+    flat = is_constant(sets.amin(2), sets.amax(2))
+    by_channel = (1,) * (x.ndim - 2)
+    flat = flat.repeat_interleave(x.shape[1] // flat.shape[1], 1).view(x.shape[0], -1, *by_channel)
+    bias = out.new_zeros(()) if norm.bias is None else norm.bias.to(out.dtype).view(-1, *by_channel)
+    return torch.where(flat, bias, out)
 
 
 def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, unbiased: float) -> None:

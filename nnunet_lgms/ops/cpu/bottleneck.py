@@ -12,7 +12,7 @@ and one set for a batch norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_lgms.ops.memory_format import channels_last, wants_channels_last
-from nnunet_lgms.ops.norms import statistics_known, unbiasing, update_running_statistics
+from nnunet_lgms.ops.norms import (
+    statistics_known,
+    unbiasing,
+    update_running_statistics,
+    variance_above_rounding,
+)
 
 CHUNK = 1 << 19  # numbers of the wide map that are worked on at a time: 2 MiB of float32
 
@@ -68,20 +73,29 @@ def inverted_bottleneck(x: Tensor, norm1: nn.Module, expand: _ConvNd, norm2: nn.
     parameters = [p for m in (norm1, expand, norm2, squeeze) for p in (m.weight, m.bias)]
     parameters = [p.flatten(1) if p is not None and p.ndim > 1 else p for p in parameters]
     known = Known.of(norm1), Known.of(norm2)
-    out, *statistics = _Bottleneck.apply(rows, *parameters, (norm1.eps, norm2.eps), known)
+    by_sample = not isinstance(norm1, _BatchNorm)
+    out, *statistics = _Bottleneck.apply(rows, *parameters, (norm1.eps, norm2.eps), known, by_sample)
     for norm, mean, variance, own in zip((norm1, norm2), statistics[::2], statistics[1::2], known, strict=True):
         if own.mean is None:
             update_running_statistics(norm, mean, variance, unbiasing(x))
     return out.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
 
 
-def composed(x: Tensor, *parameters: Tensor | None, eps: tuple[float, float], known: tuple[Known, Known]) -> Tensor:
+def composed(
+    x: Tensor,
+    *parameters: Tensor | None,
+    eps: tuple[float, float],
+    known: tuple[Known, Known],
+    by_sample: bool = False,
+) -> Tensor:
     """The bottleneck of plain operators, (S, N, D) -> (S, N, C), for derivatives of its gradient."""
     for half, e, statistics in zip((parameters[:4], parameters[4:]), eps, known, strict=True):
         x = F.gelu(x)
         mean, variance = statistics
         if mean is None:
             mean, variance = x.mean(1), x.var(1, correction=0)
+            if by_sample:
+                variance = variance_above_rounding(mean, variance, lambda x=x: (x.amin(1), x.amax(1)))
         weight, bias = _fold(mean, variance, *half, e)
         x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
     return x
@@ -208,10 +222,10 @@ class _Pieces:
         return piece
 
 
-def _moments(n_sets: int, pieces: Iterable[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean and variance (S, C) of the rows of each set, from pieces of it, (R, C)."""
+def _moments(n_sets: int, pieces: Callable[[], Iterable[tuple[int, Tensor]]], by_sample: bool) -> tuple[Tensor, Tensor]:
+    """Mean and variance (S, C) of the rows of each set, from pieces of it, (R, C); of samples, above rounding."""
     parts = [[] for _ in range(n_sets)]
-    for s, rows in pieces:
+    for s, rows in pieces():
         moments = torch.ops.aten.batch_norm_update_stats(rows.T[None, :, :, None], None, None, 0.0)
         parts[s].append((len(rows), *moments))
     results = []
@@ -221,20 +235,45 @@ def _moments(n_sets: int, pieces: Iterable[tuple[int, Tensor]]) -> tuple[Tensor,
         share = means.new_tensor(counts)[:, None] / sum(counts)
         mean = (means * share).sum(0)
         results.append((mean, ((variances + (means - mean) ** 2) * share).sum(0)))
-    return tuple(torch.stack(t) for t in zip(*results, strict=True))
+    mean, variance = (torch.stack(t) for t in zip(*results, strict=True))
+    return mean, variance_above_rounding(mean, variance, lambda: _bounds(mean, pieces())) if by_sample else variance
+
+
+def _bounds(mean: Tensor, pieces: Iterable[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of each set and channel, (S, C) like the mean."""
+    low, high = torch.full_like(mean, torch.inf), torch.full_like(mean, -torch.inf)
+    for s, rows in pieces:
+        torch.minimum(low[s], rows.amin(0), out=low[s])
+        torch.maximum(high[s], rows.amax(0), out=high[s])
+    return low, high
 
 
 class _Bottleneck(Function):
     @staticmethod
-    def forward(ctx, x, norm_weight1, norm_bias1, expand, bias1, norm_weight2, norm_bias2, squeeze, bias2, eps, known):
+    def forward(
+        ctx,
+        x,
+        norm_weight1,
+        norm_bias1,
+        expand,
+        bias1,
+        norm_weight2,
+        norm_bias2,
+        squeeze,
+        bias2,
+        eps,
+        known,
+        by_sample=False,
+    ):
         pieces = _Pieces(x, expand.shape[0], keep=any(ctx.needs_input_grad))
         statistics1, statistics2 = known
         if statistics1.mean is None:
-            statistics1 = _moments(x.shape[0], ((piece.s, pieces.inner(piece)) for piece in pieces))
+            narrow = lambda: ((piece.s, pieces.inner(piece)) for piece in pieces)  # noqa: E731
+            statistics1 = _moments(x.shape[0], narrow, by_sample)
         weight1, offset1 = _fold(*statistics1, norm_weight1, norm_bias1, expand, bias1, eps[0])
         if statistics2.mean is None:
-            wide = ((piece.s, pieces.outer(piece, weight1, offset1)) for piece in pieces)
-            statistics2 = _moments(x.shape[0], wide)
+            wide = lambda: ((piece.s, pieces.outer(piece, weight1, offset1)) for piece in pieces)  # noqa: E731
+            statistics2 = _moments(x.shape[0], wide, by_sample)
         weight2, offset2 = _fold(*statistics2, norm_weight2, norm_bias2, squeeze, bias2, eps[1])
 
         out = x.new_empty(*x.shape[:2], squeeze.shape[0])
@@ -243,7 +282,7 @@ class _Bottleneck(Function):
             _linear(wide, weight2[piece.s], offset2[piece.s], out=piece.of(out))
 
         statistics = *statistics1, *statistics2
-        ctx.eps, ctx.known, ctx.n_pieces = eps, known, len(pieces.narrow)
+        ctx.eps, ctx.known, ctx.by_sample, ctx.n_pieces = eps, known, by_sample, len(pieces.narrow)
         ctx.save_for_backward(
             x, norm_weight1, norm_bias1, expand, bias1, norm_weight2, norm_bias2, squeeze, bias2,
             *statistics, *pieces.narrow, *pieces.wide,
@@ -257,9 +296,9 @@ class _Bottleneck(Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
             inputs = [x, *saved[:8]]
             wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            out = composed(*inputs, eps=ctx.eps, known=ctx.known)
+            out = composed(*inputs, eps=ctx.eps, known=ctx.known, by_sample=ctx.by_sample)
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:9]), None, None
+            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:9]), None, None, None
 
         norm1, norm2, statistics1, statistics2 = saved[:4], saved[4:8], saved[8:10], saved[10:12]
         weight1, bias1 = _fold(*statistics1, *norm1, ctx.eps[0])
@@ -293,7 +332,7 @@ class _Bottleneck(Function):
             part = piece.of(grad_x)
             part.addcmul_(pieces.narrow[piece.number], slope1[piece.s]).add_(constant1[piece.s])
             torch.ops.aten.gelu_backward.grad_input(part, piece.of(x), grad_input=part)
-        return grad_x, *grads1[2:], *grads2[2:], None, None
+        return grad_x, *grads1[2:], *grads2[2:], None, None, None
 
 
 def _through_statistics(

@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_lgms.ops.cpu.layout import to_channels_first, to_channels_last
 from nnunet_lgms.ops.memory_format import channels_last, wants_channels_last
+from nnunet_lgms.ops.norms import bias_where_constant, normalise, variance_above_rounding
 
 NARROW = 8  # channels below which a map is copied
 
@@ -51,18 +52,19 @@ def _normalise(x: Tensor, norm: nn.Module) -> Tensor:
     if x.shape[1] < NARROW and channels_last(x):
         return to_channels_last(_normalise(to_channels_first(x), norm))
     if isinstance(norm, _InstanceNorm) and not norm.track_running_stats and x[0, 0].numel() > 1:
-        if channels_last(x):
+        if channels_last(x) and x.dtype in (torch.float32, torch.float64):
             return instance_norm(x, norm.weight, norm.bias, norm.eps)
         if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):  # which group norms ignore
-            return F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)
-    return norm(x)
+            out = F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)
+            return bias_where_constant(out, x, norm)
+    return normalise(x, norm)
 
 
 def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`F.instance_norm` of a channels-last map.
 
     Args:
-        x: (B, C, *spatial) with more than one voxel.
+        x: (B, C, *spatial) with more than one voxel, float32 or float64.
         weight: (C,) or None.
         bias: (C,) or None.
         eps: added to the variance.
@@ -70,27 +72,34 @@ def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     Returns:
         (B, C, *spatial), channels-last.
     """
-    if len(x) > 1 and x.dtype in (torch.float32, torch.float64):
-        return _InstanceNormFunction.apply(x, weight, bias, eps)
-    return _by_samples(x, weight, bias, eps)
+    return _InstanceNormFunction.apply(x, weight, bias, eps)
 
 
-def _by_samples(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    samples = [F.batch_norm(sample, None, None, weight, bias, True, 0.0, eps) for sample in x.split(1)]
-    return samples[0] if len(samples) == 1 else torch.cat(samples)
+def _composed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The norm of plain operators, for derivatives of its gradient."""
+    axes = tuple(range(2, x.ndim))
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    variance = variance_above_rounding(mean, variance, lambda: (x.amin(axes, True), x.amax(axes, True)))
+    out = (x - mean) * torch.rsqrt(variance + eps)
+    by_channel = (-1, *(1,) * (x.ndim - 2))
+    out = out if weight is None else out * weight.view(by_channel)
+    return out if bias is None else out + bias.view(by_channel)
 
 
 class _InstanceNormFunction(Function):
-    """:func:`_by_samples` where each sample is written to its place in one map."""
+    """The batch norm of each sample, written to its place in one map."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         out = torch.empty_like(x)
         statistics = []
         for sample, result in zip(x.split(1), out.split(1), strict=True):
-            moments = x.new_empty(2, x.shape[1]).unbind()
-            torch.native_batch_norm(sample, weight, bias, None, None, True, 0.0, eps, out=(result, *moments))
-            statistics += moments
+            mean, variance = torch.ops.aten.batch_norm_update_stats(sample, None, None, 0.0)
+            rows = sample.movedim(1, -1).flatten(0, -2)
+            variance = variance_above_rounding(mean, variance, lambda rows=rows: (rows.amin(0), rows.amax(0)))
+            unused = x.new_empty(0), x.new_empty(0)
+            torch.native_batch_norm(sample, weight, bias, mean, variance, False, 0.0, eps, out=(result, *unused))
+            statistics += [mean, torch.rsqrt(variance + eps)]
         ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.eps = eps
         return out
@@ -100,7 +109,7 @@ class _InstanceNormFunction(Function):
         x, weight, bias, *statistics = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a second derivative is wanted
-            out = _by_samples(x, weight, bias, ctx.eps)
+            out = _composed(x, weight, bias, ctx.eps)
             inputs = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
             grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
             return *(next(grads) if needed else None for needed in needs), None

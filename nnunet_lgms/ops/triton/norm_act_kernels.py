@@ -24,6 +24,7 @@ from torch.library import wrap_triton
 
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, map_memory
+from nnunet_lgms.ops.norms import FLAT
 from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm, normal, slope_after_norm
 
 MAX_CHANNELS = 512
@@ -155,7 +156,7 @@ def merge_moments(partial: Sequence[Tensor], kind: str, groups: int) -> tuple[Te
     merge = MergeGrid(batch, channels, kind, groups)
     mean, variance = (partial[0].new_empty((merge.statistics, channels)) for _ in range(2))
     launch(wrap_triton(_merge_moments_kernel))[merge.grid](
-        *partial, mean, variance, **merge.constants(slices), num_warps=8
+        *partial, mean, variance, FLAT=0.0 if kind == "batch" else FLAT, **merge.constants(slices), num_warps=8
     )
     return mean, variance
 
@@ -356,10 +357,11 @@ def _merge_moments_kernel(
     partial_mean, partial_m2, partial_count,  # (B, slices, C), (B, slices, C), (B, slices)
     mean, variance,  # (B, C), or (1, C) for the batch norm
     slices, channels,  # that share a statistic, and C
+    FLAT: tl.constexpr,  # deviations that are rounding, as a share of the mean; 0: all are kept
     PIECES: tl.constexpr,  # slices, rounded up
     LANES: tl.constexpr, GROUP: tl.constexpr,  # channels of a program and of a statistic
 ):  # fmt: skip
-    """Mean and variance from the moments of all slices that share a statistic."""
+    """Mean and variance from the moments of all slices that share a statistic; infinite where that is rounding."""
     statistic = tl.program_id(0)
     channel, piece = tl.program_id(1) * LANES + tl.arange(0, LANES), tl.arange(0, PIECES)
     inside = (piece < slices)[:, None] & (channel < channels)[None, :]
@@ -375,6 +377,9 @@ def _merge_moments_kernel(
     spread = means - group_mean[None, :]
     centred = tl.sum(tl.where(inside, m2 + counts * spread * spread, 0.0), 0)
     group_variance = _over_group(centred, channel, channels, GROUP) / (count * GROUP)
+    if FLAT > 0:
+        rounding = FLAT * group_mean
+        group_variance = tl.where(group_variance <= rounding * rounding, float("inf"), group_variance)
     tl.store(mean + statistic * channels + channel, group_mean, mask=channel < channels)
     tl.store(variance + statistic * channels + channel, group_variance, mask=channel < channels)
 
