@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
@@ -14,9 +15,12 @@ import pytest
 import SimpleITK as sitk
 import torch
 import unet_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from PIL import Image
 
 import nnunet_lgms
@@ -25,6 +29,7 @@ from nnunet_lgms.inference import load_predictor
 from nnunet_lgms.prediction import predictor as predictor_module
 from nnunet_lgms.prediction import resampling
 from nnunet_lgms.prediction.cases import CasesFailed, read_case
+from nnunet_lgms.splines import thick_axis
 
 THICK = (4.0, 0.8, 0.8)
 
@@ -416,3 +421,29 @@ def test_a_network_of_an_old_trainer_is_built(volume: tuple[Path, Path], monkeyp
     expected = nnunet_lgms.predict(*volume, device="cpu")
     monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", staticmethod(build))
     np.testing.assert_array_equal(nnunet_lgms.predict(*volume, device="cpu"), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=st.tuples(*[st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(3)]),
+    spacings=st.tuples(st.sampled_from([(1, 1, 1), THICK, (1, 5, 1)]), st.sampled_from([(1, 1, 1), (6.0, 1, 1)])),
+    order=st.sampled_from([1, 3]),
+    kind=st.sampled_from(["skimage", "torch"]),
+)
+def test_resampling_is_nnunets_and_the_runtimes(shapes, spacings, order, kind):
+    old, new = zip(*shapes)
+    volume = np.random.default_rng(0).normal(size=(2, *old)).astype(np.float32)
+    entries = unet_model.resampling(kind, order_data=order)
+    function = ConfigurationManager({"architecture": {}, **entries}).resampling_fn_data
+    expected = np.asarray(function(volume.copy(), new, *spacings))
+    ours = resampling.as_matrices(function, old, new, *spacings)
+    np.testing.assert_allclose(ours(torch.from_numpy(volume)).numpy(), expected, atol=2e-5)
+    if kind == "skimage" and find_spec("onnxruntime"):
+        from nnunet_lgms.runtime.description import Resampling
+        from nnunet_lgms.runtime.resampling import axis_matrices, resample
+
+        rule = Resampling("resample_data_or_seg_to_shape", order, 0, None)
+        thick = thick_axis(None, *spacings)
+        matrices = axis_matrices(rule, old, new, *spacings)
+        without_torch = np.stack([resample(channel.copy(), matrices, thick) for channel in volume])
+        np.testing.assert_allclose(ours(torch.from_numpy(volume)).numpy(), without_torch, atol=2e-6)

@@ -41,7 +41,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser, complete for ``command``; the other commands are there by name and help line only."""
     parser = argparse.ArgumentParser(
         prog="nnunet_lgms",
-        description="LGMSNet on stock nnU-Net. Training and prediction stay nnU-Net's own commands: "
+        description="LGMSNet on stock nnU-Net. Training stays nnU-Net's own command: "
         "nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerLGMSNet",
     )
     parser.add_argument("--version", action="version", version=f"nnunet_lgms {__version__}")
