@@ -105,6 +105,7 @@ setup(
         "batchgeneratorsv2>=0.3.2",
         "numpy>=1.24",
         "scipy>=1.11",
+        "blosc2>=3.3.2",
         "nibabel>=5",
         "Pillow>=10",
         "matplotlib>=3.8",

@@ -632,3 +632,15 @@ def test_what_trains_on_graphs_is_not_compiled(ddp, monkeypatch):
     trainer.device = torch.device("cuda")
     trainer.initialize()
     assert (trainer.network.module if ddp else trainer.network) is network
+
+
+def test_a_gpu_without_memory_is_one_sentence(monkeypatch):
+    def run(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 8 GiB")
+
+    monkeypatch.setattr(robust.OwnFolderTrainer, "run_training", run)
+    with pytest.raises(SystemExit) as error:
+        make_trainer(batch_size=4).run_training()
+    said = error.value.code
+    assert "\n" not in said and "memory for 4 patches of 8x12x8 (CUDA out of memory" in said
+    assert said.endswith("override 999 --plans nnUNetPlans --batch-size 2 --patch-size 8 12 8 -c only")

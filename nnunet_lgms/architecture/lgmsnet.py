@@ -42,8 +42,8 @@ class LGMSNet(nn.Module):
         input_channels: channels of the image.
         num_classes: channels of the output.
         n_stages: resolution levels, at least 2.
-        features_per_stage: width per level; divisible by 4 where a block is LMS, by the parts of ``gms_ratio`` where
-            it is GMS.
+        features_per_stage: width per level; divisible by 4 where a block is LMS; where it is GMS, a ``gms_ratio`` of
+            t:c must give Transformer and Conv whole channels, width * t / (t + c).
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
         kernel_sizes: planned kernel per level and axis. An axis with 1 (thick slices) gets kernel 1 in every
             convolution of that level, LMS kernels included; any other value gives the paper's kernels.

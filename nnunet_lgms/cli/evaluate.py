@@ -32,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--nsd-tolerance", type=float, default=1.0, metavar="MM", help="default: 1")
     parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="bootstrap samples (default: 2000)")
     parser.add_argument("--worst", type=int, default=6, metavar="N", help="worst cases shown a model (default: 6)")
+    parser.add_argument("--by-size", action="store_true", help="also tell how well objects of each size are found")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core, at most 8)")
 
 
@@ -61,9 +62,17 @@ def run(args: argparse.Namespace) -> int:
         n_resamples=args.bootstrap,
         workers=args.workers,
     )
+    by_size = ""
+    if args.by_size:
+        from nnunet_lgms.evaluation.by_size import write_by_size
+
+        more, by_size = write_by_size(evaluation, output, args.workers)
+        files += more
     for remark in evaluation.remarks:
         print(f"Note: {remark}")
     print(terminal_table(evaluation))
+    if by_size:
+        print(f"\n{by_size}\n")
     print("Written:", *files)
     return 0
 

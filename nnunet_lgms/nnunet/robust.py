@@ -11,6 +11,7 @@ import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import distributed as dist
 
+from nnunet_lgms.files import one_line
 from nnunet_lgms.nnunet.checks import (
     check_cases,
     check_images,
@@ -134,20 +135,37 @@ class RobustTrainer(OwnFolderTrainer):
         """As nnU-Net's.
 
         Raises:
-            TrainingError: a process that prepares batches was killed or failed.
+            TrainingError: a process that prepares batches was killed or failed, or the GPU has not enough memory.
         """
         self.training_ended.clear()
         try:
             super().run_training()
+        except torch.OutOfMemoryError as error:
+            self._end_loaders()
+            raise TrainingError(self._said_of_memory(error)) from error
         except RuntimeError as error:
             if "no longer alive" not in str(error):
                 raise
-            for loader in (self.dataloader_train, self.dataloader_val):
-                if hasattr(loader, "_finish"):
-                    loader._finish()  # as on_train_end does; cut off, it prints a traceback after the sentence
+            self._end_loaders()
             raise TrainingError(PROCESS_ENDED) from error
         finally:
             self.training_ended.set()
+
+    def _end_loaders(self):
+        """As on_train_end does; cut off, they print a traceback after the sentence."""
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if hasattr(loader, "_finish"):
+                loader._finish()
+
+    def _said_of_memory(self, error: RuntimeError) -> str:
+        planned, plans = self.configuration_manager, self.plans_manager
+        patch, batch = map(str, planned.patch_size), max(1, planned.batch_size // 2)
+        override = f"nnunet_lgms override {dataset_number(plans.dataset_name)} --plans {plans.plans_name}"
+        return (
+            f"The GPU has not enough memory for {self.batch_size} patches of {'x'.join(map(str, planned.patch_size))} "
+            f"({one_line(error)}): end other programs on it, or train with plans of a smaller batch or patch, such as "
+            f"{override} --batch-size {batch} --patch-size {' '.join(patch)} -c {self.configuration_name}"
+        )
 
     def on_train_start(self):
         if not self.was_initialized:
