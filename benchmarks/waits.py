@@ -369,7 +369,7 @@ def draw(results: dict, file: Path) -> None:
         axis.set_yticks(range(len(those)), [f"{r['network']}, {r['tool']}, {r['plans']}" for r in those], fontsize=7)
         axis.set_title(f"{title}: seconds", fontsize=9, loc="left")
         axis.tick_params(axis="x", labelsize=7)
-        axis.legend(fontsize=6, ncols=6)
+        axis.legend(fontsize=6, ncols=6, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
     figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
 
