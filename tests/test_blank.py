@@ -63,7 +63,7 @@ def test_derivatives_of_the_gradient_hold():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_a_fusion_of_constant_maps_is_nothing(value, layout):
     torch.manual_seed(0)
-    block = FusionBlock(nn.Conv3d, 16, 8, (1, 1, 1), InstanceNorm3d, {})
+    block = FusionBlock(16, 8, 1, dim=3)
     x = torch.full((2, 16, 6, 8, 10), value).contiguous(memory_format=layout).requires_grad_()
     out = block(x)
     (grad,) = torch.autograd.grad(out.sum(), x)

@@ -94,8 +94,8 @@ def test_logits_are_pytorchs_on_real_cases(exported, model_folder, hippocampus):
 
 def test_a_blank_window_is_background(exported, model_folder):
     """With no foreground made of rounding, in PyTorch and ONNX Runtime alike."""
-    network, description = load_model(model_folder, ["0"])
-    blank = np.zeros((1, 1, *description.patch_size), np.float32)
+    network = load_predictor(model_folder, device="cpu").network.eval()
+    blank = np.zeros((1, 1, *Description.read(exported.with_suffix(".json")).patch_size), np.float32)
     with torch.inference_mode():
         expected = network(torch.from_numpy(blank)).numpy()
     logits = Predictor(exported).network(blank)

@@ -92,12 +92,14 @@ def normalise(x: Tensor, norm: nn.Module) -> Tensor:
 
 def bias_where_constant(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
     """What an instance or group norm made of x, and its bias where x is constant; what another made as it is."""
-    if NormSpec.of(norm).kind == "batch" or not statistics_of_batch(norm):
+    if not (isinstance(norm, (_InstanceNorm, nn.GroupNorm)) and statistics_of_batch(norm)):
         return out
     sets = x.flatten(2) if isinstance(norm, _InstanceNorm) else x.reshape(x.shape[0], norm.num_groups, -1)
     flat = is_constant(sets.amin(2), sets.amax(2))
     by_channel = (1,) * (x.ndim - 2)
-    flat = flat.repeat_interleave(x.shape[1] // flat.shape[1], 1).view(x.shape[0], -1, *by_channel)
+    if isinstance(norm, nn.GroupNorm):
+        flat = flat.repeat_interleave(x.shape[1] // norm.num_groups, 1)
+    flat = flat.view(x.shape[0], -1, *by_channel)
     bias = out.new_zeros(()) if norm.bias is None else norm.bias.to(out.dtype).view(-1, *by_channel)
     return torch.where(flat, bias, out)
 
