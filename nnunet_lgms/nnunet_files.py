@@ -130,6 +130,15 @@ class Reader:
         """
         return self._read(path, is_seg=False)
 
+    def rewrite_labels(self, source: Path, target: Path, label_of: Mapping[int, int]) -> None:
+        """Write a label file again on its own grid, with other values."""
+        reader = self._make()
+        samples, properties = reader.read_seg(str(source))
+        labels = np.zeros(samples[0].shape, np.uint8)
+        for value, label in label_of.items():
+            labels[samples[0] == value] = label
+        reader.write_seg(labels, str(target), properties)
+
     def _read(self, path: Path, is_seg: bool) -> tuple[np.ndarray, Grid]:
         reader = self._make()
         check_image_file(path)

@@ -38,6 +38,8 @@ UNDERSTOOD = {
     "white": Image.fromarray(grey(MASK)),
     "one": Image.fromarray(MASK.astype(np.uint8)),
     "1-bit": Image.fromarray(MASK),
+    "one grey on another": Image.fromarray(np.where(MASK, 255, 1).astype(np.uint8)),
+    "float": Image.fromarray(MASK.astype(np.float32)),
     **{f"grey {value}": Image.fromarray(MASK.astype(np.uint8) * value) for value in (2, 38, 100, 127, 128, 254)},
     "16-bit one": Image.fromarray(MASK.astype(np.uint16)),
     "16-bit white": Image.fromarray(MASK.astype(np.uint16) * 65535),
@@ -96,14 +98,20 @@ REFUSED = {
         Image.fromarray(np.dstack([grey(MASK)] * 3 + [ZERO])),
         "is transparent everywhere",
     ),
+    "drawn by matplotlib": (
+        Image.fromarray(np.where(MASK[..., None], (253, 231, 36), (68, 1, 84)).astype(np.uint8)),
+        "has no black background|several colours",
+    ),
+    "labels without a background": (Image.fromarray(ZERO + 1 + MASK.astype(np.uint8)), "has no black background"),
     "photograph": (Image.fromarray(picture(3, 3)), "expected one on black"),
 }
 
 
 @pytest.mark.parametrize("kind", UNDERSTOOD)
 def test_whatever_the_mask_is_drawn_with(kind: str, tmp_path: Path):
-    UNDERSTOOD[kind].save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), MASK)
+    path = tmp_path / ("mask.tif" if UNDERSTOOD[kind].mode == "F" else "mask.png")
+    UNDERSTOOD[kind].save(path)
+    np.testing.assert_array_equal(read_mask(path), MASK)
 
 
 @pytest.mark.parametrize("quality", [60, 95])

@@ -1,6 +1,7 @@
 """What a conversion refuses, what it leaves behind, and the paper's splits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,36 @@ def test_finished_conversion_is_kept_and_never_overwritten(bus: Path, tmp_path: 
     with pytest.raises(ValueError, match="belongs to Dataset007_BUS already"):
         _convert("stu", bus, tmp_path / "raw")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_conversion_is_tied_to_its_files(bus: Path, tmp_path: Path):
+    """Not kept when the download was repaired after it; kept when the download is gone."""
+    assert _convert("bus", bus, tmp_path / "raw").identifiers
+    save(bus / "BUS/GT/000001.png", grey(disc(9)))
+    with pytest.raises(ValueError, match="was made from files of .* that are others now: remove that folder"):
+        _convert("bus", bus, tmp_path / "raw")
+    shutil.rmtree(tmp_path / "raw/Dataset007_BUS")
+    label = _convert("bus", bus, tmp_path / "raw").folder / "labelsTr/bus_000001.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(label)), disc(9))
+    shutil.rmtree(bus)
+    assert "converted before" in _convert("bus", bus, tmp_path / "raw").remarks[0]
+
+
+def test_an_interrupted_conversion_of_other_files_starts_anew(bus: Path, tmp_path: Path, monkeypatch):
+    real = natural_images.write
+
+    def write(case, *rest):
+        if case.identifier == "bus_000002":
+            raise KeyboardInterrupt
+        real(case, *rest)
+
+    monkeypatch.setattr(natural_images, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        _convert("bus", bus, tmp_path / "raw")
+    monkeypatch.undo()
+    save(bus / "BUS/GT/000001.png", grey(disc(9)))
+    label = _convert("bus", bus, tmp_path / "raw").folder / "labelsTr/bus_000001.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(label)), disc(9))
 
 
 def test_nnunet_has_the_last_word(bus: Path, tmp_path: Path, monkeypatch):

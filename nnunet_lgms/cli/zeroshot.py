@@ -12,8 +12,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="test a trained model on datasets that it has not seen",
         description="Predict unseen datasets with every fold of a model, evaluate, and write a table of the results "
         "on the model's own validation cases, on the unseen datasets, and the drop.",
-        epilog='A mapping file is JSON: {"Dataset102_STU": {"lesion": "tumour", "cyst": null}}; "*" stands for all '
-        "datasets, null for background. Labels of the same name need no mapping.",
+        epilog="A mapping file is JSON and has one direction, MODEL's label: DATASET's label. "
+        'For a model of tumours and cysts on a data set of lesions: {"Dataset102_STU": {"tumour": "lesion", '
+        '"cyst": null}}; "*" stands for all data sets, null for background. Labels of the same name need no mapping.',
     )
     parser.add_argument(
         "model_folder", metavar="MODEL_FOLDER", type=Path, help="nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIG"
@@ -22,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: MODEL_FOLDER/zeroshot")
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="default: all that are trained")
     parser.add_argument("--checkpoint", default="checkpoint_final.pth", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--mapping", type=Path, metavar="FILE", help="which label of the model is which of the dataset")
+    parser.add_argument("--mapping", type=Path, metavar="FILE", help="MODEL's label: DATASET's label, see below")
     parser.add_argument("--nsd-tolerance", type=float, default=1.0, metavar="MM", help="default: 1")
     parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="bootstrap samples (default: 2000)")
     parser.add_argument("--device", help="cuda, cpu or mps (default: the GPU if there is one)")

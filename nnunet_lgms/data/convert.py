@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 from nnunet_lgms.data import natural_images, volumes
 from nnunet_lgms.data.description import DatasetDescription
-from nnunet_lgms.data.find import Case, Problem, find_cases
+from nnunet_lgms.data.find import Case, Found, Problem, find_cases
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.data.splits import check_splits
 from nnunet_lgms.files import atomic_write, read_json
@@ -40,6 +42,7 @@ class Settings:
         groups: groups of cases that are usually left out and are wanted here.
         size: height and width in pixels that flat images are resized to; None keeps their own.
         skip_bad: leave out what cannot be converted.
+        options: what else was said, of folders of one's own.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Settings:
     groups: tuple[str, ...] = ()
     size: int | None = None
     skip_bad: bool = False
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ def convert(
     skip_bad: bool = False,
     workers: int | None = None,
     wait: bool = False,
+    find: Callable[[], Found] | None = None,
+    options: Sequence[str] = (),
 ) -> Conversion:
     """Convert one dataset to `raw/DatasetXXX_Title`.
 
@@ -94,6 +100,8 @@ def convert(
         skip_bad: convert the rest if something is wrong with some pairs.
         workers: number of processes; default: one per core, at most 8.
         wait: let another conversion to this number end first, instead of refusing.
+        find: finds the pairs; default: those of the description's layouts below `source`.
+        options: what `find` and the description hang on, beside their names; written down with the settings.
 
     Raises:
         ValueError: the source is not this dataset, pairs are faulty (they are listed on stderr), the number is taken,
@@ -107,23 +115,33 @@ def convert(
         )
     if unknown := set(groups) - set(description.left_out):
         raise ValueError(f"{description.title} has no group {sorted(unknown)[0]!r} that could be included.")
-    settings = Settings(description.name, str(source.resolve()), tuple(sorted(groups)), size, skip_bad)
+    settings = Settings(description.name, str(source.resolve()), tuple(sorted(groups)), size, skip_bad, tuple(options))
     with locked(raw / f".Dataset{dataset_id:03d}.lock", f"conversion to dataset {dataset_id}", wait=wait):
         folder = _target(raw, dataset_id, description)
+        if folder.exists() and not source.exists():  # nothing to compare with
+            return _already_there(folder, settings, None)
+        found = find() if find else find_cases(description, source, settings.groups)
+        files = _digest_of_files(found.cases)
         if folder.exists():
-            return _already_there(folder, settings)
-        return _convert(description, source, settings, folder, workers)
+            return _already_there(folder, settings, files)
+        return _convert(description, source, found, files, settings, folder, workers)
 
 
 def _convert(
-    description: DatasetDescription, source: Path, settings: Settings, folder: Path, workers: int
+    description: DatasetDescription,
+    source: Path,
+    found: Found,
+    files: str,
+    settings: Settings,
+    folder: Path,
+    workers: int,
 ) -> Conversion:
-    cases, problems, remarks = _checked_cases(description, source, settings, workers)
+    cases, problems, remarks = _checked_cases(description, found, workers)
     if problems and not settings.skip_bad:
         print(_listing(problems), file=sys.stderr)
         raise ValueError(
             f"{len({p.identifier for p in problems})} case(s) of {description.title} cannot be converted (listed "
-            f"above), so nothing was written: repair the download, or leave them out with --skip-bad."
+            f"above), so nothing was written: repair them, or leave them out with --skip-bad."
         )
     bad = {problem.identifier for problem in problems}
     good = [case for case in cases if case.identifier not in bad]
@@ -131,7 +149,7 @@ def _convert(
         raise ValueError(f"No case of {description.title} in {source} can be converted.")
 
     partial_folder = folder.with_name(f".{folder.name}.partial")
-    _prepare(partial_folder, settings)
+    _prepare(partial_folder, settings, files)
     try:
         task = partial(_write_case, description=description, folder=partial_folder, size=settings.size)
         parallel_map(task, good, workers, f"writing {folder.name}")
@@ -139,7 +157,7 @@ def _convert(
         _write_dataset_json(partial_folder, description, len(good))
         _verify(partial_folder, workers)
         result = Conversion(folder, tuple(case.identifier for case in good), tuple(problems), tuple(remarks))
-        _write_record(partial_folder, settings, result)
+        _write_record(partial_folder, settings, files, result)
         os.rename(partial_folder, folder)
     except ValueError:
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -176,7 +194,7 @@ def write_splits(description: DatasetDescription, conversion: Conversion, prepro
 def splits_remark(description: DatasetDescription, conversion: Conversion) -> str | None:
     """Says so where the folds are not the paper's, because only some of the published cases were converted."""
     n = len(conversion.identifiers)
-    if n in description.published_cases:
+    if not description.published_cases or n in description.published_cases:
         return None
     published = " or ".join(map(str, description.published_cases))
     return (
@@ -196,19 +214,32 @@ def _target(raw: Path, dataset_id: int, description: DatasetDescription) -> Path
     return folder
 
 
-def _already_there(folder: Path, settings: Settings) -> Conversion:
-    if _settings_in(folder / _RECORD) != _as_json(settings):
+def _digest_of_files(cases: Sequence[Case]) -> str:
+    """Changes when a source file is added, taken away, or written anew."""
+    digest = hashlib.sha256()
+    for path in sorted(path for case in cases for path in (*case.images, *case.masks)):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _already_there(folder: Path, settings: Settings, files: str | None) -> Conversion:
+    record = _record_in(folder)
+    if record.get("settings") != _as_json(settings) or "identifiers" not in record:
         raise ValueError(f"{folder} exists and was made otherwise: choose another --id, or remove that folder first.")
-    record = _content_of(folder / _RECORD)
+    if files is not None and record.get("files", files) != files:
+        raise ValueError(
+            f"{folder} was made from files of {settings.source} that are others now: remove that folder to convert "
+            "them, or choose another --id."
+        )
     skipped = tuple(Problem(**problem) for problem in record["skipped"])
     remarks = (f"{folder.name} was converted before with the same settings; it was left as it is.",)
     return Conversion(folder, tuple(record["identifiers"]), skipped, remarks)
 
 
 def _checked_cases(
-    description: DatasetDescription, source: Path, settings: Settings, workers: int
+    description: DatasetDescription, found: Found, workers: int
 ) -> tuple[tuple[Case, ...], list[Problem], list[str]]:
-    found = find_cases(description, source, settings.groups)
     complete = [case for case in found.cases if case.masks]
     task = partial(_inspect, description=description)
     inspections = parallel_map(task, complete, workers, f"checking {description.title}")
@@ -218,7 +249,7 @@ def _checked_cases(
     problems += _duplicates(complete, inspections, description)
 
     remarks = []
-    if len(found.cases) not in description.published_cases:
+    if description.published_cases and len(found.cases) not in description.published_cases:
         published = " or ".join(str(n) for n in description.published_cases)
         remarks.append(f"{len(found.cases)} cases were found; {description.title} is published with {published}.")
     for kind, text in _REMARKS.items():
@@ -252,21 +283,21 @@ def _listing(problems: Sequence[Problem]) -> str:
     return "\n".join(f"  {problem}" for problem in problems)
 
 
-def _prepare(folder: Path, settings: Settings) -> None:
-    """Keep what an interrupted conversion with the same settings has written; start anew otherwise."""
-    record = folder / _RECORD
-    if folder.exists() and not (record.exists() and _settings_in(record) == _as_json(settings)):
+def _prepare(folder: Path, settings: Settings, files: str) -> None:
+    """Keep what an interrupted conversion of the same files with the same settings wrote; start anew otherwise."""
+    record = {"settings": _as_json(settings), "files": files}
+    if folder.exists() and _record_in(folder) != record:
         shutil.rmtree(folder)
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    with atomic_write(record) as temporary:
-        temporary.write_text(json.dumps({"settings": _as_json(settings)}))
+    with atomic_write(folder / _RECORD) as temporary:
+        temporary.write_text(json.dumps(record))
 
 
-def _settings_in(record: Path) -> dict | None:
-    """The settings that a record holds, None if it cannot be read."""
-    content = _content_of(record)
-    return content.get("settings") if isinstance(content, dict) else None
+def _record_in(folder: Path) -> dict[str, Any]:
+    """What a conversion wrote down about itself, empty if it cannot be read."""
+    content = _content_of(folder / _RECORD)
+    return content if isinstance(content, dict) else {}
 
 
 def _content_of(path: Path) -> Any:
@@ -279,22 +310,25 @@ def _content_of(path: Path) -> Any:
 
 def _as_json(settings: Settings) -> dict:
     """Settings as they come back from a JSON file, where tuples are lists."""
-    return json.loads(json.dumps(asdict(settings)))
+    content = {name: value for name, value in asdict(settings).items() if name != "options" or value}
+    return json.loads(json.dumps(content))
 
 
 def _write_case(case: Case, description: DatasetDescription, folder: Path, size: int | None) -> None:
-    image_file = folder / "imagesTr" / f"{case.identifier}_0000{description.file_ending}"
-    label_file = folder / "labelsTr" / f"{case.identifier}{description.file_ending}"
-    # Files appear under their names only when they are complete, so these two are from an interrupted conversion.
-    if not (image_file.exists() and label_file.exists()):
-        _FORMATS[description.kind].write(case, description, image_file, label_file, size)
+    ending = description.file_ending
+    names = [f"{case.identifier}_{channel:04d}{ending}" for channel in range(len(case.images))]
+    image_files = [folder / "imagesTr" / name for name in names]
+    label_file = folder / "labelsTr" / f"{case.identifier}{ending}"
+    # Files appear under their names only when they are complete, so these are from an interrupted conversion.
+    if not all(file.exists() for file in (*image_files, label_file)):
+        _FORMATS[description.kind].write(case, description, image_files, label_file, size)
 
 
 def _remove_strays(folder: Path, identifiers: set[str], file_ending: str) -> None:
     """Remove files of cases that an interrupted conversion took and this one does not, and what it was writing."""
-    for name, tail in (("imagesTr", f"_0000{file_ending}"), ("labelsTr", file_ending)):
+    for name, tail in (("imagesTr", rf"_\d{{4}}{re.escape(file_ending)}"), ("labelsTr", re.escape(file_ending))):
         for path in (folder / name).iterdir():
-            if path.name.removesuffix(tail) not in identifiers:
+            if re.sub(f"{tail}$", "", path.name) not in identifiers:
                 path.unlink()
     for path in folder.iterdir():
         if path.is_file() and path.name != _RECORD:
@@ -331,9 +365,10 @@ def _verify(folder: Path, workers: int) -> None:
         ) from error
 
 
-def _write_record(folder: Path, settings: Settings, conversion: Conversion) -> None:
+def _write_record(folder: Path, settings: Settings, files: str, conversion: Conversion) -> None:
     record = {
         "settings": _as_json(settings),
+        "files": files,
         "identifiers": list(conversion.identifiers),
         "skipped": [asdict(problem) for problem in conversion.skipped],
     }

@@ -64,7 +64,11 @@ class DatasetDescription:
         reference: publication and address.
         licence: terms of use as far as they are stated.
         identifier: nnU-Net's name of a case, made from the layout's group `case`.
-        kind: "image" (PNG, JPEG, BMP, TIFF; written as PNG) or "volume" (NIfTI; copied as it is).
+        kind: "image" (PNG, JPEG, BMP, TIFF; written as PNG) or "volume" (copied as it is).
+        volume_ending: of volumes, their images and labels.
+        label_of: what a label file holds, a number or a colour → nnU-Net's label. None: flat masks, one thing on black;
+            volumes, nnU-Net's labels themselves.
+        deep: flat images of 16 bits keep them.
         regions_class_order: see nnU-Net's documentation on region-based training.
         left_out: groups of cases that are left out unless asked for: option name → regular expression of `case`.
         image_follows_mask: the publisher's masks are larger than its images. The image is brought to the mask's size
@@ -85,6 +89,9 @@ class DatasetDescription:
     licence: str
     identifier: str = "{case}"
     kind: Literal["image", "volume"] = "image"
+    volume_ending: str = ".nii.gz"
+    label_of: Mapping[int | tuple[int, int, int], int] | None = None
+    deep: bool = False
     regions_class_order: tuple[int, ...] | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     image_follows_mask: bool = False
@@ -95,7 +102,7 @@ class DatasetDescription:
 
     @property
     def file_ending(self) -> str:
-        return ".png" if self.kind == "image" else ".nii.gz"
+        return ".png" if self.kind == "image" else self.volume_ending
 
     @property
     def label_values(self) -> frozenset[int]:

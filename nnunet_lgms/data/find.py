@@ -14,11 +14,24 @@ from nnunet_lgms.files import check_utf8
 
 @dataclass(frozen=True)
 class Case:
-    """One image with the mask files that belong to it (empty if none was found)."""
+    """One image with the mask files that belong to it (empty if none was found).
+
+    Args:
+        identifier: nnU-Net's name of it.
+        image: its file, of the first channel if there are several.
+        masks: files that mark what is in it.
+        channels: files of the second and further channels.
+    """
 
     identifier: str
     image: Path
     masks: tuple[Path, ...]
+    channels: tuple[Path, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The files of all channels, in order."""
+        return (self.image, *self.channels)
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +49,7 @@ class Problem:
 class Found:
     """All cases of a source folder, in order of their identifiers, and what is wrong with the folder."""
 
-    layout: Layout
+    layout: Layout | None
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...]
 
@@ -55,7 +68,7 @@ def find_cases(description: DatasetDescription, source: Path, wanted_groups: Ite
     if not source.is_dir():
         reason = "is a file; unpack it and give the folder" if source.exists() else "does not exist"
         raise ValueError(f"The source {source} {reason}: {_expected(description)}")
-    paths = sorted(_files_below(source))
+    paths = sorted(files_below(source))
     matches = [_match(layout, source, paths) for layout in description.layouts]
     # An incomplete download must be reported as such, not as an unknown folder: take the layout that fits best.
     images, masks = max(matches, key=lambda m: (len(m[0].keys() & m[1].keys()), len(m[0])))
@@ -67,7 +80,7 @@ def find_cases(description: DatasetDescription, source: Path, wanted_groups: Ite
     return _pair(description, layout, images, masks, wanted_groups)
 
 
-def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """All files but hidden ones, through links too; a link to a folder that the walk is in would have no end."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
@@ -77,7 +90,7 @@ def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) 
         if path.name.startswith((".", "__MACOSX")):
             continue
         if path.is_dir():
-            yield from _files_below(path, above | {here})
+            yield from files_below(path, above | {here})
         elif path.is_file():
             yield path
 

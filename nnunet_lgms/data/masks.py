@@ -6,18 +6,16 @@ otherwise: several classes in one file, no black background, or colours that say
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from nnunet_lgms.data.pictures import alpha_of, open_picture
+from nnunet_lgms.data.pictures import GREY, alpha_of, open_picture
 
 WHITE = (1, 255, 2**16 - 1)
 """Full scale, where a mask is filled to its edges and has no black to compare with."""
-
-GREY = 16
-"""Channels of grey pixels differ by less; JPEG keeps colours to a few levels."""
 
 FEW = 16
 """Files with more values have noise or soft edges."""
@@ -52,6 +50,46 @@ def read_mask(path: Path) -> np.ndarray:
         return mask
     except ValueError as error:
         raise ValueError(f"the mask {path} {error}") from None
+
+
+def read_label_map(path: Path, label_of: Mapping[int | tuple[int, int, int], int]) -> np.ndarray:
+    """The labels of a map of several classes, (H, W) of uint8.
+
+    Args:
+        path: the file.
+        label_of: grey value, or colour (red, green, blue) → label; every pixel must have one.
+
+    Raises:
+        ValueError: the file is not a readable picture, or has other values.
+    """
+    image = open_picture(path, deep=True)
+    alpha = alpha_of(image)
+    if alpha is not None and alpha.min() < 255:
+        raise ValueError(f"the label map {path} is transparent in places: save it without")
+    if any(isinstance(value, tuple) for value in label_of):
+        samples = np.asarray(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
+        codes = {_code(value): label for value, label in label_of.items()}
+    elif image.mode in ("1", "RGB", "RGBA", "CMYK", "YCbCr"):  # two values, or three that are the same if it is grey
+        colour = np.asarray(image.convert("RGB")).astype(np.int64)
+        if (colour != colour[..., :1]).any():
+            raise ValueError(f"the label map {path} is in colour: give --labels as colours, lesion=#ff0000")
+        samples, codes = colour[..., 0], label_of
+    else:  # of a palette its indices
+        samples, codes = np.asarray(image).astype(np.int64), label_of
+    if other := sorted(set(np.unique(samples).tolist()) - set(codes)):
+        listed = [f"#{value:06x}" if codes is not label_of else str(value) for value in other[:6]]
+        raise ValueError(
+            f"the label map {path} has {', '.join(listed)}{' …' if len(other) > 6 else ''}, which no label has"
+        )
+    labels = np.zeros(samples.shape, np.uint8)
+    for value, label in codes.items():
+        labels[samples == value] = label
+    return labels
+
+
+def _code(value: int | tuple[int, int, int]) -> int:
+    red, green, blue = value if isinstance(value, tuple) else (value,) * 3
+    return 65536 * red + 256 * green + blue
 
 
 def _of_colour_and_alpha(colour: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
@@ -101,10 +139,10 @@ def _of_brightness(grey: np.ndarray, kind: str = "grey") -> np.ndarray:
         if top not in (0, *WHITE):
             raise ValueError(f"has the {kind} {top:g} everywhere, expected what is marked on black")
         return grey > 0
-    if low == 0 and len(values) == 2:
-        return grey > 0
     if low > top / 4:
         raise ValueError(f"has no black background: its darkest {kind} is {low:g}, its brightest {top:g}")
+    if len(values) == 2:
+        return grey == top
     if top < 2 * FEW:
         listed = ", ".join(f"{value:g}" for value in values[:6]) + (" …" if len(values) > 6 else "")
         raise ValueError(f"has the values {listed}, which are several classes or none, expected one on black")
@@ -115,7 +153,7 @@ def _of_brightness(grey: np.ndarray, kind: str = "grey") -> np.ndarray:
     alone = (grey < white) & (ndimage.maximum_filter(grey, REACH) < 0.75 * white)
     third = ~(near_black | near_white) & (alone | _plain(grey, 3, noise / 2))
     if len(values) <= FEW:  # nothing was lost in this file, so that 0, 1 and 255 are three classes as well
-        third |= (grey > 0) & (grey != white) & _plain(grey, REACH, 0)
+        third |= (grey > low) & (grey != white) & _plain(grey, REACH, 0)
     marked = grey >= white / 2
     if np.count_nonzero(third) > max(REACH, SPECKS * np.count_nonzero(marked)):
         usual = np.bincount(np.rint(grey[third]).astype(np.int64)).argmax()

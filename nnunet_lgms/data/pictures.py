@@ -14,6 +14,9 @@ _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 _ORIENTATION = 0x0112
 
+GREY = 16
+"""Channels of grey pixels differ by no more; JPEG keeps colours to a few levels."""
+
 
 def open_picture(path: Path, *, deep: bool = False) -> Image.Image:
     """Decode a file completely, so that a truncated one is noticed, and turn it as its EXIF or XMP orientation says.
@@ -52,17 +55,34 @@ def says_to_turn(path: Path) -> bool:
         return not {said, image.getexif().get(_ORIENTATION, 1)} <= {0, 1}
 
 
-def samples_of(path: Path, channels: int) -> np.ndarray:
+def samples_of(path: Path, channels: int, *, deep: bool = False) -> np.ndarray:
     """The samples of an image, (H, W) of uint8 for one channel, (H, W, 3) for three.
+
+    Args:
+        path: the file.
+        channels: 1 or 3.
+        deep: keep 16 bits of grey, as uint16, and refuse colours where one channel is wanted.
 
     Raises:
         ValueError: see `open_picture`; or parts of it are transparent, which hides samples that a network would see.
     """
-    image = open_picture(path)
+    image = open_picture(path, deep=deep)
+    if image.mode.startswith("I"):
+        samples = np.asarray(image)
+        if channels != 1 or samples.min() < 0 or samples.max() >= 2**16:
+            raise ValueError(f"{path} has grey pixels of {image.mode}, expected {channels} channel(s) of 8 or 16 bits")
+        return samples.astype(np.uint16)
+    if image.mode == "F":
+        raise ValueError(f"{path} has pixels of type F, expected whole numbers")
     alpha = alpha_of(image)
     if alpha is not None and alpha.min() < 255:
         raise ValueError(f"{path} is transparent in places, where a viewer and a network see different things")
-    return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    samples = np.asarray(image.convert("RGB"))
+    if channels == 3:
+        return samples
+    if deep and (samples.max(axis=-1).astype(np.int16) - samples.min(axis=-1)).max() > GREY:
+        raise ValueError(f"{path} is in colour, where others are grey: give the three channels of colours")
+    return np.asarray(image.convert("L"))
 
 
 def alpha_of(image: Image.Image) -> np.ndarray | None:

@@ -1,9 +1,11 @@
-"""Volumes (NIfTI): read, check, and copy unchanged, so that intensities and geometry stay the publisher's."""
+"""Volumes: read as nnU-Net will, check, and copy unchanged, so that intensities and geometry stay the publisher's."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,42 +14,64 @@ from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.files import atomic_write
-from nnunet_lgms.nnunet_files import Reader
+from nnunet_lgms.nnunet_files import Grid, Reader
 
 
 def inspect(case: Case, description: DatasetDescription) -> Inspection:
     """Read image and label of one case, as nnU-Net will, and say what is wrong with them."""
     reader, problems = Reader(description.file_ending, description.reader), []
-    image = label = digest = None
-    try:
-        samples, image = reader.read_image(case.image)
-        digest = hashlib.blake2b(str(samples.shape).encode(), digest_size=16)
+    grid, digest = None, hashlib.blake2b(digest_size=16)
+    for path in case.images:
+        try:
+            samples, place = reader.read_image(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        digest.update(str(samples.shape).encode())
         digest.update(np.ascontiguousarray(samples))
         if not np.isfinite(samples).all():
-            problems.append(f"the image {case.image} has voxels that are NaN or infinite, which no network learns from")
-    except ValueError as error:
-        problems.append(str(error))
+            problems.append(f"the image {path} has voxels that are NaN or infinite, which no network learns from")
+        if grid and (difference := grid.differences(place)):
+            problems.append(f"the images {case.image} and {path} have different {difference}")
+        grid = grid or place
+        n_channels = len(samples) if not case.channels else 1 + len(case.channels)
+        if n_channels != len(description.channel_names) or case.channels and len(samples) != 1:
+            problems.append(f"{path} has {n_channels} channel(s), expected {', '.join(description.channel_names)}")
+    readable = grid is not None and not any("cannot be read" in problem for problem in problems)
+    empty = full = False
     if len(case.masks) != 1:
         problems.append(f"expected one label file, found {len(case.masks)}")
-        return Inspection(tuple(problems), digest and digest.hexdigest())
+    else:
+        found, empty, full = _inspect_label(case.masks[0], grid, description, reader)
+        problems += found
+    return Inspection(tuple(problems), digest.hexdigest() if readable else None, empty, full)
+
+
+def _inspect_label(
+    path: Path, image: Grid | None, description: DatasetDescription, reader: Reader
+) -> tuple[list[str], bool, bool]:
+    """What is wrong with a label file, whether it is empty, and whether it has no background."""
     try:
-        label = reader.read_labels(case.masks[0])
+        label = reader.read_labels(path)
     except ValueError as error:
-        problems.append(str(error))
-        return Inspection(tuple(problems), digest and digest.hexdigest())
+        return [str(error)], False, False
+    problems = []
     if image and (difference := image.differences(label.grid)):
-        problems.append(f"image and label {case.masks[0]} have different {difference}")
+        problems.append(f"image and label {path} have different {difference}")
+    allowed = sorted(description.label_of or description.label_values)
     present = np.unique(label.labels).tolist()
-    if unknown := [value for value in present if value not in description.label_values]:
+    if unknown := [value for value in present if value not in allowed]:
         problems.append(
-            f"the label file {case.masks[0]} has the value(s) {', '.join(map(str, unknown))}, "
-            f"allowed are {', '.join(map(str, sorted(description.label_values)))}"
+            f"the label file {path} has the value(s) {', '.join(map(str, unknown))}, "
+            f"allowed are {', '.join(map(str, allowed))}"
         )
-    return Inspection(tuple(problems), digest and digest.hexdigest(), empty=not any(present), full=0 not in present)
+    return problems, not any(present), 0 not in present
 
 
-def write(case: Case, description: DatasetDescription, image_file: Path, label_file: Path, size: int | None) -> None:
-    """Copy one checked case. `size` is for flat images only.
+def write(
+    case: Case, description: DatasetDescription, image_files: Sequence[Path], label_file: Path, size: int | None
+) -> None:
+    """Copy one checked case; a label file is only written anew if its values are to be others.
 
     Raises:
         ValueError: a size is given.
@@ -56,6 +80,25 @@ def write(case: Case, description: DatasetDescription, image_file: Path, label_f
         raise ValueError(
             f"--size {size} is for flat images; {description.title} holds volumes, which nnU-Net resamples."
         )
-    for source, path in ((case.image, image_file), (case.masks[0], label_file)):
-        with atomic_write(path) as temporary:
+    for source, path in zip(case.images, image_files, strict=True):
+        _copy(source, path)
+    if any(value != label for value, label in (description.label_of or {}).items()):
+        with atomic_write(label_file) as temporary:
+            Reader(description.file_ending, description.reader).rewrite_labels(
+                case.masks[0], temporary, description.label_of
+            )
+    else:
+        _copy(case.masks[0], label_file)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as temporary:
+        compressed = source.name.lower().endswith(".gz")
+        if target.name.endswith(".gz") and not compressed:
+            with source.open("rb") as file, gzip.open(temporary, "wb") as packed:
+                shutil.copyfileobj(file, packed)
+        elif compressed and not target.name.endswith(".gz"):
+            with gzip.open(source) as packed, temporary.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+        else:
             shutil.copyfile(source, temporary)

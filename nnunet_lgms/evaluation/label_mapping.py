@@ -26,7 +26,7 @@ class LabelMapping:
 
 
 def read_mapping_file(path: Path) -> dict[str, dict]:
-    """Dataset name or "*" → {label of the model: label of the dataset, or null for background}.
+    """Dataset name or "*" → {MODEL's label: DATASET's label, or null for background}.
 
     Raises:
         ValueError: it is no such JSON file.
@@ -37,8 +37,9 @@ def read_mapping_file(path: Path) -> dict[str, dict]:
             raise ValueError("every dataset needs an object of its own")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'The mapping file {path} is not understood ({error}): write {{"Dataset102_STU": {{"lesion": "tumour"}}}}, '
-            f'with "*" for all datasets and null for background.'
+            f"The mapping file {path} is not understood ({error}): write MODEL's label: DATASET's label, such as "
+            f'{{"Dataset102_STU": {{"tumour": "lesion", "cyst": null}}}}, with "*" for all datasets and null for '
+            "background."
         ) from None
     return content
 
@@ -100,5 +101,6 @@ def _value(label: str | int, labels: LabelSet, owner: str) -> int:
     if isinstance(label, str | int) and str(label).isdecimal() and int(label) in labels.values:
         return int(label)
     raise ValueError(
-        f"The mapping file names label {shown(label)}, which {owner} lacks; it has {', '.join(labels.regions)}."
+        f"The mapping file names label {shown(label)}, which {owner} lacks; it has {', '.join(labels.regions)}. "
+        "The direction is MODEL's label: DATASET's label."
     )

@@ -1,6 +1,7 @@
 """ISIC 2018 task 1, dermoscopy: lesion boundaries of the training set."""
 
 from nnunet_lgms.data.description import RGB, DatasetDescription, Layout
+from nnunet_lgms.data.splits import isic2018_splits
 
 DESCRIPTION = DatasetDescription(
     name="isic2018",
@@ -18,4 +19,5 @@ DESCRIPTION = DatasetDescription(
     published_cases=(2594,),
     reference="Codella et al. 2019, Skin Lesion Analysis Toward Melanoma Detection 2018, arXiv 1902.03368",
     licence="the challenge's terms",
+    paper_splits=isic2018_splits,
 )

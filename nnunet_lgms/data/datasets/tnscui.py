@@ -1,6 +1,7 @@
 """TN-SCUI 2020, thyroid ultrasound: nodules. The masks of the challenge's test images were never published."""
 
 from nnunet_lgms.data.description import GRAY, DatasetDescription, Layout
+from nnunet_lgms.data.splits import tnscui_splits
 
 DESCRIPTION = DatasetDescription(
     name="tnscui",
@@ -19,4 +20,5 @@ DESCRIPTION = DatasetDescription(
     reference="Thyroid Nodule Segmentation and Classification challenge, MICCAI 2020, tn-scui2020.grand-challenge.org",
     licence="the challenge's terms",
     identifier="tnscui_{case}",
+    paper_splits=tnscui_splits,
 )
