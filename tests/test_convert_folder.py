@@ -158,6 +158,14 @@ def test_nnunets_own_names_are_channels(tmp_path: Path):
     np.testing.assert_array_equal(written, picture(7, 1))
 
 
+def test_cases_that_are_numbered_like_channels(tmp_path: Path):
+    for number in (1, 2):
+        save(tmp_path / f"images/tr_{number:04d}.png", picture(number, 1))
+        save(tmp_path / f"masks/tr_{number:04d}.png", grey(disc(number)))
+    assert _convert(tmp_path) == 0
+    np.testing.assert_array_equal(_label(tmp_path, "tr_0002"), disc(2))
+
+
 def test_the_checks_are_those_of_the_papers_data_sets(tmp_path: Path, capsys):
     _volumes(tmp_path, affine=np.diag([-0.8, 0.8, 3, 1]), values=(0, 1, 9))
     (tmp_path / "images/p2_frame1/T2.nii.gz").unlink()

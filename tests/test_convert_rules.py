@@ -187,8 +187,8 @@ def test_an_interrupted_conversion_of_other_files_starts_anew(bus: Path, tmp_pat
 
 
 def test_nnunet_has_the_last_word(bus: Path, tmp_path: Path, monkeypatch):
-    def wrong(case, description, image_file, label_file, size):
-        natural_images.Image.fromarray(np.full((4, 4), 9, np.uint8)).save(image_file)
+    def wrong(case, description, image_files, label_file, size):
+        natural_images.Image.fromarray(np.full((4, 4), 9, np.uint8)).save(image_files[0])
         natural_images.Image.fromarray(np.full((4, 4), 9, np.uint8)).save(label_file)
 
     monkeypatch.setattr(natural_images, "write", wrong)

@@ -231,17 +231,20 @@ def test_command_line_writes_table_summary_and_report(volumes: tuple[Path, Path]
     ]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert re.search(r"first +masses +0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", out) and FOREGROUND in out
+    assert re.search(r"first +masses +0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", out) and FOREGROUND in out
     rows = list(csv.DictReader((tmp_path / "out/cases.csv").open()))
     assert len(rows) == 2 * 5 * 2
     assert {row["Dice"] for row in rows if row["model"] == "truth"} == {"1.0"}
     summary = json.loads((tmp_path / "out/summary.json").read_text())  # fails on NaN, which is no JSON
     assert summary["unit"] == "mm" and summary["nsd_tolerance"] == 2 and "diagonal" in summary["convention"]
     (test,) = summary["tests"]["one"]["Dice"]
-    assert (test["first"], test["second"], test["better"], test["n"]) == ("first", "truth", "truth", 5)
+    # of five cases no test can show a difference
+    assert (test["first"], test["second"], test["better"], test["n"]) == ("first", "truth", "", 5)
+    assert test["difference"] < 0 and test["p_holm"] > 0.05
     html = (tmp_path / "out/report.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)", html)  # needs no other file
-    assert html.count("<figure>") == 2 * 5 and "Wilcoxon" in html and "2 mm" in html
+    assert not re.search(r"(src|href)=\"(?!data:image/(png|jpeg);base64,)", html)  # needs no other file
+    assert html.count("no difference shown") == 3 * 6 and "is better" not in html
+    assert html.count('<figure class="case">') == 2 * 5 and "Wilcoxon" in html and "2 mm" in html
     assert not list((tmp_path / "out").glob(".*"))
 
 

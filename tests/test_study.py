@@ -362,7 +362,7 @@ def test_a_case_counts_once_however_often_it_was_predicted_and_missing_folds_are
     ]
     page = report_html(results)
     assert "&lt;b&gt;y" in page and "<b>" not in page  # what a file is called is text
-    assert "0.6000" in page and "3 of 4 folds" in page
+    assert "0.600" in page and "3 of 4 folds" in page
     assert "validate: 1</summary>" in page and "train: 4</summary>" in page  # nothing was trained here
 
 

@@ -12,6 +12,7 @@ from .report import Results, interval, per_case
 from .runs import HIPPOCAMPUS, STAGES, STU
 
 SHOWN_WORST = 6
+REFERENCE_COLOUR, PREDICTION_COLOUR = "#00a6d6", "#e4572e"
 
 
 def draw(folder: Path) -> bool:
@@ -69,8 +70,6 @@ def draw_worst_cases(unpacked: Path, raw: Path, folder: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
-    from nnunet_lgms.evaluation.pictures import PREDICTION_COLOUR, REFERENCE_COLOUR
 
     results = Results(folder)
     runs = [r for epochs in results.schedules("hippocampus") for r in results.of("hippocampus", "lgmsnet", epochs)]

@@ -56,5 +56,5 @@ def run(args: argparse.Namespace) -> int:
     for remark in result.remarks:
         print(f"Note: {remark}")
     print(table(result))
-    print(f"Written: {output / 'zeroshot.csv'} {output / 'zeroshot.json'}, and a report.html for each dataset")
+    print("Written:", *(output / name for name in ("report.html", "zeroshot.csv", "zeroshot.json")))
     return 0

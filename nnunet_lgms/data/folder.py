@@ -112,19 +112,16 @@ def find_pairs(
     endings = PICTURES if description.kind == "image" else (description.volume_ending,)
     found_images = _files(images, endings)
     found_masks = _files(masks, (*endings, ".nii", ".nii.gz") if ".nii" in description.volume_ending else endings)
-    if image_names is None and all(map(NNUNET_CHANNEL.fullmatch, found_images)):
-        image_names = "{case}_{channel}"
-    image_pattern = template(image_names or "{case}", "--image-names")
-    channels: dict[str, dict[str, Path]] = defaultdict(dict)
+    channels = _grouped(found_images, image_names or "{case}")
+    if image_names is None and all(map(NNUNET_CHANNEL.fullmatch, found_images)):  # tr_0001 may be a case as well
+        as_channels = _grouped(found_images, "{case}_{channel}")
+        if _n_pairs(as_channels, found_masks) > _n_pairs(channels, found_masks):
+            channels = as_channels
     problems = []
-    for name, path in found_images.items():
-        if match := image_pattern.fullmatch(name if image_names is None else _as_named(name, path, image_names)):
-            groups = match.groupdict()
-            channels[groups["case"]][groups.get("channel", "")] = path
     mask_pattern = template(mask_names, "--mask-names") if mask_names else _usual_affixes(channels, found_masks)
     of_case: dict[str, list[Path]] = defaultdict(list)
     for name, path in found_masks.items():
-        if match := mask_pattern.fullmatch(name if mask_names is None else _as_named(name, path, mask_names)):
+        if match := mask_pattern.fullmatch(_as_named(name, path, mask_names or "")):
             of_case[match["case"]].append(path)
         elif images != masks:
             problems.append(Problem(name, f"the mask {path} has no image of its name"))
@@ -204,6 +201,22 @@ def _files(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
     if not found:
         raise ValueError(f"{folder} has no file that ends in {', '.join(endings)}.")
     return found
+
+
+def _grouped(images: dict[str, Path], names: str) -> dict[str, dict[str, Path]]:
+    """Case → channel → file."""
+    pattern = template(names, "--image-names")
+    channels: dict[str, dict[str, Path]] = defaultdict(dict)
+    for name, path in images.items():
+        if match := pattern.fullmatch(_as_named(name, path, names)):
+            groups = match.groupdict()
+            channels[groups["case"]][groups.get("channel", "")] = path
+    return dict(channels)
+
+
+def _n_pairs(images: dict[str, dict[str, Path]], masks: dict[str, Path]) -> int:
+    pattern = _usual_affixes(images, masks)
+    return sum(match["case"] in images for match in map(pattern.fullmatch, masks) if match)
 
 
 def _as_named(name: str, path: Path, names: str) -> str:

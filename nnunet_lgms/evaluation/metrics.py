@@ -48,27 +48,54 @@ def compute_metrics(
 def _surface_metrics(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
-    # a mask of one slice, along whichever axis, is flat: across it everything would be surface
-    axes = [axis for axis, n in enumerate(prediction.shape) if n > 1]
-    if 2 <= len(axes) < prediction.ndim:
-        prediction, reference = prediction.squeeze(), reference.squeeze()
-        spacing = [spacing[axis] for axis in axes]
+    prediction, reference, spacing = _flat_if_one_slice(prediction, reference, spacing)
     if not prediction.any() or not reference.any():
         return float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0
-    import torch
-
     from nnunet_lgms.evaluation.requirement import monai_metrics
 
     compute_hausdorff_distance, compute_surface_dice = monai_metrics()
-    box = _bounding_box(prediction | reference)
-    # one empty voxel around: a mask that touches the border of the image ends there
-    pair = [torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (prediction, reference)]
+    pair = _cut_out(prediction, reference)
     spacing = [float(s) for s in spacing]
     hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
     nsd = compute_surface_dice(
         *pair, class_thresholds=[tolerance], include_background=True, spacing=spacing, use_subvoxels=True
     )
     return float(hd95), float(nsd)
+
+
+def surface_dice(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerances: Sequence[float]
+) -> list[float]:
+    """NSD of two masks, neither of them empty, for several distances that it forgives."""
+    from nnunet_lgms.evaluation.requirement import monai_metrics
+
+    prediction, reference, spacing = _flat_if_one_slice(prediction, reference, spacing)
+    pair = [mask.expand(-1, len(tolerances), *mask.shape[2:]) for mask in _cut_out(prediction, reference)]
+    nsd = monai_metrics()[1](
+        *pair,
+        class_thresholds=list(tolerances),
+        include_background=True,
+        spacing=[float(s) for s in spacing],
+        use_subvoxels=True,
+    )
+    return [float(value) for value in nsd[0]]
+
+
+def _flat_if_one_slice(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]):
+    """Masks of one slice, along whichever axis, without that axis: across it everything would be surface."""
+    axes = [axis for axis, n in enumerate(prediction.shape) if n > 1]
+    if 2 <= len(axes) < prediction.ndim:
+        return prediction.squeeze(), reference.squeeze(), [spacing[axis] for axis in axes]
+    return prediction, reference, spacing
+
+
+def _cut_out(prediction: np.ndarray, reference: np.ndarray) -> list:
+    """Both masks within what they cover, (1, 1, …) as tensors."""
+    import torch
+
+    box = _bounding_box(prediction | reference)
+    # one empty voxel around: a mask that touches the border of the image ends there
+    return [torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (prediction, reference)]
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
-from nnunet_lgms.evaluation.statistics import Mean
+from nnunet_lgms.evaluation.page import interval, number, p_value, render, verdict
 from nnunet_lgms.files import atomic_write
 from nnunet_lgms.locks import locked
 from nnunet_lgms.nnunet_files import Reader
@@ -133,7 +132,7 @@ def terminal_table(evaluation: Evaluation) -> str:
     rows = [["model", "label", *METRICS]]
     for model, means in evaluation.summary.items():
         for label in _shown_labels(evaluation):
-            cells = [f"{_number(mean.mean)} {_interval(mean)}".strip() for mean in means[label].values()]
+            cells = [f"{number(m.mean)} {interval(m.low, m.high)}".strip() for m in means[label].values()]
             rows.append([model, label, *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -141,45 +140,54 @@ def terminal_table(evaluation: Evaluation) -> str:
 
 def report_html(evaluation: Evaluation, images: Path | None, n_worst: int) -> str:
     """The report as one HTML text that needs no other file."""
-    from jinja2 import Environment, StrictUndefined
-
     from nnunet_lgms.evaluation import pictures
 
-    template = resources.files("nnunet_lgms.evaluation").joinpath("report.html").read_text("utf-8")
     labels, unit = list(evaluation.labels.regions), evaluation.unit
-    return (
-        Environment(autoescape=True, undefined=StrictUndefined)
-        .from_string(template)
-        .render(
-            title=f"Evaluation of {', '.join(evaluation.models)}",
-            n_cases=len(evaluation.cases),
-            references=evaluation.references,
-            unit=unit,
-            tolerance=f"{evaluation.tolerance:g}",
-            remarks=evaluation.remarks,
-            convention=CONVENTION,
-            metrics=METRICS,
-            reference_colour=pictures.REFERENCE_COLOUR,
-            prediction_colour=pictures.PREDICTION_COLOUR,
-            models=[
-                {"name": model, "rows": _rows(evaluation, model), "worst": _worst(evaluation, model, images, n_worst)}
-                for model in evaluation.models
-            ],
-            tests=_test_rows(evaluation),
-            distributions=[
-                {
-                    "metric": metric,
-                    "uri": pictures.distribution(
-                        metric,
-                        unit if metric == "HD95" else "",
-                        {model: values[:, :, m] for model, values in evaluation.values.items()},
-                        labels,
-                    ),
-                }
-                for m, metric in enumerate(METRICS)
-            ],
-        )
+    return render(
+        __package__,
+        "report.html",
+        title=f"Evaluation of {', '.join(evaluation.models)}",
+        n_cases=len(evaluation.cases),
+        references=evaluation.references,
+        unit=unit,
+        tolerance=f"{evaluation.tolerance:g}",
+        remarks=evaluation.remarks,
+        convention=CONVENTION,
+        metrics=METRICS,
+        legend=[{"name": name, "colour": colour} for name, colour in pictures.label_colours(labels).items()],
+        models=[
+            {"name": model, "rows": _rows(evaluation, model), "worst": _worst(evaluation, model, images, n_worst)}
+            for model in evaluation.models
+        ],
+        tests=_test_rows(evaluation),
+        distributions=[
+            {"metric": metric}
+            | pictures.distribution(
+                metric,
+                unit if metric == "HD95" else "",
+                {model: values[:, :, m] for model, values in evaluation.values.items()},
+                labels,
+            )
+            for m, metric in enumerate(METRICS)
+        ],
+        curves=_curves(evaluation),
     )
+
+
+def _curves(evaluation: Evaluation) -> list[dict]:
+    """Pictures of models whose predictions have probabilities beside them."""
+    from nnunet_lgms.evaluation import curves, pictures
+
+    found = []
+    for model in evaluation.models:
+        if curves.probability_files(evaluation, model) is None:
+            continue
+        if calibration := curves.calibration(evaluation, model):
+            axes = ("predicted probability", "share of voxels that are the label")
+            found.append(pictures.lines(f"Calibration, {model}", axes, calibration, diagonal=True))
+        axes = (f"forgiven distance ({evaluation.unit})", "surface Dice (NSD)")
+        found.append(pictures.lines(f"Surface Dice, {model}", axes, curves.surface_dice_curve(evaluation, model)))
+    return found
 
 
 def _shown_labels(evaluation: Evaluation) -> list[str]:
@@ -194,7 +202,7 @@ def _rows(evaluation: Evaluation, model: str) -> list[dict]:
             "label": label,
             "is_mean": label == FOREGROUND,
             "cells": [
-                {"mean": _number(mean.mean), "interval": _interval(mean)}
+                {"mean": number(mean.mean), "interval": interval(mean.low, mean.high)}
                 for mean in evaluation.summary[model][label].values()
             ],
             "n": evaluation.summary[model][label]["Dice"].n,
@@ -208,11 +216,12 @@ def _test_rows(evaluation: Evaluation) -> list[dict]:
         {
             "label": label,
             "metric": metric,
-            "models": f"{test.first} - {test.second}",
-            "difference": f"{test.difference:+.4f}",
+            "models": f"{test.first} − {test.second}",
+            "difference": "–" if math.isnan(test.difference) else f"{test.difference:+.3f}",
             "better": test.better,
-            "p": _p(test.p),
-            "p_holm": _p(test.p_holm),
+            "verdict": verdict(test),
+            "p": p_value(test.p),
+            "p_holm": p_value(test.p_holm),
             "n": test.n,
         }
         for label in (_shown_labels(evaluation) if evaluation.tests else ())
@@ -222,37 +231,18 @@ def _test_rows(evaluation: Evaluation) -> list[dict]:
 
 
 def _worst(evaluation: Evaluation, model: str, images: Path | None, n_worst: int) -> list[dict]:
-    from nnunet_lgms.evaluation.pictures import case_picture
+    from nnunet_lgms.evaluation.pictures import case_pictures
 
     dice = evaluation.foreground_per_case(model, "Dice")
     order = [int(c) for c in np.argsort(dice) if not np.isnan(dice[c])][:n_worst]
-    foreground = sorted(evaluation.labels.values - {0})
     shown = []
     for c in order:
         case, reader = evaluation.cases[c], evaluation.reader
         prediction, reference = evaluation.read_pair(model, case)
         file = images / f"{case}_0000{reader.file_ending}" if images else None
-        uri = case_picture(
-            np.isin(prediction.labels, foreground),
-            np.isin(reference.labels, foreground),
-            reference.spacing,
-            reader.read_image(file)[0] if file and file.exists() else None,
+        image = reader.read_image(file)[0] if file and file.exists() else None
+        shown.append(
+            {"name": case, "dice": number(dice[c])}
+            | case_pictures(prediction.labels, reference.labels, evaluation.labels.regions, reference.spacing, image)
         )
-        shown.append({"name": case, "dice": _number(dice[c]), "uri": uri})
     return shown
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
-
-
-def _interval(mean: Mean) -> str:
-    return "" if math.isnan(mean.low) else f"[{_number(mean.low)}, {_number(mean.high)}]"
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"

@@ -10,6 +10,9 @@ import numpy as np
 
 from nnunet_lgms.evaluation.metrics import LOWER_IS_BETTER
 
+SIGNIFICANT = 0.05
+"""Of p, corrected for the number of pairs of models: below it a difference is shown."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -36,7 +39,7 @@ class PairedTest:
         first: name of one model.
         second: name of the other.
         difference: mean of first - second over the cases that both have a value for.
-        better: name of the model with the better mean, empty if equal.
+        better: name of the model that is better, with ``p_holm`` below `SIGNIFICANT`; empty if no difference is shown.
         p: as tested.
         p_holm: corrected for the number of pairs of models (Holm).
         n: number of cases.
@@ -106,7 +109,7 @@ def compare(values: Mapping[str, np.ndarray], metric: str) -> list[PairedTest]:
     tests = []
     for (first, second), (difference, p, n), p_holm in zip(pairs, raw, corrected):
         better = ""
-        if n and difference:
+        if difference and p_holm < SIGNIFICANT:
             better = first if (difference > 0) != (metric in LOWER_IS_BETTER) else second
         tests.append(PairedTest(first, second, difference, better, p, p_holm, n))
     return tests

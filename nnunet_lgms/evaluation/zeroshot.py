@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from nnunet_lgms.evaluation.label_mapping import LabelMapping, map_labels
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.output import write_all
+from nnunet_lgms.evaluation.page import interval, number, render
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean, mean_of_defined
 from nnunet_lgms.files import atomic_write
@@ -294,9 +296,46 @@ def _write(result: ZeroShot, output: Path) -> None:
         "remarks": list(result.remarks),
         "rows": [asdict(row) for row in result.rows],
     }
+    with atomic_write(output / "report.html") as temporary:
+        temporary.write_text(report_html(result, output), encoding="utf-8")
     with atomic_write(output / "zeroshot.json") as temporary:
         # JSON knows no NaN
         temporary.write_text(json.dumps(json.loads(json.dumps(content), parse_constant=lambda name: None), indent=2))
+
+
+def report_html(result: ZeroShot, output: Path) -> str:
+    """The table as a page that leads to the reports of each data set."""
+    datasets: dict[str, list[dict]] = {}
+    for row in result.rows:
+        datasets.setdefault(row.dataset, []).append(
+            {
+                "label": row.label,
+                "is_mean": row.label == FOREGROUND,
+                "metric": row.metric,
+                "at_home": _page_cell(row.in_domain),
+                "n_home": row.in_domain.n,
+                "abroad": _page_cell(row.zero_shot),
+                "n_abroad": row.zero_shot.n,
+                "drop": "–" if np.isnan(row.drop) else f"{row.drop:+.3f}",
+            }
+        )
+    at_home = sorted(path.parent.name for path in (output / "in_domain").glob("fold_*/report.html"))
+    return render(
+        __package__,
+        "zeroshot.html",
+        title=f"Zero-shot: {', '.join(datasets)}",
+        model=result.model_folder,
+        remarks=result.remarks,
+        convention=CONVENTION,
+        datasets=[
+            {"name": name, "report": f"{quote(name)}/report.html", "rows": rows} for name, rows in datasets.items()
+        ],
+        at_home=[{"name": n.removeprefix("fold_"), "report": f"in_domain/{n}/report.html"} for n in at_home],
+    )
+
+
+def _page_cell(mean: Mean) -> dict[str, str]:
+    return {"mean": number(mean.mean), "interval": interval(mean.low, mean.high)}
 
 
 def _empty_if_nan(value: float) -> float | str:

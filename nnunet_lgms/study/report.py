@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
-from importlib import resources
 from pathlib import Path
 
 from nnunet_lgms.evaluation.evaluate import FOREGROUND
-from nnunet_lgms.evaluation.metrics import LOWER_IS_BETTER, METRICS
+from nnunet_lgms.evaluation.metrics import METRICS
+from nnunet_lgms.evaluation.page import interval, number, render
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
-from nnunet_lgms.evaluation.statistics import Mean
 from nnunet_lgms.files import atomic_write
 from nnunet_lgms.study import pictures
 from nnunet_lgms.study.graph import Graph
@@ -49,14 +48,12 @@ def _write_csv(results: Results, writer) -> None:
 
 def report_html(results: Results) -> str:
     """The page; pictures are inside, and links lead to the folds' own reports beside it."""
-    import jinja2
-
     graph = results.graph
-    template = resources.files(__package__).joinpath("report.html").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     hours = sum(record["seconds"] for model in results.models() for _, record in results.trainings(model)) / 3600
-    return environment.from_string(template).render(
-        name=graph.study.name,
+    return render(
+        __package__,
+        "report.html",
+        title=graph.study.name,
         device="GPU" if graph.study.device == "cuda" else "CPU",
         hours=f"{hours:.1f}" if hours >= 1 else f"{hours:.3f}",
         progress=[{"rule": r, "done": len(there), "of": len(there) + len(m)} for r, (there, m) in results.done.items()],
@@ -109,28 +106,23 @@ def _zeroshot_tables(results: Results) -> list[dict]:
 def _table(results: Results, rows: list[Row], title: str, metric: str, column_of) -> dict:
     columns = list(dict.fromkeys(column_of(row) for row in rows))
     cells = {(row.variant, column_of(row)): row for row in rows}
-    best = {}
-    for column in columns:
-        means = [cells[v, c].mean.mean for v, c in cells if c == column and not math.isnan(cells[v, c].mean.mean)]
-        best[column] = (min if metric in LOWER_IS_BETTER else max)(means, default=None)
     return {
         "title": title,
         "metric": metric,
         "columns": [f"{dataset.removeprefix('Dataset')} {configuration}" for dataset, configuration in columns],
         "rows": [
-            {"variant": variant, "cells": [_cell(cells.get((variant, column)), best[column]) for column in columns]}
+            {"variant": variant, "cells": [_cell(cells.get((variant, column))) for column in columns]}
             for variant in results.graph.study.variants
         ],
     }
 
 
-def _cell(row: Row | None, best: float | None) -> dict:
+def _cell(row: Row | None) -> dict:
     if row is None:
-        return {"mean": "missing", "missing": True}
+        return {"mean": "missing", "interval": "", "partial": "", "missing": True}
     partial = f"{row.folds} of {row.expected} folds" if row.cases == "validation" and row.folds < row.expected else ""
-    return {"mean": _number(row.mean.mean), "interval": _interval(row.mean), "best": row.mean.mean == best} | (
-        {"partial": partial} if partial else {}
-    )
+    shown = interval(row.mean.low, row.mean.high)
+    return {"mean": number(row.mean.mean), "interval": shown, "partial": partial, "missing": False}
 
 
 def _cost_rows(results: Results) -> list[dict]:
@@ -155,16 +147,6 @@ def _worst(results: Results) -> list[dict]:
     for model in results.models():
         if cases := results.worst_cases(model):
             title = f"{model.dataset.removeprefix('Dataset')} {model.configuration}, {model.variant}"
-            links = [{"case": c.case, "dice": _number(c.dice), "report": c.report} for c in cases]
+            links = [{"case": c.case, "dice": number(c.dice), "report": c.report} for c in cases]
             found.append({"title": title, "cases": links})
     return found
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
-
-
-def _interval(mean: Mean) -> str:
-    return "" if math.isnan(mean.low) else f"[{_number(mean.low)}, {_number(mean.high)}]"
