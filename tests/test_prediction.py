@@ -27,8 +27,9 @@ import nnunet_lgms
 from nnunet_lgms.cli import main
 from nnunet_lgms.inference import load_predictor
 from nnunet_lgms.prediction import predictor as predictor_module
-from nnunet_lgms.prediction import resampling
+from nnunet_lgms.prediction import resampling, sliding_window
 from nnunet_lgms.prediction.cases import CasesFailed, read_case
+from nnunet_lgms.prediction.sliding_window import SlidingWindow
 from nnunet_lgms.splines import thick_axis
 
 THICK = (4.0, 0.8, 0.8)
@@ -447,3 +448,17 @@ def test_resampling_is_nnunets_and_the_runtimes(shapes, spacings, order, kind):
         matrices = axis_matrices(rule, old, new, *spacings)
         without_torch = np.stack([resample(channel.copy(), matrices, thick) for channel in volume])
         np.testing.assert_allclose(ours(torch.from_numpy(volume)).numpy(), without_torch, atol=2e-6)
+
+
+def test_a_slab_goes_through_a_volume_as_a_whole_would(monkeypatch):
+    """Windows that overlap in any way, two models, planes handed on one at a time."""
+    monkeypatch.setitem(sliding_window.CHUNK, "cpu", 1)
+    data, weights = torch.randn(1, 23, 6, 5), torch.rand(4, 4, 4).half() + 0.1
+    starts = [(z, y, x) for z in (0, 1, 4, 5, 6, 9, 12, 16, 19) for y in (0, 2) for x in (0, 1)]
+    window = SlidingWindow(data, starts, (4, 4, 4), False, weights, heads=2, n_models=2, at_once=3)
+    rows = list(window.rows(lambda model, x: torch.cat([x, -x], 1) * (model + 1), lambda n: None))
+    assert all(part.shape == (2, 1, 6, 5) for part in rows)
+    found = torch.cat(rows, 1).float()
+    expected = torch.cat([data, -data]) * 1.5
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
+    assert window.thickness < 23

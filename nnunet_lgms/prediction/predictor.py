@@ -284,7 +284,7 @@ class Predictor(nnUNetPredictor):
                 try:
                     if "error" in item:
                         raise item["error"]
-                    result = self._predicted(item.pop("data"), item["data_properties"], save_probabilities, title)
+                    result = self._predicted(item.pop("data"), item["data_properties"], save_probabilities, name)
                 except Exception as error:
                     failed[name] = error
                     self.talk(f"{title}: {one_line(_reason(error))}")
@@ -352,7 +352,7 @@ class Predictor(nnUNetPredictor):
 
     @torch.inference_mode()
     def _predicted(
-        self, data: Tensor | str, properties: dict, with_probabilities: bool, title: str = ""
+        self, data: Tensor | str, properties: dict, with_probabilities: bool, name: str | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels on the image's grid, and probabilities (heads, Z, Y, X) if they are wanted."""
         if isinstance(data, str):  # nnU-Net's iterators may hand over a file
@@ -361,14 +361,14 @@ class Predictor(nnUNetPredictor):
         *ways, last = self._ways()
         for device, sums in ways:
             try:
-                return self._segmented(data, properties, with_probabilities, device, sums, title)
+                return self._segmented(data, properties, with_probabilities, device, sums, name)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
             where = "the CPU computes" if sums.type == "cpu" else "logits are added up in the host's memory"
-            self.talk(f"{title or 'The image'}: the GPU has not enough memory; {where}.")
+            self.talk(f"{name or 'The image'}: the GPU has not enough memory; {where}.")
             empty_cache(self.device)
-        return self._segmented(data, properties, with_probabilities, *last, title)
+        return self._segmented(data, properties, with_probabilities, *last, name)
 
     def _ways(self) -> list[tuple[torch.device, torch.device]]:
         """Where the network computes and where logits are added up: as wished, and what is left if memory is short."""
@@ -383,7 +383,7 @@ class Predictor(nnUNetPredictor):
         with_probabilities: bool,
         device: torch.device,
         sums: torch.device,
-        title: str,
+        name: str | None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         plans, configuration, label_manager = self.plans_manager, self.configuration_manager, self.label_manager
         shape = properties["shape_after_cropping_and_before_resampling"]
@@ -392,10 +392,10 @@ class Predictor(nnUNetPredictor):
         own = own if len(own) == len(shape) else [spacing[0], *own]
         resampling = as_matrices(configuration.resampling_fn_probabilities, data.shape[1:], shape, own, spacing)
         begin, network_before = time.perf_counter(), self.stages.seconds["network"]
-        rows = self._timed(self._rows(data, device, sums, title), title)
+        rows = self._timed(self._rows(data, device, sums, name), name)
         if self.tap is not None:
             rows = [torch.cat(list(rows), 1)]
-            self.tap(_case(title), rows[0])
+            self.tap(name, rows[0])
         if resampling is None:  # a function that nobody but nnU-Net knows
             logits = torch.cat([part.cpu() for part in rows], 1)
             result = convert_predicted_logits_to_segmentation_with_correct_shape(
@@ -416,12 +416,12 @@ class Predictor(nnUNetPredictor):
         if probabilities is not None:
             probabilities = probabilities.transpose(0, *(axis + 1 for axis in plans.transpose_backward))
         network = self.stages.seconds["network"] - network_before
-        self.stages.add("export", time.perf_counter() - begin - network, _case(title))
+        self.stages.add("export", time.perf_counter() - begin - network, name)
         return labels, probabilities
 
-    def _timed(self, rows: Iterator[Tensor], title: str) -> Iterator[Tensor]:
+    def _timed(self, rows: Iterator[Tensor], name: str | None) -> Iterator[Tensor]:
         while True:
-            with self.stages.measured("network", _case(title)):
+            with self.stages.measured("network", name):
                 part = next(rows, None)
             if part is None:
                 return
@@ -450,7 +450,7 @@ class Predictor(nnUNetPredictor):
         data: Tensor,
         device: torch.device,
         sums: torch.device,
-        title: str = "",
+        name: str | None = None,
         n_models: int | None = None,
         load: bool = True,
     ) -> Iterator[Tensor]:
@@ -493,7 +493,7 @@ class Predictor(nnUNetPredictor):
             n_models,
             at_once,
         )
-        with self._shown(len(starts) * n_models, title) as progress:
+        with self._shown(len(starts) * n_models, name) as progress:
             position, (low, high) = 0, (unpadded[1].start, unpadded[1].stop)
             for rows in window.rows(predict, progress):
                 kept = slice(max(low - position, 0), min(high - position, rows.shape[1]))
@@ -525,12 +525,12 @@ class Predictor(nnUNetPredictor):
             empty_cache(self.device)
 
     @contextlib.contextmanager
-    def _shown(self, total: int, title: str) -> Iterator[Callable[[int], None]]:
+    def _shown(self, total: int, name: str | None) -> Iterator[Callable[[int], None]]:
         """Progress of a case, to be called with the number of windows that are done."""
         done = 0
         # None: a bar on a terminal, nothing in a file
         hidden = None if self.allow_tqdm and self.progress is None else True
-        with tqdm(desc=title or None, total=total, disable=hidden, leave=False) as bar:
+        with tqdm(desc=name, total=total, disable=hidden, leave=False) as bar:
 
             def show(n: int) -> None:
                 nonlocal done
@@ -550,10 +550,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _name(i: int, outputs: Sequence[str] | None) -> str:
     return f"image {i + 1}" if outputs is None else os.path.basename(outputs[i])
-
-
-def _case(title: str) -> str | None:
-    return title.rpartition("] ")[2] or None
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 #: starts (z, y, x) of a window
 Start = tuple[int, int, int]
+#: numbers that are handed on at once; a plane is the least
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 def mirrored_mean(
@@ -108,7 +110,7 @@ class SlidingWindow:
                 self.norm[self._area(z - bottom, y, x)] += self.weights
             finished = following - bottom
             if finished:
-                yield self._mean(finished)
+                yield from self._means(finished)
                 self._advance(finished)
                 bottom = following
 
@@ -129,19 +131,25 @@ class SlidingWindow:
     def _area(self, z: int, y: int, x: int) -> tuple[slice, slice, slice]:
         return tuple(slice(start, start + size) for start, size in zip((z, y, x), self.patch))
 
-    def _mean(self, n: int) -> Tensor:
-        total = None
-        for logits in self.logits:
-            mean = torch.div(logits[:, :n], self.norm[:n])
-            total = mean if total is None else total.add_(mean)
-        return total if len(self.logits) == 1 else total.div_(len(self.logits))
+    def _means(self, n: int) -> Iterator[Tensor]:
+        """Of the first n planes, some at a time."""
+        plane = self.logits[0][:, 0].numel()
+        step = max(1, CHUNK.get(self.weights.device.type, CHUNK["cpu"]) // plane)
+        for first in range(0, n, step):
+            planes = slice(first, min(first + step, n))
+            total = None
+            for logits in self.logits:
+                mean = torch.div(logits[:, planes], self.norm[planes])
+                total = mean if total is None else total.add_(mean)
+            yield total if len(self.logits) == 1 else total.div_(len(self.logits))
 
     def _advance(self, n: int) -> None:
         """Planes that windows to come still reach move to the front."""
         for sums in (*self.logits, self.norm[None]):
-            kept = sums[:, n:].clone()
-            sums[:, : kept.shape[1]] = kept
-            sums[:, kept.shape[1] :] = 0
+            for first in range(0, self.thickness - n, n):  # n planes at a time, as memory does not overlap then
+                last = min(first + n, self.thickness - n)
+                sums[:, first:last] = sums[:, first + n : last + n]
+            sums[:, max(self.thickness - n, 0) :] = 0
 
 
 def windows_at_once(patch: Sequence[int], n_copies: int, n_windows: int, voxels: int) -> tuple[int, int]:
