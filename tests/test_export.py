@@ -19,7 +19,6 @@ pytest.importorskip("onnxscript", reason="needs the extra [export]")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
 
 from nnunet_lgms.cli import main  # noqa: E402
-from nnunet_lgms.export.model import load_model  # noqa: E402
 from nnunet_lgms.inference import load_predictor  # noqa: E402
 from nnunet_lgms.runtime import Predictor  # noqa: E402
 from nnunet_lgms.runtime.description import Description, checksum  # noqa: E402
