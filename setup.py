@@ -100,7 +100,7 @@ setup(
     entry_points={"console_scripts": ["nnunet_lgms = nnunet_lgms.cli:main"]},
     # What is imported, with lower bounds only: constraints.txt lists the versions that this commit was tested with.
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.6",
         "nnunetv2>=2.8",
         "batchgeneratorsv2>=0.3.2",
         "numpy>=1.24",

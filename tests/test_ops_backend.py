@@ -281,3 +281,45 @@ def test_without_triton_the_package_works_and_is_silent(clean_env):
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=clean_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
+
+
+# --- older versions of PyTorch and Triton ----------------------------------------------------------------------------
+
+
+def test_a_triton_that_compiles_one_kernel_after_the_other_is_told(monkeypatch):
+    triton = pytest.importorskip("triton")
+    Card(monkeypatch)
+    monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
+    decision = kernels_for("cuda")
+    assert decision.path == "kernels" and "so the first step takes longer" in decision.reason
+
+
+def test_such_a_triton_compiles_all_the_same(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from nnunet_lgms.ops import launch as launching
+
+    monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
+    monkeypatch.setattr(launching, "_build_launcher", lambda kernel: None)
+    asked = []
+    kernel = SimpleNamespace(warmup=lambda *args, grid, **kwargs: asked.append((args, kwargs)))
+    launching._compile([(kernel, (1, 2), (("K", 3),))])
+    assert asked == [((1, 2), {"K": 3})]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_asked_of_a_pytorch_that_has_one_switch_only(monkeypatch, allowed):
+    pytest.importorskip("triton")
+    from nnunet_lgms.ops.triton import depthwise
+
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=allowed))
+    assert depthwise._precision(torch.float32) == ("tf32" if allowed else "tf32x3")
+    assert depthwise._precision(torch.float16) == "tf32"
+
+
+def test_operators_return_what_torch_2_6_can_read():
+    """Its `infer_schema` knows typing.List and no list, as the result of an operator."""
+    folder = Path(backend.__file__).parent
+    for file in (*folder.glob("*.py"), *folder.glob("triton/*.py")):
+        operators = file.read_text().split("@triton_op(")[1:] + file.read_text().split(".custom_op(")[1:]
+        for text in operators:
+            assert "-> list[" not in text.split(":\n", 1)[0].split('"""')[0], file

@@ -94,7 +94,7 @@ def _hardware(index: int) -> Decision:
     if not HAS_TRITON:
         return Decision("pytorch", "The Triton kernels need the package triton, which is not installed.")
     try:
-        import triton  # noqa: F401
+        import triton
     except Exception as error:  # a broken installation may raise anything
         reason = " ".join(str(error).split())[:200]
         return Decision("pytorch", f"The Triton kernels need the package triton, which cannot be imported ({reason}).")
@@ -115,7 +115,10 @@ def _hardware(index: int) -> Decision:
             f"The Triton kernels need {SHARED_MEMORY} bytes of shared memory per block, and {properties.name} has "
             f"{shared}.",
         )
-    return Decision("kernels", f"The Triton kernels run on {properties.name}.")
+    reason = f"The Triton kernels run on {properties.name}."
+    if not hasattr(triton, "AsyncCompileMode"):
+        reason += f" Triton {triton.__version__} compiles one after the other, so the first step takes longer."
+    return Decision("kernels", reason)
 
 
 def shared_memory(device: torch.device | int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +104,9 @@ def _compile(asked_for: list[tuple]) -> None:
 
     on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else ()
     with ThreadPoolExecutor(os.cpu_count(), "compile", *on_device) as threads:
+        together = getattr(triton, "AsyncCompileMode", nullcontext)  # one after the other before Triton 3.4
         try:
-            with triton.AsyncCompileMode(threads):
+            with together(threads):
                 kernels = [kernel.warmup(*args, grid=(1,), **dict(kwargs)) for kernel, args, kwargs in asked_for]
             list(threads.map(_build_launcher, {id(kernel): kernel for kernel in map(_compiled, kernels)}.values()))
         except Exception as error:  # at its launch, the kernel fails again, and somebody is there to do without it

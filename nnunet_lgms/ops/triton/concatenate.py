@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +48,7 @@ def _concatenate(xs: Sequence[Tensor]) -> Tensor:
 
 
 @triton_op("nnunet_lgms::split", mutates_args=())
-def _split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+def _split(x: Tensor, sizes: Sequence[int]) -> typing.List[Tensor]:  # noqa: UP006  torch 2.6 knows this one only
     outs = [map_memory(x, channels, x.shape[2:]) for channels in sizes]
     first = 0
     for out, channels in zip(outs, sizes):

@@ -7,6 +7,7 @@ products that they are there, with the gradient of a bias as the sum of a few pa
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 
 import torch
@@ -101,7 +102,7 @@ def _narrow_conv(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, grou
 
 
 @triton_op("nnunet_lgms::same_conv_input_gradient", mutates_args=())
-def _narrow_input_gradient(grad: Tensor, weight: Tensor, groups: int, parts: int) -> list[Tensor]:
+def _narrow_input_gradient(grad: Tensor, weight: Tensor, groups: int, parts: int) -> typing.List[Tensor]:  # noqa: UP006  torch 2.6 knows this one only
     return kernels.convolve_transposed(grad, weight, groups, parts)
 
 

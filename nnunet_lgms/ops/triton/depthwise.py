@@ -339,7 +339,11 @@ def _groups(channels: tuple[int, ...], kernels: tuple[int, ...]) -> _Groups:
 
 def _precision(dtype: torch.dtype) -> str:
     """The precision of tl.dot, which matters for float32 only."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+    if dtype != torch.float32:
+        return "tf32"
+    cudnn = torch.backends.cudnn
+    allowed = cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32  # before torch 2.9
+    return "tf32" if allowed else "tf32x3"
 
 
 class _Device(NamedTuple):
