@@ -109,6 +109,12 @@ def test_studies_that_come_along_are_valid_and_found_by_name(folders: Path, path
         read_override(*map(graph.override_file, variant.overrides))
 
 
+def test_overrides_of_a_variant_add_up(folders: Path) -> None:
+    model = next(m for m in Graph("kernels").models("Dataset101_BUSI") if m.variant == "3-5")
+    assert (model.base, model.plans) == ("nnUNetPlans", "nnUNetPlans_published_kernels_3_5")
+    assert model.overrides == ("published", "kernels_3_5")
+
+
 def test_unknown_study_names_those_that_come_along(folders: Path, capsys) -> None:
     assert main(["study", "check", "kernel"]) == 2
     assert "five_fold, kernels, ratio, zeroshot" in capsys.readouterr().err

@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluate": "Dice, IoU, HD95, NSD, precision and recall, with a report",
     "zeroshot": "test a trained model on datasets that it has not seen",
     "plan": "nnU-Net's planning, with patch and batch for LGMSNet on your card",
-    "override": "new plans with other kernels, ratios, widths or blocks",
+    "override": "new plans with other kernels, ratios, widths, blocks, patch or batch",
     "profile": "parameters, GMAC, receptive field, memory and time of a plan",
     "export": "a trained model as one ONNX file",
     "runtime": "predict with an exported model, without PyTorch and nnU-Net",
