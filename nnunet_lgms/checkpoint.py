@@ -18,7 +18,7 @@ from torch.serialization import safe_globals
 from nnunet_lgms.files import one_line, shown
 
 #: how NumPy's numbers and small arrays are pickled; none of these runs code of the file's choosing
-NUMPY_NUMBERS = [
+NUMPY_NUMBERS: list[Any] = [
     np.dtype,
     np.ndarray,
     np.generic.__reduce__(np.float64(0))[0],  # "scalar", which NumPy 2 moved to another module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -89,7 +88,7 @@ def _predict_one(
         raise ValueError(
             f"The image is {shown(image)}: give a file, an array, an image of SimpleITK or nibabel, or a list of these."
         )
-    with tempfile.TemporaryDirectory() if objects else contextlib.nullcontext() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         if isinstance(image, np.ndarray):
             samples, spacing, flat = checked_image(image, spacing)
             properties = {"spacing": spacing}
@@ -108,7 +107,7 @@ def _predict_one(
                 name="The image" if objects else None,
             )
             flat = is_flat(properties)
-        result = predictor.predict_single_npy_array(samples, properties, None, None, with_probabilities)
+        result: Any = predictor.predict_single_npy_array(samples, properties, None, None, with_probabilities)
         labels, probabilities = result if with_probabilities else (result, None)
         if objects:
             writer = predictor.plans_manager.image_reader_writer_class()

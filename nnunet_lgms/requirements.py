@@ -84,7 +84,7 @@ def install_extra(extra: str) -> str:
 
 def _is_installed(requirement: str) -> bool:
     try:
-        version(re.match(r"[\w.-]+", requirement).group())
+        version(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
     except PackageNotFoundError:
         return False
     return True

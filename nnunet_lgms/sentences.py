@@ -26,7 +26,7 @@ def sentence(error: BaseException) -> str:
         return f"There is not enough memory{reason}: end other programs, or raise what limits it (ulimit -v)."
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return " ".join(str(error).split())
-    way_out = WAY_OUT.get(error.errno)
+    way_out = WAY_OUT.get(error.errno or 0)
     return f"{shown_path(error.filename)}: {error.strerror}" + (f"; {way_out}." if way_out else ".")
 
 

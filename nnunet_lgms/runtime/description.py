@@ -74,7 +74,7 @@ class Description:
     @property
     def label_values(self) -> tuple[int, ...]:
         """All label values with the background, in ascending order."""
-        values = set()
+        values: set[int] = set()
         for name, value in self.labels.items():
             if name != "ignore":
                 values.update(map(int, value if isinstance(value, (list, tuple)) else [value]))

@@ -61,7 +61,7 @@ def preprocess(case: Case, description: Description) -> Prepared:
     thick = thick_axis(description.resampling_data.force_separate_z, spacing, target)
     channels = list(data)
     del data
-    case.samples = None  # nothing but `channels` holds them: a channel is freed when it has been resampled
+    case.samples = None  # type: ignore[assignment]  # nothing but `channels` holds them: a channel is freed when it has been resampled
     done = []
     while channels:
         done.append(resample(channels.pop(0), matrices, thick))

@@ -134,7 +134,7 @@ class NibabelReader(Reader):
         return self._samples(image), self._spacing(image), image.affine
 
     def _load(self, file: Path) -> nibabel.spatialimages.SpatialImage:
-        image = nibabel.load(str(file))
+        image: Any = nibabel.load(str(file))
         if image.ndim != 3:
             raise ValueError(f"it has {image.ndim} axes, this model's reader takes volumes of 3")
         if not np.isfinite(image.affine).all() or np.linalg.det(image.affine) == 0:
@@ -148,7 +148,8 @@ class NibabelReader(Reader):
     @staticmethod
     def _samples(image: nibabel.spatialimages.SpatialImage) -> np.ndarray:
         """(1, Z, Y, X) of what `get_fdata` gives, scaled slice by slice in float64: a volume is not held in it."""
-        stored, slope, inter = image.dataobj, 1.0, 0.0
+        stored: Any = image.dataobj
+        slope, inter = 1.0, 0.0
         if nibabel.is_proxy(stored):
             stored, slope, inter = stored.get_unscaled(), stored.slope, stored.inter
         if stored.dtype.kind == "c":
@@ -231,7 +232,7 @@ class TiffReader(Reader):
         content = read_json(beside)
         spacing = content.get("spacing") if isinstance(content, dict) else None
         try:
-            numbers = tuple(float(mm) for mm in spacing)
+            numbers = tuple(float(mm) for mm in spacing or ())
         except (TypeError, ValueError):
             numbers = ()
         if len(numbers) != 3 or not all(0 < mm < np.inf for mm in numbers):

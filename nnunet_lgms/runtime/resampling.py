@@ -46,11 +46,11 @@ def resample(volume: np.ndarray, matrices: Sequence[np.ndarray | None], clip_axi
     # In the plane first; across thick slices last, after clipping, as nnU-Net does.
     order = [axis for axis in (0, 1, 2) if axis != clip_axis]
     for axis in order:
-        if matrices[axis] is not None:
-            volume = along_axis(volume, matrices[axis], axis)
+        if (matrix := matrices[axis]) is not None:
+            volume = along_axis(volume, matrix, axis)
     np.clip(volume, low, high, out=volume)
-    if clip_axis is not None and matrices[clip_axis] is not None:
-        volume = along_axis(volume, matrices[clip_axis], clip_axis)
+    if clip_axis is not None and (matrix := matrices[clip_axis]) is not None:
+        volume = along_axis(volume, matrix, clip_axis)
     return volume
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -150,7 +151,7 @@ def resampled_rows(rows: Iterator[np.ndarray], matrices: Sequence[np.ndarray | N
                 break
             del waiting[: max(0, needed[0] - first_waiting)]
             first_waiting = max(first_waiting, int(needed[0]))
-            plane = sum(np.float32(along_z[written, i]) * waiting[i - first_waiting] for i in needed)
+            plane = reduce(np.add, (np.float32(along_z[written, i]) * waiting[i - first_waiting] for i in needed))
             yield plane[:, None].astype(np.float16)
             written += 1
 
