@@ -1,5 +1,6 @@
 """`nnunet_lgms doctor` and the command line around it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -238,12 +239,76 @@ def _raise(error: Exception):
 )
 def test_a_gpu_without_kernels_is_told_with_the_reason(path: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    card = SimpleNamespace(name="A card", total_memory=8 << 30)
+    finding = _on_card(monkeypatch, Decision(path, reason))
+    assert finding.text.startswith("A card, 8 GiB, capability 8.6, CUDA 12.8") and reason in finding.text
+    assert finding.state == (doctor.OK if path == "kernels" else doctor.WARNING)
+    assert ("54 times" in finding.text) == (path == "pytorch")
+
+
+def _on_card(monkeypatch: pytest.MonkeyPatch, decision: Decision, launch: str | None = None) -> doctor.Finding:
+    card = SimpleNamespace(name="A card", total_memory=8 << 30, major=8, minor=6)
     monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
+    monkeypatch.setattr(doctor, "_launch_one", lambda: launch)
+    monkeypatch.setattr("torch.version.cuda", "12.8")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("nnunet_lgms.ops.kernels_for", lambda device: Decision(path, reason))
+    monkeypatch.setattr("nnunet_lgms.ops.kernels_for", lambda device: decision)
+    return doctor.check_gpu()
+
+
+def test_a_kernel_that_cannot_be_launched_is_a_problem_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    finding = _on_card(monkeypatch, Decision("kernels", "They run."), launch="fails: no kernel image")
+    assert finding.state == doctor.PROBLEM and "a small kernel fails: no kernel image" in finding.text
+    assert finding.fix == "export NNUNET_LGMS_KERNELS=off"
+
+
+def test_rocm_is_named_and_no_triton_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    finding = _on_card(monkeypatch, Decision("pytorch", "This PyTorch is built for AMD's."))
+    assert "ROCm 6.4" in finding.text and "AMD's" in finding.text and finding.fix is None
+
+
+@pytest.mark.parametrize(("system", "fix"), [("linux", "pip install triton"), ("win32", None), ("darwin", None)])
+def test_triton_is_advised_only_where_it_can_be_installed(
+    system: str, fix: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnunet_lgms.ops.backend.HAS_TRITON", False)
+    monkeypatch.setattr(doctor.sys, "platform", system)
+    assert _on_card(monkeypatch, Decision("pytorch", "No Triton.")).fix == fix
+
+
+def test_apples_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     finding = doctor.check_gpu()
-    assert finding.text.startswith("A card, 8 GiB")
-    assert finding.state == (doctor.OK if path == "kernels" else doctor.WARNING)
-    assert (reason in finding.text) == (path == "pytorch")
+    assert finding.state == doctor.WARNING and "MPS" in finding.text and "-device mps" in finding.text
+
+
+@pytest.mark.parametrize(("driver", "fix"), [(12040, "torch<2.11"), (11040, "a newer driver")])
+def test_a_driver_that_is_older_than_the_build_is_told(driver: int, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch._C._cuda_getDriverVersion", lambda: driver, raising=False)
+    finding = doctor.check_gpu()
+    assert f"built for CUDA 13.0, and this driver knows {driver // 1000}.{driver % 1000 // 10}" in finding.text
+    assert fix in finding.fix
+
+
+def test_lines_for_windows_are_powershells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "os", SimpleNamespace(name="nt"))
+    assert doctor._set("nnUNet_raw", r"C:\it's") == r"$env:nnUNet_raw = 'C:\it''s'"
+    assert doctor._unset("nnUNet_compile") == "Remove-Item Env:nnUNet_compile"
+    assert doctor._writable("C:") is None
+
+
+def test_json_is_all_that_is_printed(ready: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "check_trainers", lambda: doctor.Finding(doctor.OK, "trainers", "not asked here"))
+    monkeypatch.delenv("nnUNet_raw")
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ready"]
+    (raw,) = [finding for finding in report["findings"] if finding["topic"] == "nnUNet_raw"]
+    assert raw["state"] == doctor.PROBLEM and raw["text"] == "is not set" and raw["fix"].startswith("export ")

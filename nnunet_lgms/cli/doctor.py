@@ -7,6 +7,7 @@ One line a finding; a finding that needs something done is followed by the line 
 import argparse
 import contextlib
 import io
+import json
 import os
 import platform
 import shlex
@@ -16,7 +17,7 @@ import sysconfig
 import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,11 @@ GIB = 2**30
 DISK_PROBLEM_GIB, DISK_WARNING_GIB = 0.5, 10
 # Batches travel from nnU-Net's augmentation workers to training in shared memory; a container's default is 64 MiB.
 SHARED_MEMORY_WARNING_GIB = 1
+
+
+# Measured on an H100 (benchmarks/results/depthwise.md)
+SLOWER = "On an H100 a 3D depthwise convolution takes 18 (kernel 3) to 54 times (kernel 9) as long so."
+CUDA_BUILDS = "https://download.pytorch.org/whl/cu128"
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,23 @@ class Finding:
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
-    return subparsers.add_parser(
+    parser = subparsers.add_parser(
         "doctor",
         help="is this machine ready to train?",
         description="Checks versions, the trainers, GPU, compiling, nnU-Net's folders and disk space. "
         "Exit code 1 when training would fail.",
     )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON, for programs")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json:
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries say as they are imported
+            findings = list(examine())
+        problems = sum(finding.state == PROBLEM for finding in findings)
+        print(json.dumps({"ready": not problems, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        return int(problems > 0)
     findings = []
     for finding in examine():
         print(finding, flush=True)
@@ -72,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         print(f"\nnot ready: {problems} {'problem' if problems == 1 else 'problems'} to solve first")
         return 1
-    device = "" if _has_cuda() else " -device cpu"
+    device = "" if _has_cuda() else f" -device {_device_without_cuda()}"
     print(f"\nready: nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerLGMSNet{device}")
     return 0
 
@@ -120,7 +134,7 @@ def check_numbers() -> Iterator[Finding]:
             text = f"is {value!r}, not a number from {least} on"
         except ValueError:
             text = f"is {value!r}, not a number"
-        yield Finding(PROBLEM, variable, f"{text}: nnU-Net starts that many processes", f"unset {variable}")
+        yield Finding(PROBLEM, variable, f"{text}: nnU-Net starts that many processes", _unset(variable))
 
 
 def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
@@ -144,7 +158,7 @@ def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
         if isinstance(error, RuntimeError) and "Could not find requested nnunet trainer" in reason:
             folders = os.environ.get("nnUNet_extTrainer", "")
             text = f"nnU-Net does not find {name} (nnUNet_extTrainer={folders!r})"
-            return Finding(PROBLEM, "trainers", text, f"export nnUNet_extTrainer={_trainers_folder() or 'TRAINERS'}")
+            return Finding(PROBLEM, "trainers", text, _set("nnUNet_extTrainer", str(_trainers_folder() or "TRAINERS")))
         file = _file_that_failed(error)
         text = f"nnU-Net's finder fails in {file} with {type(error).__name__}: {one_line(reason)}"
         ours = Path(__file__).resolve().parents[1]
@@ -157,30 +171,89 @@ def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
 
 
 def check_gpu() -> Finding:
+    """The card, what PyTorch makes of it, and the path that this package's operators take on it."""
     import torch
 
     if not _has_cuda():
-        if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            text = f"torch {torch.__version__} is a build without CUDA, though an NVIDIA driver is installed"
-            return Finding(WARNING, "GPU", text, "pip install --force-reinstall torch torchvision  # a CUDA build")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is not None and torch.version.cuda and shutil.which("nvidia-smi"):
-            text = f"no CUDA device, as CUDA_VISIBLE_DEVICES is {visible!r}"
-            return Finding(WARNING, "GPU", text, "unset CUDA_VISIBLE_DEVICES")
-        text = "no CUDA device: training needs -device cpu, and suits small data only"
-        return Finding(WARNING, "GPU", text)
+        return _without_cuda()
     properties = torch.cuda.get_device_properties(0)
     text = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
     if torch.cuda.device_count() > 1:
         text += f", and {torch.cuda.device_count() - 1} more"
+    if torch.version.hip is not None:
+        text += f", ROCm {torch.version.hip}"
+    else:
+        text += f", capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
     from nnunet_lgms.ops import kernels_for
     from nnunet_lgms.ops.backend import HAS_TRITON
 
-    decision = kernels_for("cuda:0")
+    if kernels_for("cuda:0").path == "kernels" and (failure := _launch_one()) is not None:
+        return Finding(PROBLEM, "GPU", f"{text}; a small kernel {failure}", _set("NNUNET_LGMS_KERNELS", "off"))
+    decision = kernels_for("cuda:0")  # as it is after the launch
     if decision.path == "kernels":
-        return Finding(OK, "GPU", f"{text}, Triton {version('triton')}")
-    text += f"; PyTorch's operators are used, which are slower. {decision.reason}"
-    return Finding(WARNING, "GPU", text, None if HAS_TRITON else "pip install triton")
+        return Finding(OK, "GPU", f"{text}, Triton {version('triton')}, whose kernels run. {decision.reason}")
+    text += f"; PyTorch's operators are used, without CUDA graphs. {decision.reason} {SLOWER}"
+    can_install = not HAS_TRITON and sys.platform == "linux" and torch.version.hip is None
+    return Finding(WARNING, "GPU", text, "pip install triton" if can_install else None)
+
+
+def _without_cuda() -> Finding:
+    import torch
+
+    if torch.backends.mps.is_available():
+        text = (
+            "Apple's GPU (MPS): PyTorch's operators are used, with -device mps. The Triton kernels need an NVIDIA GPU"
+        )
+        return Finding(WARNING, "GPU", f"{text}. Not run on such a machine.")
+    if shutil.which("nvidia-smi"):
+        if torch.version.cuda is None:
+            text = f"torch {torch.__version__} is a build without CUDA, though an NVIDIA driver is installed"
+            index = f" --index-url {CUDA_BUILDS}" if os.name == "nt" else ""  # PyPI has those for Linux only
+            fix = f"pip install --force-reinstall torch torchvision{index}  # a CUDA build"
+            return Finding(WARNING, "GPU", text, fix)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None:
+            text = f"no CUDA device, as CUDA_VISIBLE_DEVICES is {visible!r}"
+            return Finding(WARNING, "GPU", text, _unset("CUDA_VISIBLE_DEVICES"))
+        if (driver := _driver_version()) and driver < _major_and_minor(torch.version.cuda):
+            knows = ".".join(map(str, driver))
+            text = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and this driver knows {knows}"
+            fix = "a newer driver, or: pip install 'torch<2.11' torchvision" if driver[0] == 12 else "a newer driver"
+            return Finding(WARNING, "GPU", text, fix)
+    return Finding(WARNING, "GPU", "no CUDA device: training needs -device cpu, and suits small data only")
+
+
+def _device_without_cuda() -> str:
+    import torch
+
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver can run; None if it does not say."""
+    import torch
+
+    number = getattr(torch._C, "_cuda_getDriverVersion", int)()
+    return (number // 1000, number % 1000 // 10) if number else None
+
+
+def _major_and_minor(version_of_cuda: str) -> tuple[int, int]:
+    major, minor, *_ = (*version_of_cuda.split("."), "0")
+    return int(major), int(minor)
+
+
+def _launch_one() -> str | None:
+    """Pools a small map with this package's kernel. Returns what is wrong with that; None if nothing is."""
+    import torch
+
+    from nnunet_lgms.ops import max_pool
+
+    try:
+        x = torch.rand(1, 16, 32, 32, device="cuda:0").to(memory_format=torch.channels_last)
+        same = torch.equal(max_pool(x, (2, 2)), torch.nn.functional.max_pool2d(x, 2))
+    except Exception as error:  # of a driver, a compiler or a library: whatever it is, training would meet it
+        return f"fails: {one_line(error)}"
+    return None if same else "computes something else than PyTorch"
 
 
 def check_compile() -> Finding:
@@ -189,7 +262,7 @@ def check_compile() -> Finding:
         return Finding(OK, "compile", "nnU-Net does not compile on this machine, nothing is needed")
     if os.environ.get("nnUNet_compile", "true").lower() not in ("true", "1", "t"):
         text = f"switched off (nnUNet_compile is {os.environ['nnUNet_compile']!r}), so training is slower"
-        return Finding(WARNING, "compile", text, "unset nnUNet_compile")
+        return Finding(WARNING, "compile", text, _unset("nnUNet_compile"))
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "gcc", "gcc", "cc", "clang"])), None)
     header = Path(sysconfig.get_path("include"), "Python.h")
     missing = [what for what, there in (("a C compiler", compiler), (f"{header}", header.exists())) if not there]
@@ -205,25 +278,25 @@ def check_folder(variable: str, must_write: bool) -> Finding:
     value = os.environ.get(variable)
     if not value:
         place = Path.home() / "nnunet" / variable
-        return Finding(PROBLEM, variable, "is not set", f"export {variable}={shlex.quote(str(place))}")
+        return Finding(PROBLEM, variable, "is not set", _set(variable, str(place)))
     if misspelt := _misspelt_path(variable, value):
         return misspelt
-    folder, quoted = Path(value), shlex.quote(value)
+    folder, quoted = Path(value), _quoted(value)
     if not folder.is_absolute():
         text = f"is {value!r}, another folder wherever nnU-Net is started"
         state = WARNING if folder.is_dir() else PROBLEM
-        return Finding(state, variable, text, f"export {variable}={shlex.quote(os.path.abspath(value))}")
+        return Finding(state, variable, text, _set(variable, os.path.abspath(value)))
     if not folder.exists():
-        return Finding(PROBLEM, variable, f"{value} does not exist", f"mkdir -p {quoted}")
+        return Finding(
+            PROBLEM, variable, f"{value} does not exist", f"mkdir {'' if os.name == 'nt' else '-p '}{quoted}"
+        )
     if not folder.is_dir():
-        return Finding(PROBLEM, variable, f"{value} is not a folder", f"export {variable}=A_FOLDER")
+        return Finding(PROBLEM, variable, f"{value} is not a folder", _set(variable, "A_FOLDER"))
     if _can_write(folder):
         return Finding(OK, variable, value)
     if not must_write:
         return Finding(OK, variable, f"{value} (read-only, which is enough to train)")
-    return Finding(
-        PROBLEM, variable, f"{value} cannot be written to", f"chmod u+w {quoted}  # or choose another folder"
-    )
+    return Finding(PROBLEM, variable, f"{value} cannot be written to", _writable(value))
 
 
 def _misspelt_path(variable: str, value: str) -> Finding | None:
@@ -241,7 +314,7 @@ def _misspelt_path(variable: str, value: str) -> Finding | None:
     else:
         return None
     meant = os.path.expandvars(os.path.expanduser(unquoted.strip()))
-    return Finding(PROBLEM, variable, text, f"export {variable}={shlex.quote(meant)}")
+    return Finding(PROBLEM, variable, text, _set(variable, meant))
 
 
 def check_disk() -> Iterator[Finding]:
@@ -254,7 +327,7 @@ def check_disk() -> Iterator[Finding]:
     for variables in places.values():
         free = shutil.disk_usage(os.environ[variables[0]]).free / GIB
         text = f"{free:.1f} GiB free for {' and '.join(variables)}"
-        fix = f"export {variables[-1]}=A_FOLDER_ON_A_LARGER_DISK"
+        fix = _set(variables[-1], "A_FOLDER_ON_A_LARGER_DISK")
         if free < DISK_PROBLEM_GIB:
             yield Finding(PROBLEM, "disk", text, fix)
         elif free < DISK_WARNING_GIB:
@@ -271,6 +344,23 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
     if size < SHARED_MEMORY_WARNING_GIB:
         text = f"{folder} has {size:.2f} GiB, too little for nnU-Net's augmentation workers"
         yield Finding(WARNING, "memory", text, "docker run --ipc=host …  # or: nnUNet_n_proc_DA=0 nnUNetv2_train …")
+
+
+def _set(variable: str, value: str) -> str:
+    """The line that sets a variable, of bash, or of PowerShell on Windows."""
+    return f"$env:{variable} = {_quoted(value)}" if os.name == "nt" else f"export {variable}={_quoted(value)}"
+
+
+def _unset(variable: str) -> str:
+    return f"Remove-Item Env:{variable}" if os.name == "nt" else f"unset {variable}"
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'" if os.name == "nt" else shlex.quote(value)
+
+
+def _writable(folder: str) -> str | None:
+    return None if os.name == "nt" else f"chmod u+w {shlex.quote(folder)}  # or choose another folder"
 
 
 def _has_cuda() -> bool:
