@@ -324,7 +324,7 @@ def test_wrong_options_are_said_in_one_sentence(volume: tuple[Path, Path], tmp_p
 
     assert "Which model?" in refused(*images, *out)
     assert "either by its folder" in refused(*images, *out, "-m", str(model), "-d", "903")
-    assert "nnUNet_results must name" in refused(*images, *out, "-d", "903", "-c", "2d")
+    assert "nnUNet_results is not set" in refused(*images, *out, "-d", "903", "-c", "2d")
     assert "-step_size 0: give more than 0" in refused(*images, *out, "-m", str(model), "-step_size", "0")
     assert "-part_id 2 of -num_parts 2" in refused(*images, *out, "-m", str(model), "-num_parts", "2", "-part_id", "2")
     assert "is no folder" in refused("-i", str(file), *out, "-m", str(model))
@@ -390,8 +390,7 @@ def test_out_of_memory_makes_batches_smaller_and_then_another_device_compute(vol
 def test_a_network_that_gives_no_numbers_is_no_prediction(volume: tuple[Path, Path]):
     model, file = volume
     predictor = load_predictor(model, device="cpu")
-    for weights in predictor.list_of_parameters:
-        weights["decoder.seg_layers.0.bias"][0] = torch.nan
+    predictor.list_of_parameters[0]["decoder.seg_layers.0.bias"][0] = torch.nan
     with pytest.raises(CasesFailed, match="gave infinity or NaN"):
         predictor.predict_from_files([[str(file)]], None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,8 @@ def read_case(
         ValueError: a file is missing, damaged, not finite or of another kind than the training's; one sentence.
     """
     reader = plans.image_reader_writer_class()
-    for file in (*files, *([previous] if previous else [])):
+    read = [*files, *([previous] if previous else [])]
+    for file in read:
         if not Path(file).is_file():
             raise ValueError(
                 f"{file} is not there: predict this case with the previous stage of the cascade first."
@@ -81,15 +83,20 @@ def read_case(
                 else f"The image {file} does not exist."
             )
         _check_ending(file, reader, dataset_json["file_ending"])
-        check_image_file(Path(file))
     name = name or f"The image {files[0]}"
-    try:
-        samples, properties = reader.read_images(list(files))
-        labels = None if previous is None else reader.read_seg(previous)[0]
-    except Exception as error:  # readers raise whatever their libraries raise
-        # nnU-Net's readers print what is wrong with several channels, and raise an error without words
-        reason = one_line(str(error) or "its channels differ in size or spacing")
-        raise ValueError(f"{name} cannot be read as the model's training images were ({reason}).") from error
+    with ThreadPoolExecutor(len(read)) as pool:  # both decompress the file, and libraries do it outside Python's lock
+        checked = [pool.submit(check_image_file, Path(file)) for file in read]
+        try:
+            samples, properties = reader.read_images(list(files))
+            labels = None if previous is None else reader.read_seg(previous)[0]
+        except Exception as error:  # readers raise whatever their libraries raise
+            for check in checked:
+                check.result()  # what is known better is said
+            # nnU-Net's readers print what is wrong with several channels, and raise an error without words
+            reason = one_line(str(error) or "its channels differ in size or spacing")
+            raise ValueError(f"{name} cannot be read as the model's training images were ({reason}).") from error
+        for check in checked:
+            check.result()
     check_channels(samples, dataset_json, name)
     check_axes(is_flat(properties), configuration, name)
     if not np.isfinite(samples).all():

@@ -34,7 +34,7 @@ def write_labels(
         probabilities: (heads, Z', Y', X') float32, overwritten; or None.
         device: where to compute.
     """
-    start = 0
+    start, small = 0, torch.uint8 if labels.dtype == np.uint8 else torch.int32  # before they leave the device
     for slab in slabs(rows, resampling.to(device), device):
         stop = start + slab.shape[1]
         if probabilities is None:
@@ -43,7 +43,7 @@ def write_labels(
             probable = label_manager.apply_inference_nonlin(slab)
             found = _labels_of_probabilities(probable, label_manager)
             probabilities[:, start:stop] = probable.cpu().numpy()
-        labels[start:stop] = found.cpu().numpy()
+        labels[start:stop] = found.to(small).cpu().numpy()
         start = stop
 
 

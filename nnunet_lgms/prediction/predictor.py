@@ -92,7 +92,7 @@ class Predictor(nnUNetPredictor):
         self.progress, self.talk = progress, talk
         self.stages = Stages()
         self._largest_batch: int | None = None  # set where memory was short
-        self._loaded: int | None = None
+        self._loaded: tuple | None = None  # network and weights
 
     # ---- the model
 
@@ -474,13 +474,12 @@ class Predictor(nnUNetPredictor):
         else:
             weights = torch.ones(patch, dtype=torch.float16, device=sums)
         self.network = self.network.to(device).eval()
-        self._loaded = None
+        if load and n_models > 1 and sums.type == "cuda":  # they change places after every few windows
+            self.list_of_parameters = [{k: v.to(device) for k, v in p.items()} for p in self.list_of_parameters]
 
         def predict(model: int, windows: Tensor) -> Tensor:
-            if load and model != self._loaded:
-                network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
-                network.load_state_dict(self.list_of_parameters[model])
-                self._loaded = model
+            if load:
+                self._load(self.list_of_parameters[model])
             return mirrored_mean(self._through_network, windows.to(device), axes, self._largest_batch or batch)
 
         window = SlidingWindow(
@@ -507,6 +506,12 @@ class Predictor(nnUNetPredictor):
                         "training, or the training diverged."
                     )
                 yield rows
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        if self._loaded is None or self._loaded[0] is not network or self._loaded[1] is not weights:
+            network.load_state_dict(weights)
+            self._loaded = (network, weights)
 
     def _through_network(self, x: Tensor) -> Tensor:
         """Logits of a batch, in smaller ones where memory is short."""
