@@ -20,7 +20,7 @@ from nnunet_lgms.evaluation import curves
 from nnunet_lgms.evaluation.evaluate import evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import compute_metrics, surface_dice
-from nnunet_lgms.evaluation.page import interval, number, p_value, verdict
+from nnunet_lgms.evaluation.page import interval, number, p_value, signed, verdict
 from nnunet_lgms.evaluation.pictures import LABEL_COLOURS, case_pictures
 from nnunet_lgms.evaluation.statistics import PairedTest, compare
 from nnunet_lgms.nnunet_files import Reader
@@ -46,7 +46,12 @@ def test_a_winner_is_named_where_the_test_shows_one():
 
 
 def test_numbers_have_digits_that_are_worth_reading():
-    assert (number(0.87654), number(12.3456), number(float("nan"))) == ("0.877", "12.35", "–")
+    assert (number(0.87654), number(12.3456), signed(-12.3456), signed(float("nan"))) == (
+        "0.877",
+        "12.35",
+        "−12.35",
+        "–",
+    )
     assert interval(0.81, 0.9) == "[0.810, 0.900]" and interval(float("nan"), float("nan")) == ""
     assert (p_value(0.0312), p_value(0.00004)) == ("0.031", "4e-5")
 

@@ -16,7 +16,7 @@ import numpy as np
 from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
-from nnunet_lgms.evaluation.page import interval, number, p_value, render, verdict
+from nnunet_lgms.evaluation.page import interval, number, p_value, render, signed, verdict
 from nnunet_lgms.files import atomic_write
 from nnunet_lgms.locks import locked
 from nnunet_lgms.nnunet_files import Reader
@@ -217,7 +217,7 @@ def _test_rows(evaluation: Evaluation) -> list[dict]:
             "label": label,
             "metric": metric,
             "models": f"{test.first} − {test.second}",
-            "difference": "–" if math.isnan(test.difference) else f"{test.difference:+.3f}",
+            "difference": signed(test.difference),
             "better": test.better,
             "verdict": verdict(test),
             "p": p_value(test.p),

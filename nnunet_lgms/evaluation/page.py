@@ -40,6 +40,11 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 2 else f"{value:.2f}"
 
 
+def signed(value: float) -> str:
+    """A difference; a dash for none."""
+    return number(value) if math.isnan(value) else ("+" if value >= 0 else "−") + number(abs(value))
+
+
 def interval(low: float, high: float) -> str:
     """`[0.812, 0.874]`, empty if there is none."""
     return "" if math.isnan(low) else f"[{number(low)}, {number(high)}]"

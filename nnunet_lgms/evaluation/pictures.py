@@ -44,7 +44,7 @@ def distribution(
         values: model → (cases, labels).
         labels: their names.
     """
-    figure = Figure(figsize=(max(4.2, 1.4 + 0.6 * len(labels) * len(values)), 3.2), layout="constrained")
+    figure = Figure(figsize=(max(3.4, 1.4 + 0.6 * len(labels) * len(values)), 3.0), layout="constrained")
     axes = figure.add_subplot()
     rng = np.random.default_rng(0)  # scatter of the points, the same in every report
     width = 0.8 / len(values)
@@ -84,7 +84,7 @@ def lines(
     diagonal: bool = False,
 ) -> dict[str, str | int]:
     """One line a name, (x, y); NaN are left out."""
-    figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.7, 3.2), layout="constrained")
     axes = figure.add_subplot()
     if diagonal:
         axes.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls="--")

@@ -19,7 +19,7 @@ from nnunet_lgms.evaluation.label_mapping import LabelMapping, map_labels
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.metrics import CONVENTION, METRICS
 from nnunet_lgms.evaluation.output import write_all
-from nnunet_lgms.evaluation.page import interval, number, render
+from nnunet_lgms.evaluation.page import interval, number, render, signed
 from nnunet_lgms.evaluation.requirement import require_evaluation_extra
 from nnunet_lgms.evaluation.statistics import Mean, bootstrap_mean, mean_of_defined
 from nnunet_lgms.files import atomic_write
@@ -316,7 +316,7 @@ def report_html(result: ZeroShot, output: Path) -> str:
                 "n_home": row.in_domain.n,
                 "abroad": _page_cell(row.zero_shot),
                 "n_abroad": row.zero_shot.n,
-                "drop": "–" if np.isnan(row.drop) else f"{row.drop:+.3f}",
+                "drop": signed(row.drop),
             }
         )
     at_home = sorted(path.parent.name for path in (output / "in_domain").glob("fold_*/report.html"))
