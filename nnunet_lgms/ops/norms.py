@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-FLAT = 16 * 2**-23
-"""Deviations, as a share of the mean, that are rounding."""
-NEAR = 0.2
-"""A share that sums one after the other may make of a constant; it was above 0.4 in all maps of real images."""
+FLAT = 1e-5
+"""Deviations that are rounding, as a share of the largest mean of all channels: some eighty float32 roundings. What the
+channels share is how large the products were that made them; a mean of its own may be small by cancellation."""
+NEAR = 0.02
+"""A share that sums of equal numbers, one after the other, may make of a constant."""
 
 
 class NormSpec(NamedTuple):
@@ -68,19 +69,25 @@ def unbiasing(x: Tensor) -> float:
 
 
 def is_constant(low: Tensor, high: Tensor) -> Tensor:
-    """Whether the smallest and the largest value differ by no more than rounding."""
-    return (high - low).float() <= FLAT * torch.maximum(high.abs(), low.abs()).float()
+    """Whether the smallest and the largest value of a channel differ by no more than rounding.
+
+    Args:
+        low: smallest value of each channel of a sample, (..., C).
+        high: largest value, (..., C).
+    """
+    largest = torch.maximum(high.abs(), low.abs()).amax(-1, keepdim=True)
+    return (high - low).float() <= FLAT * largest.float()
 
 
 def variance_above_rounding(mean: Tensor, variance: Tensor, bounds: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
     """The variance, and infinity where a map is constant: the reciprocal deviation is 0 then, and with it the gradient.
 
     Args:
-        mean: of each channel.
-        variance: of each channel.
+        mean: of each channel of a sample, (..., C).
+        variance: of each channel, (..., C).
         bounds: gives the smallest and the largest value of each channel; asked where the moments do not tell.
     """
-    if not (variance <= (NEAR * mean) ** 2).any():
+    if not (variance <= (NEAR * mean.abs().amax(-1, keepdim=True)) ** 2).any():
         return variance
     return torch.where(is_constant(*bounds()), torch.inf, variance)
 

@@ -78,10 +78,11 @@ def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
 def _composed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The norm of plain operators, for derivatives of its gradient."""
     axes = tuple(range(2, x.ndim))
-    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    variance = variance_above_rounding(mean, variance, lambda: (x.amin(axes, True), x.amax(axes, True)))
-    out = (x - mean) * torch.rsqrt(variance + eps)
+    variance, mean = torch.var_mean(x, axes, correction=0)
+    variance = variance_above_rounding(mean, variance, lambda: (x.amin(axes), x.amax(axes)))
     by_channel = (-1, *(1,) * (x.ndim - 2))
+    by_sample = (len(x), *by_channel)
+    out = (x - mean.view(by_sample)) * torch.rsqrt(variance + eps).view(by_sample)
     out = out if weight is None else out * weight.view(by_channel)
     return out if bias is None else out + bias.view(by_channel)
 

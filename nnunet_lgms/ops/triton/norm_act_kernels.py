@@ -156,7 +156,13 @@ def merge_moments(partial: Sequence[Tensor], kind: str, groups: int) -> tuple[Te
     merge = MergeGrid(batch, channels, kind, groups)
     mean, variance = (partial[0].new_empty((merge.statistics, channels)) for _ in range(2))
     launch(wrap_triton(_merge_moments_kernel))[merge.grid](
-        *partial, mean, variance, FLAT=0.0 if kind == "batch" else FLAT, **merge.constants(slices), num_warps=8
+        *partial,
+        mean,
+        variance,
+        FLAT=0.0 if kind == "batch" else FLAT,
+        ALL=triton.next_power_of_2(channels),
+        **merge.constants(slices),
+        num_warps=8,
     )
     return mean, variance
 
@@ -357,7 +363,8 @@ def _merge_moments_kernel(
     partial_mean, partial_m2, partial_count,  # (B, slices, C), (B, slices, C), (B, slices)
     mean, variance,  # (B, C), or (1, C) for the batch norm
     slices, channels,  # that share a statistic, and C
-    FLAT: tl.constexpr,  # deviations that are rounding, as a share of the mean; 0: all are kept
+    FLAT: tl.constexpr,  # deviations that are rounding, as a share of the largest mean; 0: all are kept
+    ALL: tl.constexpr,  # channels, rounded up
     PIECES: tl.constexpr,  # slices, rounded up
     LANES: tl.constexpr, GROUP: tl.constexpr,  # channels of a program and of a statistic
 ):  # fmt: skip
@@ -378,7 +385,9 @@ def _merge_moments_kernel(
     centred = tl.sum(tl.where(inside, m2 + counts * spread * spread, 0.0), 0)
     group_variance = _over_group(centred, channel, channels, GROUP) / (count * GROUP)
     if FLAT > 0:
-        rounding = FLAT * group_mean
+        every = tl.arange(0, ALL)
+        first = tl.load(partial_mean + statistic * slices * channels + every, mask=every < channels, other=0.0)
+        rounding = FLAT * tl.max(tl.abs(first), 0)
         group_variance = tl.where(group_variance <= rounding * rounding, float("inf"), group_variance)
     tl.store(mean + statistic * channels + channel, group_mean, mask=channel < channels)
     tl.store(variance + statistic * channels + channel, group_variance, mask=channel < channels)
