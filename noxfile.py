@@ -1,6 +1,6 @@
 """The supported versions, each with the tests that touch what differs between them.
 
-    pip install nox && nox                # every Python that is installed, oldest and newest of torch and nnU-Net
+    pip install nox && nox                # every Python that is installed, oldest and newest of torch and nnU-Net, and torch between
     nox -s "tests-3.12(newest)"           # one of them
     nox -s "tests-3.11(oldest)" -- tests  # the whole suite
 
@@ -9,8 +9,13 @@ What was run, and with what, is in docs/reference/features.md.
 
 import nox
 
-# the lower bounds of setup.py, and whatever is newest
-VERSIONS = {"oldest": ["torch==2.11.*", "nnunetv2==2.8.0"], "newest": ["torch", "nnunetv2"]}
+# the lower bounds of setup.py, what is newest, and PyTorch between: each of these brought or took something of ours
+VERSIONS = {
+    "oldest": ["torch==2.6.*", "nnunetv2==2.8.0"],
+    "torch-2.8": ["torch==2.8.*", "nnunetv2"],
+    "torch-2.10": ["torch==2.10.*", "nnunetv2"],
+    "newest": ["torch", "nnunetv2"],
+}
 # imports, signatures, trainers, plans, the network, its operators on a CPU, what surrounds those of a GPU, compilation,
 # processes and their ends, and nnU-Net's own commands with two kinds of data
 SELECTION = [
@@ -20,6 +25,7 @@ SELECTION = [
     "tests/test_network_errors.py",
     "tests/test_ops_cpu.py",
     "tests/test_launch.py",
+    "tests/test_ops_backend.py",
     "tests/test_graphs.py",
     "tests/test_features.py::test_regions",
     "tests/test_features.py::test_rgb_image",
@@ -34,6 +40,8 @@ nox.options.error_on_missing_interpreters = False
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])
 @nox.parametrize("versions", list(VERSIONS), ids=list(VERSIONS))
 def tests(session: nox.Session, versions: str) -> None:
+    if versions.startswith("torch") and session.python != "3.11":
+        session.skip("versions in between are run with one Python")
     session.install(".[test]", *VERSIONS[versions])
     # as the Makefile does, where a CPU build of torch stands beside the index's torchvision
     if session.run("python", "-c", "import torchvision", success_codes=[0, 1], silent=True, log=False):

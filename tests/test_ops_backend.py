@@ -294,6 +294,15 @@ def test_a_triton_that_compiles_one_kernel_after_the_other_is_told(monkeypatch):
     assert decision.path == "kernels" and "so the first step takes longer" in decision.reason
 
 
+def test_a_triton_without_tuples_in_kernels_is_refused(monkeypatch):
+    """Triton 3.2, of PyTorch 2.6: the compiler says "bands is not defined" of a convolution's kernel."""
+    triton = pytest.importorskip("triton")
+    Card(monkeypatch)
+    monkeypatch.delattr(triton.language, "tuple", raising=False)
+    decision = kernels_for("cuda")
+    assert decision.path == "pytorch" and "need Triton 3.3" in decision.reason
+
+
 def test_such_a_triton_compiles_all_the_same(monkeypatch):
     triton = pytest.importorskip("triton")
     from nnunet_lgms.ops import launch as launching

@@ -98,6 +98,9 @@ def _hardware(index: int) -> Decision:
     except Exception as error:  # a broken installation may raise anything
         reason = " ".join(str(error).split())[:200]
         return Decision("pytorch", f"The Triton kernels need the package triton, which cannot be imported ({reason}).")
+    if not hasattr(triton.language, "tuple"):
+        reason = f"The Triton kernels need Triton 3.3, which comes with PyTorch 2.7, and this is {triton.__version__}."
+        return Decision("pytorch", reason)
     if torch.version.hip is not None:
         return Decision("pytorch", "The Triton kernels are for NVIDIA GPUs, and this PyTorch is built for AMD's.")
     properties = torch.cuda.get_device_properties(index)

@@ -104,7 +104,7 @@ def _compile(asked_for: list[tuple]) -> None:
 
     on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else ()
     with ThreadPoolExecutor(os.cpu_count(), "compile", *on_device) as threads:
-        together = getattr(triton, "AsyncCompileMode", nullcontext)  # one after the other before Triton 3.4
+        together = getattr(triton, "AsyncCompileMode", nullcontext)  # Triton 3.4 has none: one after the other
         try:
             with together(threads):
                 kernels = [kernel.warmup(*args, grid=(1,), **dict(kwargs)) for kernel, args, kwargs in asked_for]
