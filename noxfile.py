@@ -1,6 +1,6 @@
 """The supported versions, each with the tests that touch what differs between them.
 
-    pip install nox && nox                # every Python that is installed, oldest and newest of torch and nnU-Net, and torch between
+    pip install nox && nox                # every Python that is installed, with each of the versions
     nox -s "tests-3.12(newest)"           # one of them
     nox -s "tests-3.11(oldest)" -- tests  # the whole suite
 
