@@ -11,7 +11,7 @@ Example::
 import os
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ONNX Runtime looks for a telemetry server as soon as it is imported, and keeps a database of processes in the home
 # folder. It reads this variable then, and only then; every module that imports it comes after this one.
