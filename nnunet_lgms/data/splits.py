@@ -40,7 +40,7 @@ def busi_splits(identifiers: Sequence[str]) -> list[Split]:
     Names that are not in the converted dataset are dropped (a sample, or cases left out for a fault), and cases without
     a place in the splits (class normal) stay unused.
     """
-    text = resources.files("nnunet_lgms.data").joinpath("busi_paper_splits.json").read_text()
+    text = resources.files("nnunet_lgms.data").joinpath("busi_paper_splits.json").read_text("utf-8")
     present = set(identifiers)
     folds: list[Split] = []
     for fold in json.loads(text).values():
@@ -66,7 +66,7 @@ def tnscui_splits(identifiers: Sequence[str]) -> list[Split]:
 
 def _released(dataset: str, identifier_of: Callable[[str], str], identifiers: Sequence[str]) -> list[Split]:
     """Released names as identifiers, without those that are not in the converted dataset."""
-    text = resources.files("nnunet_lgms.data").joinpath("isic2018_tnscui_paper_splits.json").read_text()
+    text = resources.files("nnunet_lgms.data").joinpath("isic2018_tnscui_paper_splits.json").read_text("utf-8")
     present = set(identifiers)
     return [
         {part: [name for name in map(identifier_of, fold[part]) if name in present] for part in ("train", "val")}

@@ -225,8 +225,15 @@ def _measure(subject: Subject, kind: str, device_name: str, steps: int, compiled
 
 
 def _peak_of_process() -> int:
-    """Most memory that this process has had, in bytes."""
-    import resource  # not on Windows, where only a GPU's memory can be told
+    """Most memory that this process has had, in bytes.
+
+    Raises:
+        ValueError: Windows does not say it.
+    """
+    try:
+        import resource
+    except ImportError:
+        raise ValueError("Windows does not tell the memory of a step on a CPU: profile on a GPU.") from None
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

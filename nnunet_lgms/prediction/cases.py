@@ -178,7 +178,9 @@ def remove_leftovers(outputs: Sequence[str], ending: str) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of this number is on this machine."""
+    """Whether a process of this number is on this machine; on Windows always, as to ask would send it Ctrl+C."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

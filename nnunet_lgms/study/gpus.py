@@ -27,7 +27,8 @@ def one_gpu(poll_seconds: float = 5) -> Iterator[str | None]:
     if not gpus:
         yield None
         return
-    folder = Path(tempfile.gettempdir()) / f"nnunet_lgms_gpus_{os.getuid()}"
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows gives every user a folder for this
+    folder = Path(tempfile.gettempdir()) / f"nnunet_lgms_gpus_{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpu, lock = _first_free(gpus, folder, poll_seconds)

@@ -124,7 +124,7 @@ class Results:
     def trainings(self, model: Model) -> list[tuple[str, dict]]:
         """Name and record (curves, seconds) of every finished training of a model."""
         files = {f"{run} fold {fold}": self._trained(model, run, fold) for run, fold in self.folds(model)}
-        return [(name, json.loads(file.read_text())) for name, file in files.items() if file.is_file()]
+        return [(name, json.loads(file.read_text("utf-8"))) for name, file in files.items() if file.is_file()]
 
     def worst_cases(self, model: Model, n: int = 5) -> list[WorstCase]:
         """Validation cases with the lowest mean Dice over labels, worst first."""
@@ -178,7 +178,7 @@ class Results:
             if not self.graph.study.datasets[model.dataset].zeroshot:
                 continue
             files = [self.path(self.graph.zeroshot(run, model.dataset, model.name)) for run in self.graph.runs]
-            there = [json.loads(file.read_text())["rows"] for file in files if file.is_file()]
+            there = [json.loads(file.read_text("utf-8"))["rows"] for file in files if file.is_file()]
             n_folds = len(self.graph.folds(model.dataset))
             for same in zip(*there):
                 row, means = same[0], [Mean(**_with_nan(row["zero_shot"])) for row in same]
@@ -196,7 +196,7 @@ def network_profile(file: Path, trainer: str) -> dict | None:
     """The part of a profile that is about a trainer's network: LGMSNet, or the one that nnU-Net planned."""
     if not file.is_file():
         return None
-    ours, theirs = json.loads(file.read_text())["networks"]
+    ours, theirs = json.loads(file.read_text("utf-8"))["networks"]
     return ours if LGMSNET in trainer else theirs
 
 
