@@ -37,9 +37,9 @@ pytest.importorskip("onnxruntime", reason="needs the extra [runtime]")
 
 import onnx_stub  # noqa: E402
 
-from nnunet_lgms import inference  # noqa: E402
 from nnunet_lgms.image_files import check_image_file  # noqa: E402
 from nnunet_lgms.nnunet.checks import check_cases  # noqa: E402
+from nnunet_lgms.prediction import cases  # noqa: E402
 from nnunet_lgms.runtime import Predictor  # noqa: E402
 from nnunet_lgms.runtime.description import Resampling  # noqa: E402
 from nnunet_lgms.runtime.images import Case, read_case, write_labels  # noqa: E402
@@ -100,7 +100,8 @@ def test_prediction_in_python_reads_them_as_nnunet(tmp_path, kind):
     with quiet():
         for entry, file in made(tmp_path, kind):
             for reader in entry.readers:
-                theirs, ours = by_nnunet(file, reader), in_python(file, reader)
+                theirs = by_nnunet(file, reader)
+                ours = in_python(file, reader, 1 if isinstance(theirs, str) else len(theirs[0]))
                 if isinstance(ours, str):
                     check_refusal(entry, file, reader, ours, theirs)
                 else:
@@ -247,9 +248,15 @@ def preprocessed_by_nnunet(theirs: tuple, reader: str) -> Any:
     return attempt(lambda: run(samples, None, dict(properties), manager, configuration, {"labels": {}})[0])
 
 
-def in_python(file: Path, reader: str) -> Any:
-    manager = SimpleNamespace(image_reader_writer_class=recursive_find_reader_writer_by_name(reader))
-    return attempt(lambda: inference._from_files(file, SimpleNamespace(plans_manager=manager)))
+def in_python(file: Path, reader: str, n_channels: int) -> Any:
+    """Samples and properties, as `nnunet_lgms.predict` and `nnunet_lgms predict` read them."""
+    plans = SimpleNamespace(image_reader_writer_class=recursive_find_reader_writer_by_name(reader))
+    dataset = {
+        "file_ending": file.name[file.name.index(".") :],
+        "channel_names": {str(i): "a" for i in range(n_channels)},
+    }
+    flat = SimpleNamespace(patch_size=(8, 8))  # takes volumes too, slice by slice
+    return attempt(lambda: cases.read_case([str(file)], None, plans, flat, dataset)[::2])
 
 
 def verdict(entry: Entry, file: Path, reader: str) -> str:
