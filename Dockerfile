@@ -6,12 +6,14 @@ ARG BASE=python:3.12-slim
 FROM ${BASE}
 
 # gcc and the headers are for torch.compile and Triton, which build small launchers.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --no-install-recommends --yes gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 # The base image for GPUs has torch already, which is kept.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# hadolint ignore=DL3013
 RUN if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir torch torchvision --index-url "$TORCH_INDEX"; fi
 
 COPY . /src

