@@ -14,6 +14,7 @@ from nnunet_lgms.arrays import checked_image, is_flat
 from nnunet_lgms.dataset_json import n_channels
 from nnunet_lgms.files import one_line, read_json, shown
 from nnunet_lgms.names import check_plans_names
+from nnunet_lgms.nnunet_folders import shipped_models
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,8 @@ def predict(
 ) -> Any:
     """Segment one image or several, quietly.
 
-    Args:
-        model_folder: what nnU-Net trained, `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`.
+        model_folder: what nnU-Net trained, `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`, or the name
+            of a shipped model, "hippocampus".
         image: a file; samples of shape (C, Y, X) or (C, Z, Y, X); an image of SimpleITK or nibabel; or a list of files
             or of such images that are the channels of one image. Several images: a list of arrays, or of lists of files
             or images.
@@ -144,6 +145,8 @@ def load_predictor(
     from nnunet_lgms.prediction.predictor import Predictor
 
     folder = Path(model_folder)
+    if not folder.exists():
+        folder = shipped_models().get(str(model_folder), folder)
     trained = trained_folds(folder, checkpoint)
     folds = trained if folds is None else [str(fold) for fold in folds]
     if not folds:

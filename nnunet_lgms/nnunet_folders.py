@@ -1,4 +1,4 @@
-"""nnU-Net's three folders, and the numbers and names of the data sets in them."""
+"""nnU-Net's three folders, the numbers and names of the data sets in them, and the models that are shipped."""
 
 from __future__ import annotations
 
@@ -70,3 +70,10 @@ def raw_dataset(dataset: str) -> Path:
         there = ", ".join(sorted(folder.name for folder in raw.glob("Dataset*"))) or "none"
         raise ValueError(f"{raw} has {len(found)} datasets {dataset}, expected one; there are: {there}.")
     return found[0]
+
+
+def shipped_models() -> dict[str, Path]:
+    """Name -> folder of the trained models that are shipped: installed inside the package, in a checkout beside it."""
+    package = Path(__file__).parent
+    folders = [folder for place in (package.parent, package) for folder in sorted((place / "models").glob("*"))]
+    return {folder.name: folder for folder in folders if (folder / "plans.json").is_file()}

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_lgms.files import read_json, shown
+from nnunet_lgms.nnunet_folders import shipped_models
 
 if TYPE_CHECKING:
     from nnunet_lgms.architecture.lgmsnet import LGMSNet
-
-#: folders of the models that come with the package: installed inside of it, in a checkout beside it
-PLACES = [Path(__file__).parent / "models", Path(__file__).parents[1] / "models"]
 
 
 def load(model: str | Path, *, fold: int | str | None = None, checkpoint: str = "checkpoint_final.pth") -> LGMSNet:
@@ -82,7 +80,7 @@ def model_path(model: str | Path) -> Path:
     """
     if Path(model).exists():
         return Path(model)
-    shipped = {folder.name: folder for place in PLACES for folder in sorted(place.glob("*/"))}
+    shipped = shipped_models()
     if str(model) in shipped:
         return shipped[str(model)]
     raise ValueError(

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from nnunet_lgms import load
+from nnunet_lgms import load, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = "hippocampus_025"  # of the fold that the model was validated on
@@ -77,3 +77,8 @@ def test_load_names_the_shipped_models(tmp_path):
         load("brain")
     with pytest.raises(ValueError, match="holds 0 trained models"):
         load(zipped(tmp_path / "flat.zip", root=""))
+
+
+def test_predict_takes_a_shipped_model_by_its_name():
+    image = np.random.default_rng(0).normal(size=(1, 20, 24, 20))
+    assert predict("hippocampus", image, spacing=(1, 1, 1), device="cpu").shape == (20, 24, 20)

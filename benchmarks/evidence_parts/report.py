@@ -447,8 +447,8 @@ def _name(run: Mapping) -> str:
 def readme_section(results: Results) -> str:
     """What stands between the README's two markers: accuracy and cost beside nnU-Net's U-Net, in four columns each."""
     where = (
-        "All runs, tests, ablations and costs: [evidence](benchmarks/results/evidence.md); what the models are for and "
-        "where they fail: [model card](docs/explanation/model_card.md)."
+        "[All runs, tests, ablations and costs](benchmarks/results/evidence.md); [model card](docs/explanation/"
+        "model_card.md)."
     )
     return "\n".join([*_readme_accuracy(results), "", *_readme_cost(results), "", where])
 
@@ -473,13 +473,13 @@ def _readme_accuracy(results: Results) -> list[str]:
         steps += [run["iterations"] for run in baseline]
     if not rows:
         return ["Accuracy is **not measured yet**: `benchmarks/evidence.py` trains and compares, its table goes here."]
-    heads = ["Dice", "LGMSNet", "with nnU-Net's augmentation", "nnU-Net's U-Net"]
+    heads = ["Dice", "LGMSNet, paper's augmentation", "LGMSNet, nnU-Net's augmentation", "nnU-Net's U-Net"]
     return [
         *table(heads, rows),
         "",
         f"One training each of {min(steps):,} to {max(steps):,} steps, where nnU-Net's default is 250,000. In brackets "
-        "the difference to the U-Net with its 95 % interval over cases, not over trainings: where that holds 0, no "
-        "difference was shown.",
+        "the difference to the U-Net with its 95 % interval over cases, not over trainings: where that contains 0, "
+        "no difference was shown.",
     ]
 
 
