@@ -65,7 +65,7 @@ class Segmentation:
     """One label file.
 
     Args:
-        labels: int16, (Y, X) for flat images, (Z, Y, X) for volumes.
+        labels: int16, (Y, X) for flat images, (Z, Y, X) for volumes; of a volume of one slice its other two axes.
         spacing: of each of these axes, in the unit of `Reader.unit`.
         grid: where the samples lie.
     """
@@ -117,10 +117,14 @@ class Reader:
         labels = np.rint(samples[0]).astype(np.int16)
         if len(samples) != 1 or not np.array_equal(labels, samples[0]):
             raise ValueError(f"{path} is not a label map: expected one channel of whole numbers")
-        spacing = grid.spacing
-        if labels.shape[0] == 1:  # nnU-Net gives flat images a first axis with a spacing of no meaning
-            labels, spacing = labels[0], spacing[1:]
-        return Segmentation(labels, spacing, grid)
+        # One slice is flat, along whichever axis: across it everything would be surface. (To flat images nnU-Net gives
+        # a first axis with a spacing of no meaning.)
+        axes = [axis for axis, n in enumerate(labels.shape) if n > 1]
+        if len(axes) == 2 or labels.shape[0] == 1:
+            axes = axes if len(axes) == 2 else [1, 2]
+            labels = labels.reshape([labels.shape[axis] for axis in axes])
+            return Segmentation(labels, tuple(grid.spacing[axis] for axis in axes), grid)
+        return Segmentation(labels, grid.spacing, grid)
 
     def read_image(self, path: Path) -> tuple[np.ndarray, Grid]:
         """The samples of an image file, (C, Z, Y, X) of float32, and where they lie.

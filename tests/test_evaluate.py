@@ -283,17 +283,19 @@ def test_flat_images_are_measured_in_pixels(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_one_slice_is_flat_along_whichever_axis(axis: int):
+def test_one_slice_is_flat_along_whichever_axis(axis: int, tmp_path: Path):
     """Across a single slice everything would be surface, and every distance next to nothing."""
-    reference = disc(2)
-    prediction = np.roll(disc(2), 4, axis=1)
-    expected = compute_metrics(prediction, reference, (1.5, 0.5), 1.0)
-    spacing = list(np.insert([1.5, 0.5], axis, 7.0))
-    assert compute_metrics(np.expand_dims(prediction, axis), np.expand_dims(reference, axis), spacing, 1.0) == expected
-    empty = np.zeros_like(prediction)
-    assert compute_metrics(np.expand_dims(empty, axis), np.expand_dims(reference, axis), spacing, 1.0)[
-        "HD95"
-    ] == pytest.approx(np.hypot(40 * 1.5, 56 * 0.5))
+    pair = {"prediction": np.roll(disc(2), 4, axis=1), "reference": disc(2), "empty": np.zeros_like(disc(2))}
+    read = {}
+    for name, mask in pair.items():
+        spacing = np.insert([1.5, 0.5], axis, 7.0)
+        write_volume(tmp_path / f"{name}.nii.gz", np.expand_dims(mask, axis), spacing)
+        read[name] = Reader(".nii.gz").read_labels(tmp_path / f"{name}.nii.gz")
+        assert read[name].spacing == pytest.approx((1.5, 0.5))
+        np.testing.assert_array_equal(read[name].labels, mask)
+    found = compute_metrics(*(read[name].labels > 0 for name in ("prediction", "reference")), (1.5, 0.5), 1.0)
+    assert found == compute_metrics(pair["prediction"], pair["reference"], (1.5, 0.5), 1.0)
+    assert read["empty"].grid.differences(read["reference"].grid) == ""
 
 
 def test_files_with_capitals_are_taken_and_hidden_ones_left_out(volumes: tuple[Path, Path], tmp_path: Path, capsys):

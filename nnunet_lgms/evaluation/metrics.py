@@ -48,7 +48,6 @@ def compute_metrics(
 def _surface_metrics(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
-    prediction, reference, spacing = _flat_if_one_slice(prediction, reference, spacing)
     if not prediction.any() or not reference.any():
         return float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0
     from nnunet_lgms.evaluation.requirement import monai_metrics
@@ -69,7 +68,6 @@ def surface_dice(
     """NSD of two masks, neither of them empty, for several distances that it forgives."""
     from nnunet_lgms.evaluation.requirement import monai_metrics
 
-    prediction, reference, spacing = _flat_if_one_slice(prediction, reference, spacing)
     pair = [mask.expand(-1, len(tolerances), *mask.shape[2:]) for mask in _cut_out(prediction, reference)]
     nsd = monai_metrics()[1](
         *pair,
@@ -79,14 +77,6 @@ def surface_dice(
         use_subvoxels=True,
     )
     return [float(value) for value in nsd[0]]
-
-
-def _flat_if_one_slice(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]):
-    """Masks of one slice, along whichever axis, without that axis: across it everything would be surface."""
-    axes = [axis for axis, n in enumerate(prediction.shape) if n > 1]
-    if 2 <= len(axes) < prediction.ndim:
-        return prediction.squeeze(), reference.squeeze(), [spacing[axis] for axis in axes]
-    return prediction, reference, spacing
 
 
 def _cut_out(prediction: np.ndarray, reference: np.ndarray) -> list:

@@ -241,6 +241,8 @@ def _worst(evaluation: Evaluation, model: str, images: Path | None, n_worst: int
         prediction, reference = evaluation.read_pair(model, case)
         file = images / f"{case}_0000{reader.file_ending}" if images else None
         image = reader.read_image(file)[0] if file and file.exists() else None
+        if image is not None and reference.labels.ndim == 2 and image[0].size == reference.labels.size:
+            image = image.reshape(len(image), 1, *reference.labels.shape)
         shown.append(
             {"name": case, "dice": number(dice[c])}
             | case_pictures(prediction.labels, reference.labels, evaluation.labels.regions, reference.spacing, image)
