@@ -71,7 +71,7 @@ def installed(name: str) -> list[str]:
                 thing = getattr(thing, part)
         except (ImportError, AttributeError):
             continue
-        return parameters(thing)
+        return parameters(thing) if callable(thing) else ["a value"]
     return ["is gone"]
 
 

@@ -126,7 +126,12 @@ class SlidingWindow:
             if self.flat:
                 window = window.unsqueeze(1)
             window *= self.weights
-            self.logits[model][(slice(None), *self._area(z - bottom, y, x))] += window
+            sums = self.logits[model][(slice(None), *self._area(z - bottom, y, x))]
+            if window.dtype == sums.dtype:
+                sums += window
+                continue
+            for total, part in zip(sums, window):  # to add float32, PyTorch makes float32 copies of what it adds to
+                total += part
 
     def _area(self, z: int, y: int, x: int) -> tuple[slice, slice, slice]:
         return tuple(slice(start, start + size) for start, size in zip((z, y, x), self.patch))
