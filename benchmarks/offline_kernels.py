@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import re
 import subprocess
@@ -36,7 +37,7 @@ from triton.runtime.driver import driver
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.ops import backend, launch
-from nnunet_lgms.ops.triton import conv_kernels, depthwise
+from nnunet_lgms.ops.triton import conv_kernels, depthwise, norm_act_kernels
 from nnunet_lgms.planning.memory import OnGPU
 
 SMALL, LARGE = "99 KiB", "163 KiB and more"  # of shared memory: the depthwise weight gradient has tiles for either
@@ -72,6 +73,17 @@ class Version(NamedTuple):
         function = kernel if hasattr(kernel, "fn") else kernel.kernel  # within what `wrap_triton` gives
         names = tuple(str(a) if isinstance(a, torch.dtype) else a for a in arguments)
         return cls(f"{function.fn.__module__}:{function.fn.__name__}", names, options)
+
+    @classmethod
+    def read(cls, kernel: str, call: str) -> Version:
+        """From the table."""
+        arguments, options = json.loads(call)
+        return cls(kernel, tuple(arguments), tuple((name, value) for name, value in options))
+
+    @property
+    def call(self) -> str:
+        """Arguments and options, for the table."""
+        return json.dumps([self.arguments, self.options])
 
     @property
     def name(self) -> str:
@@ -156,8 +168,8 @@ def step_versions(make: Callable[[], nn.Module], shape: tuple[int, ...], half: b
     return versions
 
 
-def widest_convolutions(tiles: str) -> list[Version]:
-    """Convolutions at the limits of their kernels: those need most shared memory."""
+def widest_versions(tiles: str) -> list[Version]:
+    """Convolutions at the limits of their kernels, which need most shared memory, and what several processes launch."""
     with noting(tiles) as versions:
         for kernel in ((3, 3, 3), (1, 3, 3), (3, 1, 3), (3, 3, 1), (1, 1, 1), (3, 3), (1, 1)):
             widest = 64 if kernel[-1] == 1 else 32
@@ -170,6 +182,7 @@ def widest_convolutions(tiles: str) -> list[Version]:
             x = torch.empty((2, 16, 128, 128, 128), device="meta")
             depthwise.convolve(x, x.new_empty(16 * 9**3), [16], [9] * 3, False, False, False)
             depthwise.correlate(x, x, [16], [9] * 3)
+        norm_act_kernels.merge_processes(torch.empty((8, 3, 256), device="meta"), 0)
     return [v for v in versions if v.name not in ("_conv_band_kernel", "_depthwise_band_kernel")]
 
 
@@ -188,7 +201,7 @@ def collect(tiles: str) -> list[Version]:
     for make, shape in networks().values():
         for half in (True, False):
             noted += step_versions(make, shape, half, tiles)
-    return list(dict.fromkeys([*largest(noted), *widest_convolutions(tiles)]))
+    return list(dict.fromkeys([*largest(noted), *widest_versions(tiles)]))
 
 
 class _Compiler:
@@ -235,15 +248,14 @@ def stack(cubin: bytes) -> int:
 
 def table(entries: list[dict[str, Any]]) -> str:
     """Markdown: a row a kernel, its largest shared memory and stack for each target."""
-    names = sorted({e["kernel"].rpartition(":")[2] for e in entries})
     lines = ["| kernel | " + " | ".join(CARDS) + " |", "|---|" + "---:|" * len(CARDS)]
-    for name in names:
+    for kernel in sorted({entry["kernel"] for entry in entries}, key=lambda kernel: kernel.rpartition(":")[2]):
         cells = []
         for target in CARDS:
-            here = [e for e in entries if e["target"] == target and e["kernel"].endswith(":" + name)]
-            shared, spilt = (max((e[k] for e in here), default=0) for k in ("shared", "stack"))
+            here = [e["needs"][target] for e in entries if e["kernel"] == kernel and target in e["needs"]]
+            shared, spilt = (max((need[what] for need in here), default=0) for what in ("shared", "stack"))
             cells.append(f"{shared:,}" + (f" / {spilt}" if spilt else "") if here else "")
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        lines.append(f"| `{kernel.rpartition(':')[2]}` | " + " | ".join(cells) + " |")
     lines.append("| **a block can have** | " + " | ".join(f"{c.shared_memory:,}" for c in CARDS.values()) + " |")
     return "\n".join(lines)
 
@@ -255,14 +267,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     collected = {tiles: collect(tiles) for tiles in (SMALL, LARGE)}
-    entries = []
+    needed: dict[Version, dict[str, dict[str, int]]] = {}
     for target in args.targets or CARDS:
         began = time.monotonic()
         versions = collected[CARDS[target].tiles]
         with compiling_for(target):
-            entries += [{"target": target, **version._asdict(), **needs(version)} for version in versions]
+            for version in versions:
+                needed.setdefault(version, {})[target] = needs(version)
         print(f"{target}: {len(versions)} versions in {time.monotonic() - began:.0f} s", flush=True)
-    write(args.out, "offline_kernels", {**provenance("cpu"), "entries": entries}, markdown(entries))
+    entries = [{"kernel": v.kernel, "call": v.call, "needs": n} for v, n in needed.items()]
+    write(args.out, "offline_kernels", {**provenance("cpu"), "compiled": entries}, markdown(entries))
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
@@ -270,7 +284,7 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     return f"""# Kernels compiled offline
 
 `python benchmarks/offline_kernels.py`, Triton {triton.__version__}. Bytes of shared memory of a block; behind a slash
-bytes of stack of a thread, into which registers spill. Every kernel's largest version is shown; all are in the JSON.
+bytes of stack of a thread, into which registers spill. The most of a kernel's versions is shown; all are in the JSON.
 
 {kinds}
 

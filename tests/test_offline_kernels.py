@@ -1,0 +1,78 @@
+"""What the Triton kernels take of GPUs: the table that benchmarks/offline_kernels.py made, and a part of it anew."""
+
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import offline_kernels  # noqa: E402
+from offline_kernels import CARDS, SMALL, Version, compiling_for  # noqa: E402
+
+from nnunet_lgms.ops import backend  # noqa: E402
+from nnunet_lgms.ops import triton as kernels  # noqa: E402
+
+TABLE = json.loads((ROOT / "benchmarks/results/offline_kernels.json").read_text())
+# Bytes of a thread into which registers may spill: of float32 in three products, and of gradients in float16. On a B200
+# the bottleneck's spills a lot; that is known, and was not tried there.
+MOST_STACK = {
+    "_depthwise_forward_kernel": 320,
+    "_depthwise_weight_gradient_kernel": 256,
+    "_bottleneck_backward_kernel": 160,
+    "_layer_norm_backward_kernel": 16,
+    "_conv_flat_kernel": 16,
+}
+MOST_STACK_ON_B200 = {"_bottleneck_backward_kernel": 896}
+
+
+def _largest(kernel: str, target: str) -> dict:
+    """The version of a kernel that takes most shared memory."""
+    entries = [e for e in TABLE["compiled"] if e["kernel"].endswith(f":{kernel}") and target in e["needs"]]
+    return max(entries, key=lambda entry: entry["needs"][target]["shared"])
+
+
+def _kernels() -> set[str]:
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+@pytest.mark.parametrize("target", CARDS)
+def test_every_kernel_fits_the_card(target: str):
+    entries = [entry for entry in TABLE["compiled"] if target in entry["needs"]]
+    assert {entry["kernel"].rpartition(":")[2] for entry in entries} == _kernels()
+    for entry in entries:
+        name, needs = entry["kernel"].rpartition(":")[2], entry["needs"][target]
+        assert needs["shared"] <= CARDS[target].shared_memory, name
+        known = MOST_STACK | (MOST_STACK_ON_B200 if target == "sm_100" else {})
+        assert needs["stack"] <= known.get(name, 0), (name, entry["call"])
+
+
+def test_the_gate_asks_for_what_the_largest_kernel_takes():
+    small = [target for target, card in CARDS.items() if card.tiles == SMALL]
+    taken = [
+        entry["needs"][target]["shared"] for entry in TABLE["compiled"] for target in small if target in entry["needs"]
+    ]
+    assert max(taken) == backend.SHARED_MEMORY
+    assert min(card.shared_memory for card in CARDS.values()) >= backend.SHARED_MEMORY > 64 << 10  # of a T4
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90"])
+def test_the_largest_kernel_still_takes_what_the_table_says(target: str, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    entry = _largest("_conv_sweep_kernel", target)
+    with compiling_for(target):
+        needs = offline_kernels.needs(Version.read(entry["kernel"], entry["call"]))
+    assert needs["shared"] <= entry["needs"][target]["shared"] and needs["stack"] <= entry["needs"][target]["stack"]
+
+
+def test_the_widest_convolutions_are_those_of_the_table():
+    """New tiles, or wider ones, are compiled before they are tried on somebody's card."""
+    known = {(entry["kernel"], entry["call"]) for entry in TABLE["compiled"]}
+    assert {(version.kernel, version.call) for version in offline_kernels.widest_versions(SMALL)} <= known
