@@ -36,8 +36,9 @@ def predict(
     return_probabilities: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """Segment one image or several, quietly.
+    """Segments one image or several, quietly.
 
+    Args:
         model_folder: what nnU-Net trained, `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`, or the name
             of a shipped model, "hippocampus".
         image: a file; samples of shape (C, Y, X) or (C, Z, Y, X); an image of SimpleITK or nibabel; or a list of files
