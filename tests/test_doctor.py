@@ -32,7 +32,7 @@ def test_ready_machine_is_exit_code_0(ready: Path, capsys: pytest.CaptureFixture
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"nnunet_lgms {__version__}" in out and "PROBLEM" not in out
-    variants = "_1000epochs, _100epochs, _250epochs, _50epochs, _5epochs, _nnUNetDA, _smoke"
+    variants = "_1000epochs, _100epochs, _250epochs, _50epochs, _5epochs, _nnUNetDA, _paper2D, _paper3D, _smoke"
     assert f"nnUNetTrainerLGMSNet ({variants}) found in {ROOT / 'trainers'}" in out
     assert out.splitlines()[-1].startswith("ready: nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerLGMSNet")
 

@@ -264,7 +264,7 @@ def test_runtime_refuses(tmp_path, exported, hippocampus, capsys):
     assert "--threads 0" in refused(["runtime", exported, "-i", case, *out, "--threads", "0"], capsys)
     assert "step" in refused(["runtime", exported, "-i", case, *out, "--step", "0"], capsys)
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
-    assert "damaged" in refused(["runtime", exported, "-i", tmp_path / "broken.nii.gz", *out], capsys)
+    assert "cannot be read" in refused(["runtime", exported, "-i", tmp_path / "broken.nii.gz", *out], capsys)
     (tmp_path / "broken.nrrd").write_bytes(b"no image")
     assert "cannot be read" in refused(["runtime", exported, "-i", tmp_path / "broken.nrrd", *out], capsys)
     alone = tmp_path / "alone.onnx"

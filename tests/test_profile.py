@@ -460,7 +460,7 @@ def test_steps_are_measured_and_a_failure_is_told():
     profile["steps"] = {k: _measure(subject, k, "cpu", 2, False) for k in ("training", "inference")}
     assert all(0 < s["ms_fastest"] <= s["ms"] <= s["ms_slowest"] for s in profile["steps"].values())
     assert profile["steps"]["training"]["ms"] > profile["steps"]["inference"]["ms"]
-    assert "ms, " in as_table([profile])
+    assert " ms (" in as_table([profile])
     if not torch.cuda.is_available():
         profile["steps"] = measured_profile(subject, "cuda", 1, False)
         assert all("failed" in step for step in profile["steps"].values())
