@@ -144,10 +144,7 @@ def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
         with contextlib.redirect_stdout(said):
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 
-            derived = [
-                trainer for trainer in find(name).__subclasses__() if trainer.__module__.startswith("nnunet_lgms.")
-            ]
-            variants = sorted(trainer.__name__ for trainer in derived)
+            variants = sorted(t.__name__ for t in _subclasses(find(name)) if t.__module__.startswith("nnunet_lgms."))
             for variant in variants:
                 find(variant)
     except Exception as error:  # the finder imports every trainer it passes, so anything may surface here
@@ -163,11 +160,17 @@ def check_trainers(name: str = "nnUNetTrainerLGMSNet") -> Finding:
         text = f"nnU-Net's finder fails in {file} with {type(error).__name__}: {one_line(reason)}"
         ours = Path(__file__).resolve().parents[1]
         if ours in file.parents or file.parent == _trainers_folder():
-            return Finding(PROBLEM, "trainers", text, "pip install --force-reinstall nnunet-lgms")
+            return Finding(PROBLEM, "trainers", text, "pip install --force-reinstall .  # in the clone")
         return Finding(PROBLEM, "trainers", text)
     where = said.getvalue().rsplit("from: ", 1)[-1].strip() if "from: " in said.getvalue() else "nnunetv2 itself"
     also = ", ".join(variant.removeprefix(name) for variant in variants)
     return Finding(OK, "trainers", f"{name} ({also}) found in {where}")
+
+
+def _subclasses(of: type) -> Iterator[type]:
+    for direct in of.__subclasses__():
+        yield direct
+        yield from _subclasses(direct)
 
 
 def check_gpu() -> Finding:
