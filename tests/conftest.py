@@ -23,6 +23,13 @@ def clean_env() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("nnUNet", "PYTHON"))}
 
 
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's three variables, with folders that need not be there."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
 @pytest.fixture(scope="session")
 def hippocampus() -> Path:
     """The hippocampus set that ships with the demo, in nnU-Net's raw layout: 24 training and 6 test cases."""

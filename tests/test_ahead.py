@@ -13,7 +13,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
-from test_trainer import make_batch, make_trainer
+from tiny_trainer import make_batch, make_trainer
 
 from nnunet_lgms.graphs.ahead import LossOfAStep, StepResult, copied_ahead
 from nnunet_lgms.nnunet.errors import TrainingError
@@ -23,11 +23,7 @@ N = 2**22  # numbers of a batch: its copy takes longer than a launch
 ONE = torch.ones(())  # a norm of gradients
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-
-@pytest.fixture(autouse=True)
-def nnunet_folders(tmp_path, monkeypatch):
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, str(tmp_path / name))
+pytestmark = pytest.mark.usefixtures("nnunet_folders")
 
 
 def make_numbers(i: int, device: str) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from test_trainer import make_trainer
+from tiny_trainer import make_trainer
 
 from nnunet_lgms.nnunet import aside, checkpoints
 from nnunet_lgms.nnunet.aside import ProgressPicture, Writer

@@ -1,11 +1,9 @@
 """ "lms_kernels": "auto": from the sizes of the objects to kernels per level and axis."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from PIL import Image
+from volumes import write_volume
 
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.planning.auto_kernels import (
@@ -41,12 +39,6 @@ def objects(*edges_in_mm) -> Components:
 
 def kernels(components, plan, levels=(1, 2, 3)) -> list:
     return [level.kernels for level in choose_kernels(components, plan, levels)]
-
-
-def write(path: Path, segmentation: np.ndarray, spacing_zyx=(1.0, 1.0, 1.0)) -> None:
-    image = sitk.GetImageFromArray(segmentation.astype(np.uint8))
-    image.SetSpacing([float(s) for s in reversed(spacing_zyx)])
-    sitk.WriteImage(image, str(path))
 
 
 def test_large_objects_and_isotropic_voxels_get_the_papers_kernels():
@@ -104,10 +96,10 @@ def test_boxes_of_components_without_specks():
 
 
 def test_measures_mm_in_the_plans_axis_order(tmp_path):
-    segmentation = np.zeros((10, 20, 30))
+    segmentation = np.zeros((10, 20, 30), np.uint8)
     segmentation[2:6, 5:10, 10:20] = 1
     segmentation[2:6, 5:10, 20:26] = 2  # another label: another object, though they touch
-    write(tmp_path / "a.nii.gz", segmentation, (3.0, 1.0, 0.5))
+    write_volume(tmp_path / "a.nii.gz", segmentation, (3.0, 1.0, 0.5))
     found = measure_components(plans(), DATASET, [tmp_path / "a.nii.gz"])
     np.testing.assert_allclose(found.edges, [(12, 5, 5), (12, 5, 3)])
     turned = measure_components(plans((2, 0, 1)), DATASET, [tmp_path / "a.nii.gz"])
@@ -126,9 +118,9 @@ def test_objects_in_flat_images_are_measured_in_pixels(tmp_path):
 
 
 def test_regions_are_measured_as_regions(tmp_path):
-    segmentation = np.zeros((10, 10, 10))
+    segmentation = np.zeros((10, 10, 10), np.uint8)
     segmentation[:, 2:4, 2:4], segmentation[:, 4:8, 2:4] = 1, 2
-    write(tmp_path / "a.nii.gz", segmentation)
+    write_volume(tmp_path / "a.nii.gz", segmentation)
     regions = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
     found = measure_components(plans(), regions, [tmp_path / "a.nii.gz"])
     np.testing.assert_allclose(found.edges, [(10, 6, 2), (10, 4, 2)])
@@ -137,9 +129,9 @@ def test_regions_are_measured_as_regions(tmp_path):
 def test_takes_the_same_cases_whatever_the_order_of_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_lgms.planning.auto_kernels.MAX_CASES", 3)
     for i in range(7):
-        segmentation = np.zeros((8, 8, 8))
+        segmentation = np.zeros((8, 8, 8), np.uint8)
         segmentation[0, 0, : i + 1] = 1
-        write(tmp_path / f"{i}.nii.gz", segmentation)
+        write_volume(tmp_path / f"{i}.nii.gz", segmentation)
     files = sorted(tmp_path.glob("*.nii.gz"))
     first = measure_components(plans(), DATASET, files)
     again = measure_components(plans(), DATASET, files[::-1])

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_trainer import LABELS, REGIONS, make_batch, make_trainer
+from tiny_plans import LABELS, REGIONS
+from tiny_trainer import make_batch, make_trainer
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce

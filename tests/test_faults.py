@@ -18,7 +18,7 @@ import torch
 from another_process import another_process_holds
 from conftest import ROOT
 from nnunetv2.run.run_training import get_trainer_from_args
-from test_trainer import make_trainer
+from tiny_trainer import make_trainer
 from workshop import TRAINER, Workshop, make_case, write
 
 import nnunet_lgms

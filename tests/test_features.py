@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import make_batch, make_trainer
+from tiny_trainer import make_batch, make_trainer
 from workshop import LABELS, TRAINER, Workshop, read
 
 GPU = "cuda"

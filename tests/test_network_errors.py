@@ -6,6 +6,7 @@ import numpy as np
 import planned
 import pytest
 import torch
+from authors_vectors import load
 from hostile import RunsCode
 from networks import tiny_network
 from torch import nn
@@ -166,8 +167,6 @@ def test_plan_of_a_transformer_has_no_stages():
 
 def official_state_dict() -> dict[str, torch.Tensor]:
     """Names of the published 2D network, by way of the test vectors."""
-    from test_vectors import load
-
     return load("lgmsnet_2d")[0]
 
 

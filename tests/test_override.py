@@ -17,6 +17,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from planned import configuration
+from volumes import write_volume
 
 from nnunet_lgms.cli import main
 from nnunet_lgms.config import settings_of
@@ -38,9 +39,7 @@ def dataset(tmp_path, monkeypatch) -> Path:
     (folder / "dataset.json").write_text(json.dumps(description))
     segmentation = np.zeros((12, 40, 40), np.uint8)
     segmentation[2:5, 10:22, 10:22] = 1
-    image = sitk.GetImageFromArray(segmentation)
-    image.SetSpacing((1.0, 1.0, 4.0))
-    sitk.WriteImage(image, str(folder / "gt_segmentations" / "a.nii.gz"))
+    write_volume(folder / "gt_segmentations" / "a.nii.gz", segmentation, (4.0, 1.0, 1.0))
     anisotropic = configuration(
         (12, 48, 48),
         4,

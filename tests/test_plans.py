@@ -10,7 +10,7 @@ import tiny_plans
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from planned import configuration, manager
-from test_auto_kernels import write
+from volumes import write_volume
 
 from nnunet_lgms.blocks import FusionBlock, GMSBlock, LMSBlock, PlainConvBlock
 from nnunet_lgms.config import LGMSSettings, settings_of
@@ -71,7 +71,7 @@ def test_auto_of_a_dataset_builds_steps_and_loads_again(tmp_path):
     small[4:6, 10:15, 10:15] = 1
     large[2:10, 5:35, 5:35] = 1
     for name, segmentation in (("a", small), ("b", large)):
-        write(tmp_path / f"{name}.nii.gz", segmentation, (4.0, 1.0, 1.0))
+        write_volume(tmp_path / f"{name}.nii.gz", segmentation, (4.0, 1.0, 1.0))
     description = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]]
     plans = tiny_plans.plans(

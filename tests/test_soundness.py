@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from hostile import RunsCode
 from networks import tiny_network
-from test_trainer import make_batch, make_trainer
+from tiny_trainer import make_batch, make_trainer
 from workshop import Workshop
 
 from nnunet_lgms.checkpoint import read_checkpoint
@@ -27,11 +27,7 @@ from nnunet_lgms.study.steps import _training_record
 # meets a 3x3x3 kernel (torch 2.13 on a CPU with AVX-512). nnU-Net trains in float32 on a CPU.
 SIZE = {2: (32, 32), 3: (24, 16, 16)}
 
-
-@pytest.fixture(autouse=True)
-def nnunet_folders(tmp_path, monkeypatch):
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, str(tmp_path / name))
+pytestmark = pytest.mark.usefixtures("nnunet_folders")
 
 
 def one_voxel(target: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_trainer import make_batch, make_trainer
+from tiny_trainer import make_batch, make_trainer
 from torch import Tensor, nn
 
 from nnunet_lgms.graphs import update

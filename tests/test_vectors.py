@@ -1,23 +1,12 @@
 """Every block and both whole networks against the authors' numbers (tests/vectors)."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from authors_vectors import load
 
 from nnunet_lgms import LGMSNet, load_official
 from nnunet_lgms.architecture.official import rename_block
 from nnunet_lgms.blocks import FusionBlock, GMSBlock, LMSBlock
-
-VECTORS = Path(__file__).parent / "vectors"
-
-
-def load(name):
-    with np.load(VECTORS / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-    weights = {key.removeprefix("weights/"): value for key, value in arrays.items() if key.startswith("weights/")}
-    return weights, arrays
 
 
 def build_block(kind, dim):
