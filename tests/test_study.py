@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from nnunet_lgms.study.estimate import epochs_of, estimate_hours
 from nnunet_lgms.study.graph import Graph
 from nnunet_lgms.study.pictures import pareto_front
 from nnunet_lgms.study.schema import OWN_PLANS, PLANNERS, Study, find_study, packaged, schema_table
-from nnunet_lgms.study.steps import _check_fold, _readable
+from nnunet_lgms.study.steps import _readable
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = "name: a\nconfigurations: [2d]\ndatasets: {Dataset101_B: {}}\nvariants: {a: {}}\n"
@@ -32,6 +33,20 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     return tmp_path
+
+
+def raw_data(folders: Path, name: str = "Dataset101_B", n_cases: int = 5, ending: str = ".nii.gz", **more) -> Path:
+    """A raw data set as far as a study's check looks at it: no image is read."""
+    folder = folders / "nnUNet_raw" / name
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for case in range(n_cases):
+        (folder / "imagesTr" / f"case_{case}_0000{ending}").touch()
+        (folder / "labelsTr" / f"case_{case}{ending}").touch()
+    labels = {"background": 0, "lesion": 1}
+    content = {"labels": labels, "channel_names": {"0": "CT"}, "file_ending": ending, "numTraining": n_cases} | more
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
 
 
 def written(folder: Path, text: str) -> Path:
@@ -180,44 +195,217 @@ def test_graph_of_six_datasets_five_folds_and_twenty_variants_takes_less_than_10
 # ---- what is checked and estimated before the first job --------------------------------------------------------------
 
 
-def test_missing_inputs_are_named_before_the_first_job(folders: Path, capsys, monkeypatch) -> None:
-    def said(text: str) -> str:
-        assert main(["study", "run", str(written(folders, text))]) == 2
-        return capsys.readouterr().err
+@pytest.fixture
+def refused(folders: Path, capsys) -> Callable[..., str]:
+    """What `study check` and `study run` say of a study that both refuse: one sentence, the same."""
 
-    assert "Dataset101_B is not in nnUNet_raw: put it there" in said(SMALLEST)
-    converted = SMALLEST.replace("Dataset101_B: {}", "Dataset101_BUSI: {convert: {name: busi, source: $THERE/x}}")
-    assert "THERE is not set: export THERE=FOLDER" in said(converted)
+    def both(text: str, *options: str) -> str:
+        said = []
+        for action in ("check", "run"):
+            assert main(["study", action, str(written(folders, text)), *options]) == 2
+            said.append(capsys.readouterr())
+        assert said[0] == said[1] and said[0].out == "" and said[0].err.count("\n") == 1
+        return said[0].err
+
+    return both
+
+
+def step(folders: Path, capsys, *words: str) -> str:
+    """What the job itself says, when it is started all the same."""
+    from nnunet_lgms.study.__main__ import main as job
+
+    name, *names = words
+    assert job(name, str(folders / "study.yaml"), str(folders / "done.json"), *names) == 2
+    return capsys.readouterr().err.partition(": ")[2]
+
+
+ON_CPU = SMALLEST + "device: cpu\n"
+
+
+def test_data_that_is_missing_is_named_before_the_first_job(folders: Path, refused, capsys, monkeypatch) -> None:
+    assert "Dataset101_B is not in nnUNet_raw: put it there" in refused(ON_CPU)
+    converted = ON_CPU.replace("Dataset101_B: {}", "Dataset101_BUSI: {convert: {name: busi, source: $THERE/x}}")
+    said = refused(converted)
+    assert "THERE is not set: export THERE=FOLDER" in said
+    assert said.partition(": ")[2] == step(folders, capsys, "convert", "Dataset101_BUSI")
     monkeypatch.setenv("THERE", str(folders))
-    assert f"made from {folders / 'x'}, which is no folder" in said(converted)
+    assert f"made from {folders / 'x'}, which is no folder" in refused(converted)
     (folders / "x" / "benign").mkdir(parents=True)
-    assert f"{folders / 'x'} does not look like BUSI: expected" in said(converted)
+    said = refused(converted)
+    assert f"{folders / 'x'} does not look like BUSI: expected" in said
+    assert said.partition(": ")[2] == step(folders, capsys, "convert", "Dataset101_BUSI")
     for name in ("benign (1).png", "benign (1)_mask.png", "benign (2).png", "benign (3).png"):
         (folders / "x" / "benign" / name).touch()
-    message = said(converted)
+    message = refused(converted)
     assert "benign (2).png has no mask, and 1 more" in message and "is to be made, is not complete" in message
-    assert "Dataset101_B is made from busi: call it Dataset101_BUSI" in said(converted.replace("BUSI", "B"))
-    (folders / "nnUNet_raw" / "Dataset101_B").mkdir()
-    (folders / "nnUNet_raw" / "Dataset101_B" / "dataset.json").write_text("{}")
-    assert "no override 'kernels_4'; did you mean" in said(SMALLEST.replace("a: {}", "a: {override: kernels_4}"))
-    assert "has no imagesTs" in said(SMALLEST.replace("Dataset101_B: {}", "Dataset101_B: {test: true}"))
-    missing = said(SMALLEST.replace("a: {}", "a: {trainer: nnUNetTrainer_25epochs}"))
+    assert "Dataset101_B is made from busi: call it Dataset101_BUSI" in refused(converted.replace("BUSI", "B"))
+    (folders / "x" / "benign" / "benign (2).png").unlink()
+    (folders / "x" / "benign" / "benign (3).png").unlink()
+    assert "has flat images, for which nnU-Net plans 2d alone" in refused(converted.replace("[2d]", "[2d, 3d_lowres]"))
+    assert "of the splits has no" in refused(converted.replace("$THERE/x", "$THERE/x, splits: paper"))
+    assert "has no imagesTs" in refused(converted.replace("{convert", "{test: true, convert"))
+
+
+def test_data_that_was_converted_otherwise_is_refused_as_the_job_would(
+    folders: Path, refused, capsys, verify_in_threads
+) -> None:
+    """Also where nobody says where the download lies: the job needs that to compare."""
+    from dataset_replicas import disc, grey, picture, save
+
+    for n in range(1, 7):
+        save(folders / f"x/benign/benign ({n}).png", picture(n, 3))
+        save(folders / f"x/benign/benign ({n})_mask.png", grey(disc(n)))
+    assert main(["convert", "busi", str(folders / "x"), "--id", "101", "--workers", "1"]) == 0
+    capsys.readouterr()
+    text = ON_CPU.replace("Dataset101_B: {}", "Dataset101_BUSI: {convert: {name: busi, source: $THERE/x, size: 64}}")
+    assert "THERE is not set" in refused(text)
+    text = text.replace("$THERE/", "")
+    said = refused(text)
+    assert "Dataset101_BUSI exists and was made otherwise" in said
+    assert said.partition(": ")[2] == step(folders, capsys, "convert", "Dataset101_BUSI")
+    text = text.replace(", size: 64", "")
+    assert main(["study", "check", str(written(folders, text))]) == 0
+    capsys.readouterr()
+    (folders / "x/benign/benign (7).png").write_bytes((folders / "x/benign/benign (6).png").read_bytes())
+    (folders / "x/benign/benign (7)_mask.png").write_bytes((folders / "x/benign/benign (6)_mask.png").read_bytes())
+    assert "was made from files" in refused(text)
+
+
+def test_data_that_nnunet_would_refuse_is_named_before_the_first_job(folders: Path, refused, capsys) -> None:
+    raw = raw_data(folders)
+    (raw / "labelsTr" / "case_3.nii.gz").unlink()
+    assert "Dataset101_B has no case_3.nii.gz in labelsTr" in refused(ON_CPU)
+    raw_data(folders, numTraining=9)
+    assert "has numTraining 9, and there are 5 training cases" in refused(ON_CPU)
+    raw_data(folders, labels={"lesion": 1})
+    assert "has labels {'lesion': 1}" in refused(ON_CPU)
+    raw_data(folders)
+    assert "has no imagesTs" in refused(ON_CPU.replace("Dataset101_B: {}", "Dataset101_B: {test: true}"))
+    (raw / "imagesTr" / "case_4_0000.nii.gz").unlink()
+    raw_data(folders, numTraining=4, n_cases=4)
+    assert "has 4 training case(s), of which nnU-Net makes no 5 folds" in refused(ON_CPU)
+    (folders / "nnUNet_raw" / "Dataset102_P").mkdir()
+    raw_data(folders, "Dataset102_P", ending=".png")
+    flat = ON_CPU.replace("Dataset101_B", "Dataset102_P").replace("[2d]", "[2d, 3d_fullres]")
+    assert "for which nnU-Net plans 2d alone, and is to be trained as 3d_fullres" in refused(flat)
+
+
+def test_folds_plans_and_overrides_are_checked_as_their_jobs_do(folders: Path, refused, capsys) -> None:
+    from tiny_plans import configuration, plans
+
+    raw_data(folders)
+    assert "Dataset101_B has 5 folds, there is no fold 7" in refused(ON_CPU + "folds: [0, 7]")
+    preprocessed = folders / "nnUNet_preprocessed" / "Dataset101_B"
+    preprocessed.mkdir()
+    (preprocessed / "splits_final.json").write_text(json.dumps([{}, {}, {}]))
+    said = refused(ON_CPU)
+    assert "Dataset101_B has 3 folds, there is no fold 3: correct folds in study.yaml" in said
+    text = ON_CPU + "folds: [0]\n"
+    model = Graph(written(folders, text)).models("Dataset101_B")[0].name
+    written(folders, ON_CPU)
+    assert said.partition(": ")[2] == step(folders, capsys, "train", "unseeded", "Dataset101_B", model, "3")
+
+    assert "no override 'kernels_4'; did you mean" in refused(text.replace("a: {}", "a: {override: kernels_4}"))
+    (folders / "bad.json").write_text('{"lgmsnet": {"gms_ratio": 7}}')
+    assert "gms_ratio is 7" in refused(text.replace("a: {}", "a: {override: bad.json}"))
+    planned = plans(**{"2d": configuration([64, 64])})
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(planned))
+    said = refused(text.replace("[2d]", "[2d, 3d_lowres]"))
+    assert "nnUNetPlans of Dataset101_B has no 3d_lowres: nnU-Net planned 2d only" in said
+    assert said.partition(": ")[2] == step(folders, capsys, "preprocess", "Dataset101_B", "nnUNetPlans_3d_lowres")
+    (folders / "flat.json").write_text('{"lgmsnet": {"lms_kernels": [[3, 3, 3]]}}')
+    overridden = text.replace("a: {}", "a: {override: flat.json}")
+    said = refused(overridden)
+    assert said.partition(": ")[2] == step(folders, capsys, "override", "Dataset101_B", "nnUNetPlans_flat")
+    (folders / "flat.json").write_text('{"lgmsnet": {"lms_kernels": [3]}}')
+    assert main(["study", "check", str(written(folders, overridden))]) == 0
+    capsys.readouterr()
+    (preprocessed / "nnUNetPlans_flat.json").write_text(json.dumps(planned | {"plans_name": "nnUNetPlans_flat"}))
+    said = refused(overridden)
+    assert "exists and says something else than nnUNetPlans with flat.json" in said
+    assert said.partition(": ")[2] == step(folders, capsys, "override", "Dataset101_B", "nnUNetPlans_flat")
+
+
+def test_trainers_are_those_that_nnunet_finds(folders: Path, refused, monkeypatch, capsys) -> None:
+    raw_data(folders)
+    missing = refused(ON_CPU.replace("a: {}", "a: {trainer: nnUNetTrainer_25epochs}"))
     assert "variants.a.trainer is nnUNetTrainer_25epochs, which is neither nnU-Net's nor in a folder" in missing
     assert "did you mean 'nnUNetTrainer_250epochs', " in missing
-    assert main(["study", "check", str(written(folders, SMALLEST)), "--snakemake='-n"]) == 2
-    assert "every quotation mark needs its partner" in capsys.readouterr().err
-    assert main(["study", "check", str(written(folders, SMALLEST + "device: cpu"))]) == 0
-    assert "No estimate of hours for device: cpu" in capsys.readouterr().out
+    assert main(["study", "check", str(written(folders, ON_CPU + "trainer: nnUNetTrainer_250epochs"))]) == 0
+    capsys.readouterr()
+    mine = folders / "mine"
+    mine.mkdir()
+    monkeypatch.setenv("nnUNet_extTrainer", str(mine))
+    (mine / "own.py").write_text("class nnUNetTrainer_own: pass\n")
+    assert "must inherit from 'nnUNetTrainer'" in refused(ON_CPU + "trainer: nnUNetTrainer_own")
+    (mine / "own.py").write_text("import nothing_of_that_name\n\n\nclass nnUNetTrainer_own: pass\n")
+    assert "No module named 'nothing_of_that_name'" in refused(ON_CPU + "trainer: nnUNetTrainer_own")
+
+
+def test_options_that_snakemake_refuses(folders: Path, refused) -> None:
+    raw_data(folders)
+    assert "every quotation mark needs its partner" in refused(ON_CPU, "--snakemake='-n")
+    assert "Snakemake refuses its options: MissingRuleException: No rule to produce tran" in refused(
+        ON_CPU, "--snakemake=--until tran"
+    )
+    assert "Snakemake refuses its options: unrecognized arguments: --fast" in refused(ON_CPU, "--snakemake=--fast")
+    assert "--profile gpu is no profile: give one of local, gpus, slurm" in refused(ON_CPU, "--profile", "gpu")
+
+
+def test_a_study_on_gpus_needs_one(folders: Path, refused, monkeypatch) -> None:
+    raw_data(folders)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert main(["study", "check", str(written(folders, SMALLEST)), "--profile", "gpus"]) == 2
-    assert "finds no GPU" in capsys.readouterr().err
+    assert "--profile gpus finds no GPU" in refused(SMALLEST, "--profile", "gpus")
+    assert "study.yaml has device: cuda, and PyTorch finds no GPU here" in refused(SMALLEST)
     monkeypatch.delenv("nnUNet_results")
-    assert "nnUNet_results is not set" in said(SMALLEST)
+    assert "nnUNet_results is not set" in refused(SMALLEST + "folder: x")
+
+
+SINFO = """#!/bin/sh
+printf 'cpu|(null)\\nv100|gpu:v100:4\\nmixed|(null)\\nmixed|gpu:1\\n'
+"""
+
+
+def test_partitions_and_gpus_of_a_cluster_are_there(folders: Path, refused, monkeypatch, capsys) -> None:
+    """Against a stand-in for SLURM's sinfo; `tests/slurm/run.sh` has a real one."""
+    raw_data(folders)
+    assert "submits jobs to SLURM, and sbatch is not on this machine" in refused(SMALLEST, "--profile", "slurm")
+    programs = folders / "bin"
+    programs.mkdir()
+    for name, text in (("sinfo", SINFO), ("sbatch", "#!/bin/sh\n"), ("squeue", "#!/bin/sh\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    said = refused(SMALLEST, "--profile", "slurm")
+    assert "profile is to run in the partition gpu, and this cluster has cpu, mixed, v100: correct" in said
+
+    shipped = (packaged("workflow") / "profiles" / "slurm" / "config.yaml").read_text("utf-8")
+    own = folders / "own" / "config.yaml"
+    own.parent.mkdir()
+    options = ("--profile", str(own.parent))
+    own.write_text(shipped.replace("slurm_partition: gpu", "slurm_partition: cpu"))
+    assert "profile needs a GPU, and the partition cpu has none; there are GPUs in mixed, v100" in refused(
+        SMALLEST, *options
+    )
+    own.write_text(shipped.replace("slurm_partition: gpu", "slurm_partition: v100, gpu: 0"))
+    assert "sets gpu to 0" in refused(SMALLEST, *options)
+    own.write_text(
+        shipped.replace("slurm_partition: cpu, ", "").replace("slurm_partition: gpu", "slurm_partition: v100")
+    )
+    assert "No partition is named for convert: put slurm_partition: NAME under" in refused(SMALLEST, *options)
+    own.write_text(shipped.replace("slurm_partition: gpu", "slurm_partition: 'v100,mixed'"))
+    assert main(["study", "check", str(written(folders, SMALLEST)), *options]) == 0
+    own.write_text(shipped.replace("slurm_partition: gpu", "slurm_partition: cpu"))
+    assert main(["study", "check", str(written(folders, ON_CPU)), *options]) == 0  # no GPU is asked for
 
 
 def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders: Path, capsys, monkeypatch) -> None:
-    (folders / "mine.py").write_text("class nnUNetTrainer_mine:  # a trainer's folder of the user's\n    pass\n")
-    monkeypatch.setenv("nnUNet_extTrainer", f"{folders}{os.pathsep}{ROOT / 'trainers'}")
+    (folders / "mine").mkdir()
+    own = "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n\n\n"
+    own += "class nnUNetTrainer_mine(nnUNetTrainer):\n    pass\n"
+    (folders / "mine" / "mine.py").write_text(own)
+    monkeypatch.setenv("nnUNet_extTrainer", f"{folders / 'mine'}{os.pathsep}{ROOT / 'trainers'}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     text = SMALLEST.replace("{a: {}}", "{a: {}, u: {trainer: nnUNetTrainer}, mine: {trainer: nnUNetTrainer_mine}}")
     graph = Graph(written(folders, text))
     ours, theirs, _ = graph.models("Dataset101_B")
@@ -236,11 +424,13 @@ def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders
     assert math.isclose(estimate.hours, expected / 3.6e6) and estimate.known == 9
     assert estimate.unknown == {"mine on Dataset101_B 2d": 5}  # its name does not tell how long it trains
 
-    (folders / "nnUNet_raw" / "Dataset101_B").mkdir()
-    (folders / "nnUNet_raw" / "Dataset101_B" / "dataset.json").write_text("{}")
+    raw_data(folders)
     assert main(["study", "check", str(graph.path)]) == 0
     out = capsys.readouterr().out
     assert f"{expected / 3.6e6:.1f} GPU hours of training steps for 9 trainings" in out
+    graph.path.write_text(text + "device: cpu\n")
+    assert main(["study", "check", str(graph.path)]) == 0
+    assert f"{expected / 3.6e6:.1f} hours on the CPU of training steps for 9 trainings" in capsys.readouterr().out
     assert "No estimate for 5 trainings (mine on Dataset101_B 2d)" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3}
     assert rows["train"] == ["15", "14"] and rows["report"] == ["1", "1"]
@@ -324,15 +514,6 @@ def test_checkpoint_that_was_being_written_is_put_aside(tmp_path: Path) -> None:
     checkpoint.write_bytes(whole[: len(whole) // 2])
     assert not _readable(checkpoint) and not checkpoint.exists()
     assert checkpoint.with_suffix(".damaged").stat().st_size == len(whole) // 2
-
-
-def test_fold_that_the_splits_do_not_have_is_refused(folders: Path) -> None:
-    folder = folders / "nnUNet_preprocessed" / "Dataset101_B"
-    folder.mkdir()
-    (folder / "splits_final.json").write_text(json.dumps([{}, {}, {}]))
-    _check_fold("Dataset101_B", 2)
-    with pytest.raises(ValueError, match="has 3 folds, there is no fold 3"):
-        _check_fold("Dataset101_B", 3)
 
 
 def test_a_case_counts_once_however_often_it_was_predicted_and_missing_folds_are_told(folders: Path) -> None:

@@ -37,7 +37,7 @@ class Study:
         self.yaml = folder / "study.yaml"
         self.folder = Path(self.variables["nnUNet_results"]) / "studies" / "discs"
         self.hold = folder / "hold"
-        self.unseen_labels = folder / "nnUNet_raw" / "Dataset802_Unseen" / "labelsTr"
+        self.unseen_label = min((folder / "nnUNet_raw" / "Dataset802_Unseen" / "labelsTr").iterdir())
         base = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet")}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.env = {**base, **self.variables, "PYTHONPATH": path, "STUDY_TEST_HOLDS": str(self.hold)}
@@ -80,12 +80,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def finished_then(study: Study) -> dict[Path, int]:
     """Runs the study until one fold is finished and another half-trained, and kills everything.
 
-    The labels of the unseen data set are not there, so zero-shot tests fail.
+    A label file of the unseen data set is damaged, so zero-shot tests fail.
 
     What was finished, and when it was written.
     """
     study.hold.write_text(KILLED)
-    study.unseen_labels.rename(study.unseen_labels.with_name("elsewhere"))
+    study.unseen_label.rename(study.unseen_label.with_suffix(".whole"))
+    study.unseen_label.write_bytes(b"damaged")
     process = study.start()
     try:
         end = time.monotonic() + 900
@@ -111,9 +112,9 @@ def finished_then(study: Study) -> dict[Path, int]:
 
 def test_killed_study_goes_on_and_what_fails_stops_nothing_else(study: Study, finished_then: dict[Path, int]) -> None:
     output = study.run(code=1)
-    study.unseen_labels.with_name("elsewhere").rename(study.unseen_labels)
+    study.unseen_label.with_suffix(".whole").rename(study.unseen_label)
 
-    assert "has no folder labelsTr" in output  # the reason of what failed, and all that did not is there
+    assert f"{study.unseen_label} cannot be read" in output  # the reason of what failed, and all that did not is there
     assert re.search(r"<h2>Missing</h2>.*zeroshot: 2</summary>", study.report, re.S)
     assert "<summary>train" not in study.report and "<summary>evaluate" not in study.report
     assert finished_then and {final: final.stat().st_mtime_ns for final in finished_then} == finished_then

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-PROFILES = ("local", "gpus", "slurm")
+if TYPE_CHECKING:
+    from nnunet_lgms.study.graph import Graph
+    from nnunet_lgms.study.profiles import Profile
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -34,30 +36,27 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.study.requirement import require_study_extra
 
     require_study_extra()
+    from nnunet_lgms.study.checks import check_study
     from nnunet_lgms.study.graph import Graph
+    from nnunet_lgms.study.profiles import Profile, check_command
 
     graph = Graph(args.study)
-    profile = _profile(args.profile)
+    profile = Profile.read(args.profile)
     command = _snakemake(graph, profile, args)
+    check_study(graph, profile)
+    check_command(command)
     print(describe(graph), flush=True)
-    if args.action == "check":
-        print(f"\nTo run it: nnunet_lgms study run {shlex.quote(args.study)}, or {shlex.join(command)}")
-        return 0
-    return _become_snakemake(graph, command)
+    if args.action == "run":
+        return _become_snakemake(graph, command)
+    print(f"\nTo run it: nnunet_lgms study run {shlex.quote(args.study)}, or {shlex.join(command)}")
+    return 0
 
 
-def describe(graph) -> str:
-    """The plan: jobs that are done and to do, and what the trainings to do will cost.
-
-    Raises:
-        ValueError: an environment variable of nnU-Net or of the study is not set, an override or a data set is not
-            there.
-    """
-    from nnunet_lgms.study.checks import check_inputs
+def describe(graph: Graph) -> str:
+    """The plan: jobs that are done and to do, and what the trainings to do will cost."""
     from nnunet_lgms.study.estimate import estimate_hours
     from nnunet_lgms.study.results import Results
 
-    check_inputs(graph)
     done = dict(Results(graph).done)
     complete = (graph.folder / "report.html").is_file() and not any(missing for _, missing in done.values())
     done["report"] = (["report.html"], []) if complete else ([], ["report.html"])
@@ -65,12 +64,11 @@ def describe(graph) -> str:
     lines += [f"  {rule:12} {len(d) + len(missing):>6} {len(missing):>6}" for rule, (d, missing) in done.items()]
     jobs, left = sum(len(d) + len(m) for d, m in done.values()), sum(len(m) for _, m in done.values())
     lines += [f"  {'together':12} {jobs:>6} {left:>6}", "  (Snakemake counts one more, `all`, which does nothing.)", ""]
-    if graph.study.device == "cpu":
-        lines.append("No estimate of hours for device: cpu: steps are measured on a GPU only.")
-        return "\n".join(lines)
     estimate = estimate_hours(graph)
     if estimate.known:
-        lines.append(f"{estimate.hours:.1f} GPU hours of training steps for {estimate.known} trainings, from profiles")
+        hours = f"{estimate.hours:.1f}" if estimate.hours >= 1 else f"{estimate.hours:.3f}"
+        unit = "GPU hours" if graph.study.device == "cuda" else "hours on the CPU"
+        lines.append(f"{hours} {unit} of training steps for {estimate.known} trainings, from profiles")
     if estimate.unknown:
         first, *others = estimate.unknown
         more = f" and {len(others)} more" if others else ""
@@ -81,22 +79,13 @@ def describe(graph) -> str:
     return "\n".join(lines)
 
 
-def _profile(name: str) -> Path:
-    from nnunet_lgms.study.schema import packaged
-
-    path = packaged("workflow") / "profiles" / name if name in PROFILES else Path(name).absolute()
-    if not any((path / file).is_file() for file in ("config.yaml", "config.v8+.yaml", "config.v9+.yaml")):
-        raise ValueError(f"--profile {name} is no profile: give one of {', '.join(PROFILES)}, or a folder.")
-    return path
-
-
-def _snakemake(graph, profile: Path, args: argparse.Namespace) -> list[str]:
+def _snakemake(graph: Graph, profile: Profile, args: argparse.Namespace) -> list[str]:
     """The command, which works as well when it is typed."""
     from nnunet_lgms.study.gpus import visible_gpus
     from nnunet_lgms.study.schema import packaged
 
     snakefile = packaged("workflow") / "Snakefile"
-    command = ["snakemake", "--snakefile", str(snakefile), "--profile", str(profile)]
+    command = ["snakemake", "--snakefile", str(snakefile), "--profile", str(profile.file.parent)]
     command += ["--config", f"study={graph.path}"]
     if args.profile == "gpus" and graph.study.device == "cuda":
         gpus = len(visible_gpus())
@@ -111,7 +100,7 @@ def _snakemake(graph, profile: Path, args: argparse.Namespace) -> list[str]:
         ) from None
 
 
-def _become_snakemake(graph, command: list[str]) -> int:
+def _become_snakemake(graph: Graph, command: list[str]) -> int:
     """Snakemake takes this process over, once a study at a time.
 
     Its own lock stays when it is killed and has to be taken away by hand. Ours ends with the process, so Snakemake goes

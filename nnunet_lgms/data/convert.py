@@ -18,7 +18,7 @@ from nnunet_lgms.data import natural_images, volumes
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case, Found, Problem, find_cases
 from nnunet_lgms.data.inspection import Inspection
-from nnunet_lgms.data.splits import check_splits
+from nnunet_lgms.data.splits import Split, check_splits
 from nnunet_lgms.files import atomic_write, read_json
 from nnunet_lgms.locks import locked
 from nnunet_lgms.parallel import default_workers, parallel_map
@@ -109,6 +109,58 @@ def convert(
         OSError: the disk is full or not writable.
     """
     workers = workers or default_workers()
+    with locked(raw / f".Dataset{dataset_id:03d}.lock", f"conversion to dataset {dataset_id}", wait=wait):
+        ahead = prospect(
+            description,
+            source,
+            dataset_id,
+            raw=raw,
+            groups=groups,
+            size=size,
+            skip_bad=skip_bad,
+            find=find,
+            options=options,
+        )
+        return ahead if isinstance(ahead, Conversion) else _convert(description, source, ahead, workers)
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A conversion that is still to be made.
+
+    Args:
+        folder: where to.
+        settings: what decides its content.
+        found: the pairs.
+        files: digest of their names, sizes and times.
+    """
+
+    folder: Path
+    settings: Settings
+    found: Found
+    files: str
+
+
+def prospect(
+    description: DatasetDescription,
+    source: Path,
+    dataset_id: int,
+    *,
+    raw: Path,
+    groups: Iterable[str] = (),
+    size: int | None = None,
+    skip_bad: bool = False,
+    find: Callable[[], Found] | None = None,
+    options: Sequence[str] = (),
+) -> Prospect | Conversion:
+    """What `convert` does before it reads an image; the arguments are the same.
+
+    Returns:
+        What is to be converted; the finished conversion where it was made before, with the same settings.
+
+    Raises:
+        ValueError: the source is not this dataset, the number is taken, or the dataset is there and was made otherwise.
+    """
     if size is not None and description.kind != "image":
         raise ValueError(
             f"--size {size} is for flat images; {description.title} holds volumes, which nnU-Net resamples."
@@ -116,27 +168,17 @@ def convert(
     if unknown := set(groups) - set(description.left_out):
         raise ValueError(f"{description.title} has no group {sorted(unknown)[0]!r} that could be included.")
     settings = Settings(description.name, str(source.resolve()), tuple(sorted(groups)), size, skip_bad, tuple(options))
-    with locked(raw / f".Dataset{dataset_id:03d}.lock", f"conversion to dataset {dataset_id}", wait=wait):
-        folder = _target(raw, dataset_id, description)
-        if folder.exists() and not source.exists():  # nothing to compare with
-            return _already_there(folder, settings, None)
-        found = find() if find else find_cases(description, source, settings.groups)
-        files = _digest_of_files(found.cases)
-        if folder.exists():
-            return _already_there(folder, settings, files)
-        return _convert(description, source, found, files, settings, folder, workers)
+    folder = _target(raw, dataset_id, description)
+    if folder.exists() and not source.exists():  # nothing to compare with
+        return _already_there(folder, settings, None)
+    found = find() if find else find_cases(description, source, settings.groups)
+    files = _digest_of_files(found.cases)
+    return _already_there(folder, settings, files) if folder.exists() else Prospect(folder, settings, found, files)
 
 
-def _convert(
-    description: DatasetDescription,
-    source: Path,
-    found: Found,
-    files: str,
-    settings: Settings,
-    folder: Path,
-    workers: int,
-) -> Conversion:
-    cases, problems, remarks = _checked_cases(description, found, workers)
+def _convert(description: DatasetDescription, source: Path, ahead: Prospect, workers: int) -> Conversion:
+    folder, settings, files = ahead.folder, ahead.settings, ahead.files
+    cases, problems, remarks = _checked_cases(description, ahead.found, workers)
     if problems and not settings.skip_bad:
         print(_listing(problems), file=sys.stderr)
         raise ValueError(
@@ -178,17 +220,26 @@ def write_splits(description: DatasetDescription, conversion: Conversion, prepro
     Raises:
         ValueError: a fold would be empty, or other splits are already there.
     """
-    splits = description.paper_splits(conversion.identifiers)
-    check_splits(splits, conversion.identifiers)
     path = preprocessed / conversion.folder.name / "splits_final.json"
-    if path.exists():
-        if _content_of(path) == splits:
-            return path
-        raise ValueError(f"{path} holds other splits, which trained models may depend on: move it away first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(splits, indent=2))
+    splits = splits_to_write(description, conversion.identifiers, path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(splits, indent=2))
     return path
+
+
+def splits_to_write(description: DatasetDescription, identifiers: Sequence[str], path: Path) -> list[Split]:
+    """The paper's folds of these cases, for `path`.
+
+    Raises:
+        ValueError: a fold would be empty, or other splits are already there.
+    """
+    splits = description.paper_splits(identifiers)
+    check_splits(splits, identifiers)
+    if path.exists() and _content_of(path) != splits:
+        raise ValueError(f"{path} holds other splits, which trained models may depend on: move it away first.")
+    return splits
 
 
 def splits_remark(description: DatasetDescription, conversion: Conversion) -> str | None:

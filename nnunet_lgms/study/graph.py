@@ -77,6 +77,12 @@ class Graph:
         beside = self.path.parent / override
         return str(beside) if beside.is_file() else override
 
+    @staticmethod
+    def results_of(run: str) -> Path:
+        """nnU-Net's results folder of a run: every seed has one of its own."""
+        results = nnunet_folder("nnUNet_results")
+        return results if run == UNSEEDED else results / run
+
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def folds(self, dataset: str) -> list[int]:

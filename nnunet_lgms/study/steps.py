@@ -24,9 +24,20 @@ from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import atomic_write
 from nnunet_lgms.locks import locked
 from nnunet_lgms.nnunet_folders import dataset_number, nnunet_folder, raw_dataset
+from nnunet_lgms.study.checks import (
+    N_FOLDS,
+    check_configuration,
+    check_data,
+    check_enough_cases,
+    check_fold,
+    overridden,
+)
 from nnunet_lgms.study.gpus import one_gpu
 from nnunet_lgms.study.graph import UNSEEDED, Graph, Model, configuration_of, planned_for
 from nnunet_lgms.study.schema import OWN_PLANS, PLANNERS
+
+CPU_STEPS = 2
+"""Steps that are timed on a CPU, after one that is not."""
 
 # ---- data and plans --------------------------------------------------------------------------------------------------
 
@@ -49,8 +60,8 @@ def convert(graph: Graph, done: Path, dataset: str) -> None:
         print(*converted.remarks, sep="\n")
         if conversion.splits:
             print(write_splits(description, converted, nnunet_folder("nnUNet_preprocessed")))
-    elif not (folder / "dataset.json").is_file():
-        raise ValueError(f"{dataset} is not in nnUNet_raw: put it there, or give it convert: in {graph.path.name}.")
+    else:
+        check_data(graph, dataset)
     _write(done, {"folder": str(folder)})
 
 
@@ -75,11 +86,7 @@ def preprocess(graph: Graph, done: Path, dataset: str, identifier: str) -> None:
     """The preprocessed data of one data identifier; complete data is left as it is."""
     configuration, plans = configuration_of(identifier), planned_for(identifier)
     folder = nnunet_folder("nnUNet_preprocessed") / dataset
-    planned = _read(folder / f"{plans}.json")["configurations"]
-    if configuration not in planned:
-        raise ValueError(f"{plans} of {dataset} has no {configuration}: nnU-Net planned {', '.join(planned)} only.")
-    if planned[configuration].get("data_identifier") not in (identifier, None):
-        raise ValueError(f"{plans} of {dataset} calls its {configuration} data otherwise than {identifier}.")
+    check_configuration(dataset, plans, configuration, identifier)
     cases = _cases(dataset)
     with locked(folder / f".{identifier}.lock", f"preprocessing to {identifier} of {dataset}", wait=True):
         # a case's .pkl is the last of its files that nnU-Net writes
@@ -93,34 +100,25 @@ def preprocess(graph: Graph, done: Path, dataset: str, identifier: str) -> None:
 def override(graph: Graph, done: Path, dataset: str, plans: str) -> None:
     """New plans beside the planned ones. Where they are there already they must say the same."""
     from nnunet_lgms.planning.auto_kernels import components_of
-    from nnunet_lgms.planning.override import override_plans
-    from nnunet_lgms.planning.plans_files import plans_file, plans_lock, read_override, read_plans, write_plans
+    from nnunet_lgms.planning.plans_files import plans_file, plans_lock, read_plans, write_plans
 
     model = next(m for m in graph.models(dataset) if m.plans == plans)
-    content = read_plans(dataset, model.base)
-    settings = read_override(*map(graph.override_file, model.overrides))
-    new = override_plans(content, settings, plans, None, lambda: components_of(dataset, content))
     target = plans_file(dataset, plans)
     with plans_lock(target, wait=True):
+        new = overridden(graph, model, lambda: components_of(dataset, read_plans(dataset, model.base)))
         if not target.is_file():
             write_plans(target, new, force=False)
-        elif _read(target)["configurations"] != json.loads(json.dumps(new["configurations"])):
-            raise ValueError(
-                f"{target} exists and says something else than {model.base} with "
-                f"{' and '.join(model.overrides)}: models "
-                f"may have been trained with it, so rename the override, or move that file and its models away."
-            )
     _write(done, {"plans": str(target)})
 
 
 def profile(graph: Graph, done: Path, dataset: str, plans: str, configuration: str) -> None:
-    """Parameters, GMAC and memory; on a GPU also the time of a step."""
+    """Parameters, GMAC, memory, and the time of a step."""
     device = graph.study.device
     with _gpu(device):
         from nnunet_lgms.planning.profile import as_table
         from nnunet_lgms.planning.profile_file import profile_plans
 
-        steps = 0 if device == "cpu" else None
+        steps = CPU_STEPS if device == "cpu" else None  # seconds to minutes each, where a training has thousands
         done.parent.mkdir(parents=True, exist_ok=True)
         profiles, _ = profile_plans(dataset, plans, configuration, device=device, steps=steps, target=done)
         print(as_table(profiles))
@@ -138,7 +136,7 @@ def train(graph: Graph, done: Path, run: str, dataset: str, model: str, fold: st
     folder = _model_folder(dataset, model) / f"fold_{fold}"
     # A training outlives a Snakemake that was killed. Then the next one waits here, and finds the fold done.
     with locked(done.with_suffix(".lock"), f"training of fold {fold} of {model}", wait=True):
-        _check_fold(dataset, int(fold))
+        check_fold(graph, dataset, int(fold))
         preprocessed = nnunet_folder("nnUNet_preprocessed") / dataset
         plans, description = (_read(preprocessed / f"{name}.json") for name in (trained.plans, "dataset"))
         check_same_training(folder.parent, plans, description, trained.configuration)
@@ -205,13 +203,6 @@ def _training_record(checkpoint: Path, device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else platform.processor()
     curves = {key: [float(v) for v in log[key]] for key in ("train_losses", "val_losses", "ema_fg_dice")}
     return {"epochs": len(seconds), "seconds": float(sum(seconds)), "device": name or platform.machine()} | curves
-
-
-def _check_fold(dataset: str, fold: int) -> None:
-    """nnU-Net itself would take a random split."""
-    splits = _read(nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json")
-    if fold >= len(splits):
-        raise ValueError(f"{dataset} has {len(splits)} folds, there is no fold {fold}: correct folds in the study.")
 
 
 def _readable(checkpoint: Path) -> bool:
@@ -377,8 +368,7 @@ def _gpu(device: str):
 
 def _use_results_of(run: str) -> None:
     """Every seed has a results folder of its own; before nnunetv2 is imported, which reads the variable then."""
-    if run != UNSEEDED:
-        os.environ["nnUNet_results"] = str(nnunet_folder("nnUNet_results") / run)
+    os.environ["nnUNet_results"] = str(Graph.results_of(run))
 
 
 def _model_folder(dataset: str, model: str) -> Path:
@@ -403,8 +393,10 @@ def _write_splits(graph: Graph, dataset: str) -> None:
         return
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+    cases = _cases(dataset)
+    check_enough_cases(dataset, len(cases))
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(generate_crossval_split(_cases(dataset), seed=12345, n_splits=5), indent=4))
+        temporary.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=N_FOLDS), indent=4))
 
 
 def _read(path: Path) -> Any:
