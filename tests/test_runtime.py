@@ -304,6 +304,32 @@ def test_an_output_that_is_a_file_is_one_sentence(tmp_path, capsys):
         assert f"-o {output} is a file, or lies below one: give a folder." in error and "Errno" not in error
 
 
+def test_an_output_may_be_the_file_of_one_case(tmp_path, capsys):
+    model = str(onnx_stub.threshold_model(tmp_path / "m.onnx"))
+    samples = np.random.default_rng(0).random((8, 9, 10), np.float32)
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        sitk.WriteImage(sitk.GetImageFromArray(samples), tmp_path / f"images/{name}_0000.nii.gz")
+    image, output = tmp_path / "images/a_0000.nii.gz", tmp_path / "new" / "out.nii.gz"
+    words = ["runtime", model, "-i", str(image), "-o"]
+    assert main([*words, str(output)]) == 0 and f"-> {output}" in capsys.readouterr().out
+    assert [file.name for file in output.parent.iterdir()] == ["out.nii.gz"]
+    assert main([*words, str(tmp_path / "folder")]) == 0
+    written = [sitk.GetArrayFromImage(sitk.ReadImage(file)) for file in (output, tmp_path / "folder/a.nii.gz")]
+    np.testing.assert_array_equal(*written)
+    (tmp_path / "old.nii.gz").mkdir()  # a folder that is there is one
+    assert main([*words, str(tmp_path / "old.nii.gz")]) == 0 and (tmp_path / "old.nii.gz/a.nii.gz").is_file()
+    capsys.readouterr()
+    for output, images, said in (
+        ("out.nii.gz", "images", "is one file, and there are 2 cases: give a folder"),
+        ("out.NII.gz", "images/a_0000.nii.gz", "is no folder, and this model's files end in .nii.gz: name it so"),
+        ("out.nii", "images/a_0000.nii.gz", "is no folder, and this model's files end in .nii.gz: name it so"),
+        ("images/a_0000.nii.gz", "images/a_0000.nii.gz", "would replace the image"),
+    ):
+        assert main(["runtime", model, "-i", str(tmp_path / images), "-o", str(tmp_path / output)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_files_of_two_models_are_refused(tmp_path):
     one, two = (onnx_stub.threshold_model(tmp_path / f"{n}.onnx", channels=n) for n in (1, 2))
     two.replace(one)

@@ -12,6 +12,9 @@ from pathlib import Path
 from nnunet_lgms.files import files_in
 from nnunet_lgms.sentences import sentence
 
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
+"""Of image files; a folder is not called so by anybody who means a folder."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -36,8 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         dest="output",
         type=Path,
         required=True,
-        metavar="FOLDER",
-        help="one file a case; a case that fails does not stop the others",
+        metavar="FOLDER|FILE",
+        help="a folder: one file a case, and a case that fails does not stop the others; of one case, a file with the "
+        "model's file ending as well",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="(all cores)")
     parser.add_argument("--no-mirroring", action="store_true", help="2 to 8 times faster, a little less accurate")
@@ -58,17 +62,19 @@ def run(args: argparse.Namespace) -> int:
     predictor = Predictor(args.model, threads=args.threads, mirroring=not args.no_mirroring, step=args.step)
     ending = predictor.description.file_ending
     cases = find_cases(args.images, ending)
-    targets = {(args.output / f"{name}{ending}").resolve() for name in cases}
-    if overwritten := [file for files in cases.values() for file in files if file.resolve() in targets]:
-        raise ValueError(f"The prediction would replace the image {overwritten[0]}: give another folder with -o.")
+    targets = targets_of(list(cases), args.output, ending)
+    resolved = {target.resolve() for target in targets.values()}
+    if overwritten := [file for files in cases.values() for file in files if file.resolve() in resolved]:
+        raise ValueError(f"The prediction would replace the image {overwritten[0]}: give another place with -o.")
+    folder = next(iter(targets.values())).parent
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"-o {args.output} is a file, or lies below one: give a folder.") from None
+        raise ValueError(f"-o {folder} is a file, or lies below one: give a folder.") from None
     failed = []
     for number, (name, files) in enumerate(cases.items(), start=1):
         begin = time.perf_counter()
-        target, title = args.output / f"{name}{ending}", f"[{number}/{len(cases)}] {name}"
+        target, title = targets[name], f"[{number}/{len(cases)}] {name}"
         try:
             predictor.predict_file(files, target, progress=_progress(title))
         except (ValueError, OSError, MemoryError) as error:
@@ -81,9 +87,26 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(cases)} cases are not predicted, for the reasons above: {', '.join(failed)}; the "
-            f"others are in {args.output}."
+            f"others are in {folder}."
         )
     return 0
+
+
+def targets_of(cases: list[str], output: Path, ending: str) -> dict[str, Path]:
+    """Case → the file that its labels are written to: `output` itself if it ends as the model's files do.
+
+    Raises:
+        ValueError: one file is named for several cases, or one of another format.
+    """
+    if output.is_dir():
+        return {case: output / f"{case}{ending}" for case in cases}
+    if output.name.endswith(ending):
+        if len(cases) > 1:
+            raise ValueError(f"-o {output} is one file, and there are {len(cases)} cases: give a folder.")
+        return {cases[0]: output}
+    if output.name.lower().endswith(ENDINGS):
+        raise ValueError(f"-o {output} is no folder, and this model's files end in {ending}: name it so, or a folder.")
+    return {case: output / f"{case}{ending}" for case in cases}
 
 
 def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
