@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,25 @@ from nnunet_lgms.nnunet_folders import shipped_models
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from nnunet_lgms.prediction.predictor import Predictor
+
+#: this package's trainers, in `trainers/`
+LGMSNETS = {
+    "nnUNetTrainerLGMSNet",
+    "nnUNetTrainerLGMSNet_nnUNetDA",
+    "nnUNetTrainerLGMSNet_5epochs",
+    "nnUNetTrainerLGMSNet_50epochs",
+    "nnUNetTrainerLGMSNet_100epochs",
+    "nnUNetTrainerLGMSNet_250epochs",
+    "nnUNetTrainerLGMSNet_1000epochs",
+    "nnUNetTrainerLGMSNet_paper2D",
+    "nnUNetTrainerLGMSNet_paper3D",
+    "nnUNetTrainerLGMSNet_smoke",
+}
+#: the module of nnU-Net's trainer, and its name
+UNETS = ("nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnUNetTrainer")
 
 #: a file, an array with its channels, an image of SimpleITK or nibabel, or a list with one file or image a channel
 Image = Any
@@ -143,8 +162,6 @@ def load_predictor(
     Raises:
         ValueError: the folder is no trained model, a fold is missing, or its trainer cannot be found.
     """
-    from nnunet_lgms.prediction.predictor import Predictor
-
     folder = Path(model_folder)
     if not folder.exists():
         folder = shipped_models().get(str(model_folder), folder)
@@ -155,7 +172,16 @@ def load_predictor(
     if missing := [fold for fold in folds if fold not in trained]:
         raise ValueError(f"{folder} has no fold_{missing[0]}/{checkpoint}; trained are: {', '.join(trained)}.")
     read_model_plans(folder)
-    predictor = Predictor(device=usable_device(device), allow_tqdm=allow_tqdm, **options)
+    device = usable_device(device)
+    if device.type == "cuda":
+        import torch
+
+        # The driver takes a second for its first tensor: meanwhile the rest is imported.
+        ThreadPoolExecutor(1).submit(torch.zeros, 1, device=device)
+    from nnunet_lgms.prediction.predictor import Predictor
+
+    options = {"known_networks": known_network, **options}
+    predictor = Predictor(device=device, allow_tqdm=allow_tqdm, **options)
     try:
         predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
     except (KeyError, TypeError, AttributeError) as error:
@@ -177,6 +203,34 @@ def load_predictor(
             f"of its module ({reason})."
         ) from error
     return predictor
+
+
+def known_network(trainer: str) -> Callable[..., nn.Module] | None:
+    """What builds the network of a trainer, if that is known without the trainer; else None.
+
+    To find a trainer, nnU-Net imports all that trainings need, and for one that is not its own the modules of all of
+    its trainers: two to three seconds before the first image is read.
+    """
+    if trainer in LGMSNETS:
+        from nnunet_lgms.nnunet.builder import build_network
+
+        return lambda plans_manager, *arguments, **options: build_network(*arguments, **options)
+    if trainer == UNETS[1] and UNETS[0] not in sys.modules:
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+        def build(plans_manager, configuration, n_inputs: int, n_outputs: int, enable_deep_supervision: bool = True):
+            return get_network_from_plans(
+                configuration.network_arch_class_name,
+                configuration.network_arch_init_kwargs,
+                configuration.network_arch_init_kwargs_req_import,
+                n_inputs,
+                n_outputs,
+                allow_init=False,  # weights are loaded
+                deep_supervision=enable_deep_supervision,
+            )
+
+        return build
+    return None
 
 
 def usable_device(device: str | torch.device | None = None) -> torch.device:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +17,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tiny_model
 import torch
 import unet_model
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -24,6 +30,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from PIL import Image
 
 import nnunet_lgms
+from nnunet_lgms import inference
 from nnunet_lgms.cli import main
 from nnunet_lgms.inference import load_predictor
 from nnunet_lgms.prediction import predictor as predictor_module
@@ -192,24 +199,63 @@ def test_what_only_nnunet_knows_is_left_to_nnunet(tmp_path: Path, monkeypatch):
     _same_file(tmp_path / "again/case.nii.gz", tmp_path / "theirs/case.nii.gz")
 
 
-def test_flat_images_of_several_channels(tmp_path: Path):
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A 2D model of three channels and a folder with pictures of several sizes."""
+    folder = tmp_path_factory.mktemp("flat")
     plans = {"2d": unet_model.configuration((32, 32), (1.0, 1.0), ["RGBTo01Normalization"] * 3)}
-    model = unet_model.model(tmp_path / "model", plans, name="2d", reader="NaturalImage2DIO", ending=".png")
-    (tmp_path / "images").mkdir()
-    for name, size in (("a", (40, 50)), ("b", (20, 90))):
+    model = unet_model.model(folder / "model", plans, name="2d", reader="NaturalImage2DIO", ending=".png")
+    (folder / "images").mkdir()
+    for name, size in {"a": (40, 50), "b": (20, 90), "c": (300, 280), "d": (32, 32), "e": (31, 70)}.items():
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)).save(
-            tmp_path / f"images/{name}_0000.png"
+            folder / f"images/{name}_0000.png"
         )
-    files = sorted((tmp_path / "images").iterdir())
+    return model, folder / "images"
+
+
+@pytest.mark.parametrize("windows", [32, 8, 1])
+def test_flat_images_share_batches(flat: tuple[Path, Path], tmp_path: Path, monkeypatch, windows: int):
+    model, images = flat
+    files = sorted(images.iterdir())
+    names = [file.name.removesuffix("_0000.png") for file in files]
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,))
     (tmp_path / "theirs").mkdir()
-    outputs = [str(tmp_path / f"theirs/{name}") for name in "ab"]
+    outputs = [str(tmp_path / f"theirs/{name}") for name in names]
     predictor.predict_from_files_sequential([[str(file)] for file in files], outputs)
-    load_predictor(model, device="cpu").predict_from_files(str(tmp_path / "images"), str(tmp_path / "ours"))
-    for name in ("a.png", "b.png"):
-        ours, theirs = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("ours", "theirs"))
+
+    monkeypatch.setitem(predictor_module.VOXELS, "cpu", windows * 4 * 32 * 32)  # and their mirrored copies
+    predictor = load_predictor(model, device="cpu")
+    groups: list[int] = []
+    together = predictor._logits_of_flat_images
+    monkeypatch.setattr(
+        predictor, "_logits_of_flat_images", lambda images: groups.append(len(images)) or together(images)
+    )
+    predictor.predict_from_files(str(images), str(tmp_path / "ours"))
+    # c has 340 windows; b and e 5, a 6, d 1
+    assert groups == {32: [2, 2], 8: [2], 1: []}[windows]
+    for name in names:
+        ours, theirs = (np.asarray(Image.open(tmp_path / folder / f"{name}.png")) for folder in ("ours", "theirs"))
         assert np.mean(ours != theirs) <= 1e-4 and len(np.unique(theirs)) > 1
+
+
+def test_one_of_several_flat_images_fails_alone(flat: tuple[Path, Path], monkeypatch):
+    model, images = flat
+    monkeypatch.setitem(predictor_module.VOXELS, "cpu", 1 << 20)
+    predictor = load_predictor(model, device="cpu")
+    files = [[str(images / f"{name}_0000.png")] for name in "abd"]
+    expected = predictor.predict_from_files(files, None)
+    preprocess = predictor_module.preprocess
+
+    def infinite(samples, previous, properties, *rest):
+        return preprocess(samples, previous, properties, *rest) * (np.inf if samples.shape[-1] == 90 else 1)
+
+    monkeypatch.setattr(predictor_module, "preprocess", infinite)
+    with pytest.raises(CasesFailed, match="1 of 3 cases are not predicted: image 2 .*infinity or NaN"):
+        predictor.predict_from_files(files, None)
+    monkeypatch.setattr(predictor_module, "preprocess", preprocess)
+    for ours, theirs in zip(predictor.predict_from_files(files, None), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.fixture(scope="module")
@@ -461,3 +507,41 @@ def test_a_slab_goes_through_a_volume_as_a_whole_would(monkeypatch):
     expected = torch.cat([data, -data]) * 1.5
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
     assert window.thickness < 23
+
+
+WITHOUT = """
+import sys, torch
+from nnunet_lgms.cli import main
+assert main(sys.argv[1:]) == 0
+heavy = ("torch._dynamo", "matplotlib", "nnunetv2.training.nnUNetTrainer.nnUNetTrainer")
+print([name for name in heavy if name in sys.modules])
+from nnunetv2.inference import predict_from_raw_data
+from torch._dynamo import OptimizedModule
+stands = predict_from_raw_data.OptimizedModule
+linear = torch.nn.Linear(1, 1)
+print(stands is OptimizedModule, isinstance(linear, stands), isinstance(torch.compile(linear), stands))
+"""
+
+
+@pytest.mark.parametrize("network", ["U-Net", "LGMSNet"])
+def test_a_prediction_imports_neither_compiler_nor_trainer(network: str, volume: tuple[Path, Path], tmp_path: Path):
+    """Half of the start of the command, and nnU-Net finds no trainer of ours without nnUNet_extTrainer."""
+    model, image = volume
+    if network == "LGMSNet":
+        model = tiny_model.model_folder(tmp_path, "Dataset001_Discs")
+        image = tiny_model.raw_dataset(tmp_path / "raw", seeds=(1,)) / "imagesTr/case_1_0000.png"
+    words = ["predict", "-i", str(image.parent), "-o", str(tmp_path / "out"), "-m", str(model), "-device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "nnUNet_extTrainer"}
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *words], env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[-2:] == ["[]", "False False True"]
+
+
+def test_the_trainers_whose_networks_are_known_are_those_there_are(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "trainers"))
+    trainers = importlib.import_module("lgmsnet")
+    assert set(trainers.__all__) == inference.LGMSNETS
+    for name in trainers.__all__:
+        build = getattr(trainers, name).build_network_architecture
+        assert build is trainers.nnUNetTrainerLGMSNet.build_network_architecture

@@ -136,9 +136,12 @@ def use_kernels(x: Tensor) -> bool:
     return _setting != "off" and x.is_cuda and _chosen(x.device.index)
 
 
-@torch.compiler.assume_constant_result
 def _chosen(index: int) -> bool:
     return kernels_for(torch.device("cuda", index)).path == "kernels"
+
+
+# As `torch.compiler.assume_constant_result`, which imports the compiler for it: two seconds of every prediction.
+_chosen._dynamo_marked_constant = True
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from torch import Tensor
 from nnunet_lgms.ops.backend import operator, use_kernels
 from nnunet_lgms.ops.cpu import depthwise as depthwise_cpu
 from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
+from nnunet_lgms.ops.library import custom_op
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -121,7 +122,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 # flip: with mirrored kernels. residual: plus x.
 
 
-@torch.library.custom_op("nnunet_lgms::multi_kernel_depthwise", mutates_args=())
+@custom_op("nnunet_lgms::multi_kernel_depthwise", mutates_args=())
 def _convolve(
     x: Tensor,
     parameters: Tensor,
@@ -180,7 +181,7 @@ def _convolve_backward(ctx, grad):
 _convolve.register_autograd(_convolve_backward, setup_context=_convolve_setup)
 
 
-@torch.library.custom_op("nnunet_lgms::multi_kernel_depthwise_weight_grad", mutates_args=())
+@custom_op("nnunet_lgms::multi_kernel_depthwise_weight_grad", mutates_args=())
 def _correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
     """Gradient of the flat weights, in float32 (float64 for float64 input)."""
     axes = x.dim() - 2

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Generic, TypeVar
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 
-def ahead(function: Callable[[Input], Output], inputs: Iterable[Input], threads: int) -> Iterator[Future[Output]]:
+def ahead(
+    function: Callable[[Input], Output],
+    inputs: Iterable[Input],
+    threads: int,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Iterator[Future[Output]]:
     """Futures of `function` of each input, in order and done; at most `threads` of them are begun ahead.
 
     With 0 threads nothing is begun before it is asked for, and all happens here.
+
+    Args:
+        function: of one input.
+        inputs: any number of them.
+        threads: that run it.
+        meanwhile: called once, when the first ones have begun.
     """
     if threads == 0:
         for value in inputs:
@@ -22,13 +34,14 @@ def ahead(function: Callable[[Input], Output], inputs: Iterable[Input], threads:
             _run(future, function, value)
             yield future
         return
+    inputs = iter(inputs)
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Output]] = deque()
+        waiting = deque(pool.submit(function, value) for value in islice(inputs, threads))
         try:
+            meanwhile()
             for value in inputs:
                 waiting.append(pool.submit(function, value))
-                if len(waiting) > threads:
-                    yield _done(waiting.popleft())
+                yield _done(waiting.popleft())
             while waiting:
                 yield _done(waiting.popleft())
         finally:  # also where the caller has stopped asking

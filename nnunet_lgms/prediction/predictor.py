@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lgms.checkpoint import read_checkpoint
@@ -35,12 +33,15 @@ from nnunet_lgms.prediction.labels import write_labels
 from nnunet_lgms.prediction.pipeline import Behind, ahead
 from nnunet_lgms.prediction.preprocessing import preprocess
 from nnunet_lgms.prediction.resampling import as_matrices
-from nnunet_lgms.prediction.sliding_window import SlidingWindow, mirrored_mean, windows_at_once
+from nnunet_lgms.prediction.sliding_window import SlidingWindow, Start, mirrored_mean, windows_at_once
 from nnunet_lgms.prediction.stages import Stages
+from nnunet_lgms.prediction.without_compiler import OptimizedModule, nnUNetPredictor
 
 #: voxels of all windows and mirrored copies that go through a network together: eight of 128^3 on a GPU. On a CPU a
 #: larger batch is no faster a window.
 VOXELS = {"cpu": 1 << 15, "cuda": 1 << 24, "mps": 1 << 22}
+#: windows, more than fill a batch
+MANY = 1 << 30
 #: nnU-Net's own number of threads and processes for reading and for writing
 THREADS = 3
 
@@ -56,6 +57,8 @@ class Predictor(nnUNetPredictor):
     Args:
         progress: called with windows done and in all of a case, in place of a progress bar.
         talk: called with what is worth a line.
+        known_networks: gives what builds the network of a trainer, by the trainer's name, with the arguments of
+            `build_network_architecture`; or None, and nnU-Net looks for the trainer.
 
     Attributes:
         stages: seconds of each stage since the predictor was made.
@@ -77,6 +80,7 @@ class Predictor(nnUNetPredictor):
         *,
         progress: Progress | None = None,
         talk: Callable[[str], None] = lambda line: None,
+        known_networks: Callable[[str], Callable[..., nn.Module] | None] = lambda trainer: None,
     ):
         with contextlib.redirect_stdout(io.StringIO()):  # that not everything can be on a CPU
             super().__init__(
@@ -89,9 +93,10 @@ class Predictor(nnUNetPredictor):
                 verbose_preprocessing,
                 allow_tqdm,
             )
-        self.progress, self.talk = progress, talk
+        self.progress, self.talk, self.known_networks = progress, talk, known_networks
         self.stages = Stages()
         self._largest_batch: int | None = None  # set where memory was short
+        self._largest_batches = (0, 0)  # of flat images
         self._loaded: tuple | None = None  # network and weights
 
     # ---- the model
@@ -123,12 +128,13 @@ class Predictor(nnUNetPredictor):
             first.get("inference_allowed_mirroring_axes"),
         )
 
-    @staticmethod
-    def _build(trainer: str, plans: PlansManager, configuration: Any, dataset_json: dict) -> nn.Module:
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    def _build(self, trainer: str, plans: PlansManager, configuration: Any, dataset_json: dict) -> nn.Module:
+        build = self.known_networks(trainer)
+        if build is None:
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-        with contextlib.redirect_stdout(io.StringIO()):  # where it looks for the trainer
-            build = recursive_find_trainer_class_by_name(trainer).build_network_architecture
+            with contextlib.redirect_stdout(io.StringIO()):  # where it looks for the trainer
+                build = recursive_find_trainer_class_by_name(trainer).build_network_architecture
         channels = determine_num_input_channels(plans, configuration, dataset_json)
         heads = plans.get_label_manager(dataset_json).num_segmentation_heads
         if "plans_manager" in inspect.signature(build).parameters:
@@ -252,7 +258,7 @@ class Predictor(nnUNetPredictor):
     ) -> Iterator[dict]:
         """Items as nnU-Net's iterators have them; one with an "error" in place of "data" is a case that failed."""
         threads = min(threads, n_cases, os.cpu_count() or 1)
-        for i, future in enumerate(ahead(prepare, range(n_cases), threads)):
+        for i, future in enumerate(ahead(prepare, range(n_cases), threads, self._warm_up)):
             item = {"ofile": None if outputs is None else outputs[i], "name": _name(i, outputs), "of": n_cases}
             if error := future.exception():
                 yield {**item, "error": error}
@@ -277,14 +283,15 @@ class Predictor(nnUNetPredictor):
         results: list = []
         writing: dict[str, Future] = {}
         with Behind(num_processes_segmentation_export) as behind:
-            for number, item in enumerate(data_iterator, start=1):
+            for number, (item, logits) in enumerate(self._with_logits(data_iterator), start=1):
                 name = item.get("name") or _name(number - 1, item["ofile"] and [item["ofile"]])
                 title = f"[{number}/{item['of']}] {name}" if "of" in item else name
                 begin = time.perf_counter()
                 try:
                     if "error" in item:
                         raise item["error"]
-                    result = self._predicted(item.pop("data"), item["data_properties"], save_probabilities, name)
+                    data, properties = item.pop("data"), item["data_properties"]
+                    result = self._predicted(data, properties, save_probabilities, name, logits)
                 except Exception as error:
                     failed[name] = error
                     self.talk(f"{title}: {one_line(_reason(error))}")
@@ -296,7 +303,7 @@ class Predictor(nnUNetPredictor):
                 results.append(None)
                 write = partial(self._write, name, item["ofile"], *result, item["data_properties"])
                 writing[name] = behind.run(write)
-                del result, write
+                del data, logits, result, write
                 self.talk(f"{title}: {time.perf_counter() - begin:.1f} s")
         for name, future in writing.items():
             if error := future.exception():
@@ -307,6 +314,38 @@ class Predictor(nnUNetPredictor):
         if failed:
             raise CasesFailed(failed, len(results))
         return results
+
+    def _with_logits(self, items: Iterable[dict]) -> Iterator[tuple[dict, Tensor | None]]:
+        """Cases, those of flat images with their logits: as many as fill a batch go through the network together."""
+        largest, _ = self._batches(self.device, n_windows=MANY)
+        waiting: list[dict] = []
+        room = largest
+        for item in items:
+            n_windows = self._windows_of_flat(item.get("data")) or largest
+            if n_windows > room:
+                yield from self._together(waiting)
+                waiting, room = [], largest
+            if n_windows >= largest:
+                yield item, None
+                continue
+            waiting.append(item)
+            room -= n_windows
+        yield from self._together(waiting)
+
+    def _windows_of_flat(self, data: Tensor | str | None) -> int:
+        """Windows of (C, 1, Y, X) for a flat network; 0: it is something else."""
+        patch = self.configuration_manager.patch_size
+        if len(patch) == 3 or not isinstance(data, Tensor) or data.shape[1] != 1:
+            return 0
+        return len(self._starts((1, *map(max, data.shape[2:], patch))))
+
+    def _together(self, items: list[dict]) -> Iterator[tuple[dict, Tensor | None]]:
+        logits: Sequence[Tensor | None] = [None] * len(items)
+        if len(items) > 1:
+            # Where that fails, each of them goes its own way, which tells whose fault it is.
+            with self.stages.measured("network"), contextlib.suppress(RuntimeError, ValueError):
+                logits = self._logits_of_flat_images([item["data"] for item in items])
+        yield from zip(items, logits, strict=True)
 
     # ---- one case
 
@@ -352,23 +391,36 @@ class Predictor(nnUNetPredictor):
 
     @torch.inference_mode()
     def _predicted(
-        self, data: Tensor | str, properties: dict, with_probabilities: bool, name: str | None = None
+        self,
+        data: Tensor | str,
+        properties: dict,
+        with_probabilities: bool,
+        name: str | None = None,
+        logits: Tensor | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Labels on the image's grid, and probabilities (heads, Z, Y, X) if they are wanted."""
+        """Labels on the image's grid, and probabilities (heads, Z, Y, X) if they are wanted.
+
+        Args:
+            data: (C, Z', Y', X') as the network takes it, or nnU-Net's file of it.
+            properties: of the image.
+            with_probabilities: whether they are wanted.
+            name: of the case.
+            logits: (heads, Z', Y', X'), if they are there already.
+        """
         if isinstance(data, str):  # nnU-Net's iterators may hand over a file
             file, data = data, torch.from_numpy(np.load(data))
             os.remove(file)
         *ways, last = self._ways()
         for device, sums in ways:
             try:
-                return self._segmented(data, properties, with_probabilities, device, sums, name)
+                return self._segmented(data, properties, with_probabilities, device, sums, name, logits)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
             where = "the CPU computes" if sums.type == "cpu" else "logits are added up in the host's memory"
             self.talk(f"{name or 'The image'}: the GPU has not enough memory; {where}.")
             empty_cache(self.device)
-        return self._segmented(data, properties, with_probabilities, *last, name)
+        return self._segmented(data, properties, with_probabilities, *last, name, logits)
 
     def _ways(self) -> list[tuple[torch.device, torch.device]]:
         """Where the network computes and where logits are added up: as wished, and what is left if memory is short."""
@@ -384,6 +436,7 @@ class Predictor(nnUNetPredictor):
         device: torch.device,
         sums: torch.device,
         name: str | None,
+        logits: Tensor | None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         plans, configuration, label_manager = self.plans_manager, self.configuration_manager, self.label_manager
         shape = properties["shape_after_cropping_and_before_resampling"]
@@ -392,14 +445,14 @@ class Predictor(nnUNetPredictor):
         own = own if len(own) == len(shape) else [spacing[0], *own]
         resampling = as_matrices(configuration.resampling_fn_probabilities, data.shape[1:], shape, own, spacing)
         begin, network_before = time.perf_counter(), self.stages.seconds["network"]
-        rows = self._timed(self._rows(data, device, sums, name), name)
+        rows = [logits] if logits is not None else self._timed(self._rows(data, device, sums, name), name)
         if self.tap is not None:
             rows = [torch.cat(list(rows), 1)]
             self.tap(name, rows[0])
         if resampling is None:  # a function that nobody but nnU-Net knows
-            logits = torch.cat([part.cpu() for part in rows], 1)
+            whole = torch.cat([part.cpu() for part in rows], 1)
             result = convert_predicted_logits_to_segmentation_with_correct_shape(
-                logits.numpy(), plans, configuration, label_manager, properties, with_probabilities
+                whole.numpy(), plans, configuration, label_manager, properties, with_probabilities
             )
             return result if with_probabilities else (result, None)
         many = len(label_manager.foreground_labels) >= 255
@@ -455,20 +508,51 @@ class Predictor(nnUNetPredictor):
         load: bool = True,
     ) -> Iterator[Tensor]:
         """Mean logits (heads, n, Y, X) of all models in order along the first axis of `data` (C, Z, Y, X)."""
-        configuration = self.configuration_manager
+        data, unpadded = self._padded(data.to(sums))
+        starts = self._starts(data.shape[1:])
         n_models = n_models or len(self.list_of_parameters or [None])
+        with self._shown(len(starts) * n_models, name) as progress:
+            position, (low, high) = 0, (unpadded[1].start, unpadded[1].stop)
+            for rows in self._slid(data, starts, device, sums, n_models, load, progress):
+                kept = slice(max(low - position, 0), min(high - position, rows.shape[1]))
+                position += rows.shape[1]
+                if kept.start < kept.stop:
+                    yield _finite(rows[(slice(None), kept, *unpadded[2:])])
+
+    @torch.inference_mode()
+    def _logits_of_flat_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Logits (heads, 1, Y, X) of images (C, 1, Y, X) of any sizes, whose windows share batches."""
+        device, sums = self._ways()[0]
+        padded, unpadded = zip(*(self._padded(image.to(sums)) for image in images))
+        # They become slices of one volume, as large as the largest of them; no window looks at what is left over.
+        size = [max(image.shape[axis] for image in padded) for axis in (2, 3)]
+        volume = padded[0].new_zeros((len(padded[0]), len(padded), *size))
+        starts: list[Start] = []
+        for z, image in enumerate(padded):
+            volume[:, z, : image.shape[2], : image.shape[3]] = image[:, 0]
+            starts += [(z, *start[1:]) for start in self._starts(image.shape[1:])]
+        # The last ones may be few: to fill up their batch takes less than what a new size of batches costs.
+        self._largest_batches = max(self._largest_batches, self._batches(device, len(starts)))
+        n_models = len(self.list_of_parameters or [None])
+        rows = self._slid(volume, starts, device, sums, n_models, batches=self._largest_batches)
+        logits = torch.cat(list(rows), 1)
+        return [_finite(logits[(slice(None), slice(z, z + 1), *own[2:])]) for z, own in enumerate(unpadded)]
+
+    def _slid(
+        self,
+        data: Tensor,
+        starts: Sequence[Start],
+        device: torch.device,
+        sums: torch.device,
+        n_models: int,
+        load: bool = True,
+        progress: Callable[[int], None] = lambda n: None,
+        batches: tuple[int, int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Mean logits (heads, n, Y, X) of windows of `data` (C, Z, Y, X), in order along its first axis."""
+        patch, axes = tuple(self.configuration_manager.patch_size), self._mirrored_axes()
         load = load and self.list_of_parameters is not None
-        patch = tuple(configuration.patch_size)
-        flat = len(patch) == 2
-        data, unpadded = pad_nd_image(data.to(sums), patch, "constant", {"value": 0}, True, None)
-        slicers = self._internal_get_sliding_window_slicers(data.shape[1:])
-        starts = [tuple(s if isinstance(s, int) else s.start for s in slicer[1:]) for slicer in slicers]
-        axes = self.allowed_mirroring_axes if self.use_mirroring else None
-        if axes is not None and max(axes) >= len(patch):
-            raise ValueError(f"The checkpoint has mirroring axes {axes}, the model has {len(patch)} axes.")
-        voxels = VOXELS.get(device.type, VOXELS["cpu"])
-        at_once, batch = windows_at_once(patch, 2 ** len(axes or ()), len(starts), voxels)
-        batch = min(batch, self._largest_batch or batch)
+        at_once, batch = batches or self._batches(device, len(starts))
         if self.use_gaussian:
             weights = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=sums)
         else:
@@ -480,8 +564,10 @@ class Predictor(nnUNetPredictor):
         def predict(model: int, windows: Tensor) -> Tensor:
             if load:
                 self._load(self.list_of_parameters[model])
-            return mirrored_mean(self._through_network, windows.to(device), axes, self._largest_batch or batch)
+            largest = min(batch, self._largest_batch or batch)
+            return mirrored_mean(self._through_network, windows.to(device), axes, largest)
 
+        flat = len(patch) == 2
         window = SlidingWindow(
             data,
             starts,
@@ -492,20 +578,44 @@ class Predictor(nnUNetPredictor):
             n_models,
             at_once,
         )
-        with self._shown(len(starts) * n_models, name) as progress:
-            position, (low, high) = 0, (unpadded[1].start, unpadded[1].stop)
-            for rows in window.rows(predict, progress):
-                kept = slice(max(low - position, 0), min(high - position, rows.shape[1]))
-                position += rows.shape[1]
-                if kept.start >= kept.stop:
-                    continue
-                rows = rows[(slice(None), kept, *unpadded[2:])]
-                if not torch.isfinite(rows).all():
-                    raise ValueError(
-                        "The network gave infinity or NaN for this image: its values are far from those of the "
-                        "training, or the training diverged."
-                    )
-                yield rows
+        yield from window.rows(predict, progress)
+
+    def _padded(self, data: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+        """(C, Z, Y, X) at least as large as a window, and where in it the image is."""
+        return pad_nd_image(data, tuple(self.configuration_manager.patch_size), "constant", {"value": 0}, True, None)
+
+    def _starts(self, shape: Sequence[int]) -> list[Start]:
+        """Of the windows of an image (Z, Y, X) that is at least as large as one."""
+        slicers = self._internal_get_sliding_window_slicers(shape)
+        return [tuple(s if isinstance(s, int) else s.start for s in slicer[1:]) for slicer in slicers]
+
+    def _mirrored_axes(self) -> tuple[int, ...] | None:
+        axes, patch = self.allowed_mirroring_axes, self.configuration_manager.patch_size
+        if not self.use_mirroring or axes is None:
+            return None
+        if max(axes) >= len(patch):
+            raise ValueError(f"The checkpoint has mirroring axes {axes}, the model has {len(patch)} axes.")
+        return axes
+
+    def _batches(self, device: torch.device, n_windows: int) -> tuple[int, int]:
+        """Windows, and windows with mirrored copies, that go through the network together."""
+        voxels = VOXELS.get(device.type, VOXELS["cpu"])
+        copies = 2 ** len(self._mirrored_axes() or ())
+        return windows_at_once(self.configuration_manager.patch_size, copies, n_windows, voxels)
+
+    def _warm_up(self) -> None:
+        """Sends a batch through the network while the first case is read: kernels are compiled, algorithms chosen.
+
+        Where a window with its mirrored copies fills a batch, as in any larger volume; else its size is not known yet.
+        """
+        at_once, batch = self._batches(self.device, n_windows=MANY)
+        if self.device.type != "cuda" or at_once > 1:
+            return
+        with self.stages.measured("network"), torch.inference_mode(), contextlib.suppress(RuntimeError):
+            self.network = self.network.to(self.device).eval()
+            channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
+            shape = (min(batch, self._largest_batch or batch), channels, *self.configuration_manager.patch_size)
+            self._through_network(torch.zeros(shape, device=self.device))
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
@@ -545,6 +655,15 @@ class Predictor(nnUNetPredictor):
                     self.progress(done, total)
 
             yield show
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            "The network gave infinity or NaN for this image: its values are far from those of the training, or the "
+            "training diverged."
+        )
+    return logits
 
 
 def out_of_memory(error: BaseException) -> bool:

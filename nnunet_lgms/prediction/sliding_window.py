@@ -116,7 +116,7 @@ class SlidingWindow:
 
     def _gathered(self, windows: Sequence[Start]) -> Tensor:
         """(B, C, *patch), always of one shape for the network's sake: the last window is there several times."""
-        windows = [*windows, *[windows[-1]] * (min(self.at_once, len(self.starts)) - len(windows))]
+        windows = [*windows, *[windows[-1]] * (self.at_once - len(windows))]
         together = torch.stack([self.data[(slice(None), *self._area(*start))] for start in windows])
         return together.squeeze(2) if self.flat else together
 

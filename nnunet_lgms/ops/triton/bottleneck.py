@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
+from nnunet_lgms.ops.library import triton_op
 from nnunet_lgms.ops.memory_format import HALF, channels_last, compute_dtype
 from nnunet_lgms.ops.norms import NormSpec, statistics_known, unbiasing
 from nnunet_lgms.ops.triton import bottleneck_kernels as kernels

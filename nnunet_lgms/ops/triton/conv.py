@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.library import triton_op
 from torch.nn.modules.conv import _ConvNd
 
+from nnunet_lgms.ops.library import triton_op
 from nnunet_lgms.ops.memory_format import HALF, channels_last, compute_dtype
 from nnunet_lgms.ops.norms import statistics_known
 from nnunet_lgms.ops.triton import conv_kernels as kernels

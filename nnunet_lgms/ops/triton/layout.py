@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST, as_channels_last, channels_last, map_memory
 
 TILE = 4096  # elements that a program copies

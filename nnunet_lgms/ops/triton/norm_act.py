@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd.function import once_differentiable
-from torch.library import triton_op
 
 from nnunet_lgms.ops import exchange
+from nnunet_lgms.ops.library import triton_op
 from nnunet_lgms.ops.memory_format import HALF, channels_last
 from nnunet_lgms.ops.norms import (
     NormSpec,

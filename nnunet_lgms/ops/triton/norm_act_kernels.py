@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.library import wrap_triton
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, map_memory
 from nnunet_lgms.ops.norms import FLAT
 from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm, normal, slope_after_norm

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import triton_op, wrap_triton
 
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import HALF, channels_last, map_memory
 from nnunet_lgms.ops.triton.concatenate import copy_rest
 from nnunet_lgms.ops.triton.layout import to_channels_last

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
-from torch.library import triton_op, wrap_triton
 
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import HALF, channels_last, map_memory
 from nnunet_lgms.ops.triton.conv import conv_gradients, same_conv
 from nnunet_lgms.ops.triton.layout import to_channels_last

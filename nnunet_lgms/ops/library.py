@@ -1,0 +1,50 @@
+"""`torch.library` for this package's operators, without the import of the compiler where nothing is compiled.
+
+PyTorch calls what runs an operator through ``torch._dynamo.disable``, so that no compiler looks into it, and imports
+``torch._dynamo`` for that at the first call: two seconds of every prediction, as long as the rest of PyTorch takes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+from torch._library.triton import is_wrap_triton_enabled
+
+NOT_LOOKED_INTO = "__dynamo_disable"  # where `torch._disable_dynamo` keeps what it calls
+
+
+def custom_op(name: str, **options: Any) -> Callable[[Callable], CustomOpDef]:
+    """As :func:`torch.library.custom_op`."""
+    return lambda function: _without_compiler(torch.library.custom_op(name, **options)(function))
+
+
+def triton_op(name: str, **options: Any) -> Callable[[Callable], CustomOpDef]:
+    """As :func:`torch.library.triton_op`."""
+    return lambda function: _without_compiler(torch.library.triton_op(name, **options)(function))
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """As :func:`torch.library.wrap_triton`, which imports what traces kernels also where nothing is traced."""
+    return torch.library.wrap_triton(kernel) if is_wrap_triton_enabled() else kernel
+
+
+def _without_compiler(operator: CustomOpDef) -> CustomOpDef:
+    for wrapped in operator._backend_fns.values():
+        _run_as_it_is(wrapped, wrapped.__wrapped__)
+    return operator
+
+
+def _run_as_it_is(wrapped: Callable, function: Callable) -> None:
+    """Makes `wrapped`, which PyTorch calls, call `function` until there is a compiler."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        vars(function).pop(NOT_LOOKED_INTO, None)
+        return wrapped(*args, **kwargs)  # which asks the compiler not to look
+
+    setattr(function, NOT_LOOKED_INTO, call)
