@@ -148,6 +148,86 @@ def test_stacks_of_tiff(tmp_path: Path):
     assert _described(tmp_path)["overwrite_image_reader_writer"] == "Tiff3DIO"
 
 
+def _stacks(tmp_path: Path, spacings: dict[str, object]) -> None:
+    """Stacks with the JSON files that nnU-Net reads the spacing of such files from."""
+    tifffile = pytest.importorskip("tifffile")
+    for n, name in enumerate(("image_1", "image_2", "image_12")):
+        for folder, value in (("images", 10 + n), ("masks", 1)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            stack = np.full((4, 24, 25), value, np.uint8)
+            stack[0] = 0
+            tifffile.imwrite(tmp_path / folder / f"{name}.tif", stack, photometric="minisblack")
+        if name in spacings:
+            (tmp_path / "images" / f"{name}.json").write_text(json.dumps(spacings[name]))
+
+
+STACK_OF = ("--labels", "x=1", "--channels", "microscopy")
+
+
+def test_spacings_of_stacks_come_along(tmp_path: Path, capsys):
+    """As nnU-Net's own reader takes them from the converted data set, for images and for labels."""
+    from nnunet_lgms.nnunet_files import Reader
+
+    spacings = {f"image_{n}": [2, 0.5, n] for n in (1, 2, 12)}
+    _stacks(tmp_path, {name: {"spacing": spacing} for name, spacing in spacings.items()})
+    assert _convert(tmp_path, *STACK_OF) == 0 and "Note" not in capsys.readouterr().out
+    reader, folder = Reader(".tif", "Tiff3DIO"), tmp_path / "raw/Dataset007_Own"
+    for name, spacing in spacings.items():
+        assert reader.read_image(folder / f"imagesTr/{name}_0000.tif")[1].spacing == tuple(spacing)
+        assert reader.read_labels(folder / f"labelsTr/{name}.tif").grid.spacing == tuple(spacing)
+    (tmp_path / "images/image_2.json").write_text(json.dumps({"spacing": [9, 9, 9]}))
+    assert _convert(tmp_path, *STACK_OF) == 2 and "was made from files" in capsys.readouterr().err
+
+
+def test_stacks_without_a_spacing_are_told(tmp_path: Path, capsys):
+    _stacks(tmp_path, {})
+    assert _convert(tmp_path, *STACK_OF) == 0
+    assert "no stack has a spacing, so that a voxel counts as 1 mm; a JSON file beside it" in capsys.readouterr().out
+    _stacks(tmp_path, {"image_1": {"spacing": [1, 1, 2]}, "image_2": {"spacing": [1, 0, 2]}})
+    (tmp_path / "masks/image_1.json").write_text(json.dumps({"spacing": [1, 1, 3]}))
+    assert _convert(tmp_path, *STACK_OF, "--id", "8") == 2
+    said = capsys.readouterr().err
+    assert "image_12: the stack" in said and "has no spacing, as others have" in said
+    assert "image_2.json has the spacing [1, 0, 2]: expected" in said
+    assert "image_1: image and label" in said and "different spacings (1, 1, 2) and (1, 1, 3)" in said
+
+
+def test_no_image_is_left_out_without_a_word(tmp_path: Path, capsys):
+    for name in ("p1_a", "p2_a", "p3_b", "odd"):
+        save(tmp_path / f"images/{name}.png", picture(len(name) + ord(name[-1]) + ord(name[1]), 1))
+        save(tmp_path / f"masks/{name[:2]}.png", grey(disc(ord(name[1]))))
+    (tmp_path / "images/notes.txt").write_text("x")
+    words = ["--image-names", "{case}_*.png", "--mask-names", "{case}.png"]
+    assert _convert(tmp_path, *words) == 2
+    said = capsys.readouterr().err
+    assert f"odd: the image {tmp_path / 'images/odd.png'} does not fit --image-names '{{case}}_*.png'" in said
+    assert _convert(tmp_path, *words, "--skip-bad") == 0
+    out, error = capsys.readouterr()
+    assert "Left out, 2 case(s)" in error and "the mask" in error  # of the odd one, too
+    assert "1 file(s) in" in out and "notes.txt" in out and "3 cases are in" in out
+    assert _convert(tmp_path, "--id", "8", "--image-names", "p*_{case}.png", "--mask-names", "{case}.png") == 2
+    assert "makes one image of" in capsys.readouterr().err
+    both = tmp_path / "both"
+    for n in (1, 2):
+        save(both / f"{n}_image.png", picture(n, 1))
+        save(both / f"{n}_mask.png", grey(disc(n)))
+    save(both / "stray.png", picture(3, 1))
+    words = ["--image-names", "{case}_image.png", "--mask-names", "{case}_mask.png", "--id", "9"]
+    assert _convert(tmp_path, *words, images="both", masks="both") == 2
+    listed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    assert len(listed) == 1 and "stray.png does not fit" in listed[0]
+
+
+def test_a_volume_of_another_format_is_named(tmp_path: Path, capsys):
+    for name in ("a1.nii.gz", "a2.nii.gz", "a3.nrrd"):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            value = 1 if folder == "masks" else int(name[1])
+            sitk.WriteImage(sitk.GetImageFromArray(np.full((3, 4, 5), value, np.uint8)), tmp_path / folder / name)
+    assert _convert(tmp_path, "--labels", "x=1", "--channels", "CT") == 2
+    assert "a3.nrrd is of another format than most, which end in .nii.gz" in capsys.readouterr().err
+
+
 def test_nnunets_own_names_are_channels(tmp_path: Path):
     for number in (1, 2):
         for channel in (0, 1):

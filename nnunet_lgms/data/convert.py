@@ -268,7 +268,7 @@ def _target(raw: Path, dataset_id: int, description: DatasetDescription) -> Path
 def _digest_of_files(cases: Sequence[Case]) -> str:
     """Changes when a source file is added, taken away, or written anew."""
     digest = hashlib.sha256()
-    for path in sorted(path for case in cases for path in (*case.images, *case.masks)):
+    for path in sorted(path for case in cases for path in case.files):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
@@ -299,7 +299,7 @@ def _checked_cases(
         problems += [Problem(case.identifier, text) for text in inspection.problems]
     problems += _duplicates(complete, inspections, description)
 
-    remarks = []
+    remarks = list(found.remarks)
     if description.published_cases and len(found.cases) not in description.published_cases:
         published = " or ".join(str(n) for n in description.published_cases)
         remarks.append(f"{len(found.cases)} cases were found; {description.title} is published with {published}.")
@@ -379,7 +379,7 @@ def _remove_strays(folder: Path, identifiers: set[str], file_ending: str) -> Non
     """Remove files of cases that an interrupted conversion took and this one does not, and what it was writing."""
     for name, tail in (("imagesTr", rf"_\d{{4}}{re.escape(file_ending)}"), ("labelsTr", re.escape(file_ending))):
         for path in (folder / name).iterdir():
-            if re.sub(f"{tail}$", "", path.name) not in identifiers:
+            if re.sub(rf"({tail}|\.json)$", "", path.name) not in identifiers:
                 path.unlink()
     for path in folder.iterdir():
         if path.is_file() and path.name != _RECORD:

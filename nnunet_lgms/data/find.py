@@ -21,17 +21,24 @@ class Case:
         image: its file, of the first channel if there are several.
         masks: files that mark what is in it.
         channels: files of the second and further channels.
+        spacing: a JSON file with the spacing of a TIFF stack, which has none of its own.
     """
 
     identifier: str
     image: Path
     masks: tuple[Path, ...]
     channels: tuple[Path, ...] = ()
+    spacing: Path | None = None
 
     @property
     def images(self) -> tuple[Path, ...]:
         """The files of all channels, in order."""
         return (self.image, *self.channels)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that the case is made from."""
+        return (*self.images, *self.masks, *([self.spacing] if self.spacing else []))
 
 
 @dataclass(frozen=True, order=True)
@@ -47,11 +54,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Found:
-    """All cases of a source folder, in order of their identifiers, and what is wrong with the folder."""
+    """All cases of a source folder, in order of their identifiers, what is wrong with it, and what is worth a word."""
 
     layout: Layout | None
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def find_cases(description: DatasetDescription, source: Path, wanted_groups: Iterable[str] = ()) -> Found:

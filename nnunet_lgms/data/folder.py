@@ -15,11 +15,13 @@ from nnunet_lgms.data.description import RGB, DatasetDescription
 from nnunet_lgms.data.find import Case, Found, Problem, files_below
 from nnunet_lgms.data.pictures import open_picture
 from nnunet_lgms.data.splits import patient_splits
+from nnunet_lgms.data.volumes import spacing_file
 from nnunet_lgms.files import shown
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
 VOLUMES = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
-READERS = {"NaturalImage2DIO": PICTURES, "Tiff3DIO": (".tif", ".tiff")}
+STACKS = "Tiff3DIO"
+READERS = {"NaturalImage2DIO": PICTURES, STACKS: (".tif", ".tiff")}
 """What a reader reads; all others read `VOLUMES`."""
 
 NNUNET_CHANNEL = re.compile(r".+_\d{4}")
@@ -105,33 +107,53 @@ def find_pairs(
             the same text before and behind it for all (`case1.png`, `case1_mask.png`).
 
     Raises:
-        ValueError: a template is none, or nothing fits.
+        ValueError: a template is none, nothing fits, or two images would be one.
     """
     if not masks.is_dir():
         raise ValueError(f"The folder of masks {masks} does not exist.")
     endings = PICTURES if description.kind == "image" else (description.volume_ending,)
     found_images = _files(images, endings)
     found_masks = _files(masks, (*endings, ".nii", ".nii.gz") if ".nii" in description.volume_ending else endings)
-    channels = _grouped(found_images, image_names or "{case}")
+    channels, unfit = _grouped(found_images, image_names or "{case}")
     if image_names is None and all(map(NNUNET_CHANNEL.fullmatch, found_images)):  # tr_0001 may be a case as well
-        as_channels = _grouped(found_images, "{case}_{channel}")
+        as_channels, _ = _grouped(found_images, "{case}_{channel}")
         if _n_pairs(as_channels, found_masks) > _n_pairs(channels, found_masks):
             channels = as_channels
-    problems = []
     mask_pattern = template(mask_names, "--mask-names") if mask_names else _usual_affixes(channels, found_masks)
     of_case: dict[str, list[Path]] = defaultdict(list)
+    strangers = {}
     for name, path in found_masks.items():
         if match := mask_pattern.fullmatch(_as_named(name, path, mask_names or "")):
             of_case[match["case"]].append(path)
-        elif images != masks:
-            problems.append(Problem(name, f"the mask {path} has no image of its name"))
+        else:
+            strangers[name] = path
+    if images.resolve() == masks.resolve():  # what is no image is a mask there, and the other way round
+        of_images = {path for files in channels.values() for path in files.values()}
+        of_masks = {path for files in of_case.values() for path in files}
+        unfit = {name: path for name, path in unfit.items() if path not in of_masks}
+        strangers = {name: path for name, path in strangers.items() if path not in of_images | set(unfit.values())}
+    problems = [Problem(n, f"the image {p} does not fit --image-names {shown(image_names)}") for n, p in unfit.items()]
+    problems += [Problem(name, f"the mask {path} has no image of its name") for name, path in strangers.items()]
+    taken = set(found_images.values()) | set(found_masks.values())
+    others = [path for path in sorted(files_below(images)) if path not in taken]
+    volumes = VOLUMES if description.kind == "volume" else ()
+    for path in others:
+        if path.name.lower().endswith(volumes):
+            said = f"the image {path} is of another format than most, which end in {description.volume_ending}"
+            problems.append(Problem(path.name, said))
+    remarks = []
+    known = (*volumes, ".json") if description.reader == STACKS else volumes
+    if left := [path for path in others if not path.name.lower().endswith(known)]:
+        remarks.append(
+            f"{len(left)} file(s) in {images} are no images of this kind and were left out, such as {left[0]}."
+        )
     if not channels.keys() & of_case.keys():
         raise ValueError(
             f"No image in {images} and mask in {masks} belong together by name, such as "
             f"{next(iter(found_images.values())).name} and {next(iter(found_masks.values())).name}: say how with "
             "--image-names '{case}.png' and --mask-names '{case}_mask.png'."
         )
-    return _as_found(description, channels, of_case, problems)
+    return _as_found(description, channels, of_case, problems, remarks)
 
 
 def _as_found(
@@ -139,6 +161,7 @@ def _as_found(
     channels: dict[str, dict[str, Path]],
     masks: dict[str, list[Path]],
     problems: list[Problem],
+    remarks: list[str],
 ) -> Found:
     usual = Counter(tuple(sorted(files)) for files in channels.values()).most_common(1)[0][0]
     cases: dict[str, Case] = {}
@@ -157,8 +180,28 @@ def _as_found(
                 problems.append(Problem(identifier, f"the image {files[0]} {said}"))
             if key not in masks:
                 problems.append(Problem(identifier, f"the image {files[0]} has no mask"))
-            cases[identifier] = Case(identifier, files[0], tuple(masks.get(key, ())), tuple(files[1:]))
-    return Found(None, tuple(cases[identifier] for identifier in sorted(cases)), tuple(problems))
+            of_case = tuple(masks.get(key, ()))
+            cases[identifier] = Case(
+                identifier, files[0], of_case, tuple(files[1:]), _spacing(description, files, of_case)
+            )
+    ordered = tuple(cases[identifier] for identifier in sorted(cases))
+    if description.reader == STACKS:
+        without = [case for case in ordered if case.spacing is None]
+        hint = 'a JSON file beside it, NAME.json with {"spacing": [z, y, x]} in mm'
+        if len(without) == len(ordered):
+            remarks.append(f"no stack has a spacing, so that a voxel counts as 1 mm; {hint}, gives one.")
+        else:
+            problems += [
+                Problem(c.identifier, f"the stack {c.image} has no spacing, as others have: {hint}") for c in without
+            ]
+    return Found(None, ordered, tuple(problems), tuple(remarks))
+
+
+def _spacing(description: DatasetDescription, images: Sequence[Path], masks: Sequence[Path]) -> Path | None:
+    """The file with the spacing of a TIFF stack, of its image or else of its labels."""
+    if description.reader != STACKS:
+        return None
+    return next(filter(None, map(spacing_file, (*images, *masks))), None)
 
 
 def template(text: str, option: str = "--patient") -> re.Pattern[str]:
@@ -203,15 +246,26 @@ def _files(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _grouped(images: dict[str, Path], names: str) -> dict[str, dict[str, Path]]:
-    """Case → channel → file."""
+def _grouped(images: dict[str, Path], names: str) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
+    """Case → channel → file, and the files that do not fit the template.
+
+    Raises:
+        ValueError: two files are one by the template.
+    """
     pattern = template(names, "--image-names")
     channels: dict[str, dict[str, Path]] = defaultdict(dict)
+    unfit = {}
     for name, path in images.items():
         if match := pattern.fullmatch(_as_named(name, path, names)):
-            groups = match.groupdict()
-            channels[groups["case"]][groups.get("channel", "")] = path
-    return dict(channels)
+            of_case, channel = channels[match["case"]], match.groupdict().get("channel", "")
+            if channel in of_case:
+                raise ValueError(
+                    f"--image-names {shown(names)} makes one image of {of_case[channel]} and {path}: tell them apart."
+                )
+            of_case[channel] = path
+        else:
+            unfit[name] = path
+    return dict(channels), unfit
 
 
 def _n_pairs(images: dict[str, dict[str, Path]], masks: dict[str, Path]) -> int:
@@ -284,8 +338,8 @@ def _is_coloured(path: Path) -> bool:
 
 
 def _reader_of(ending: str) -> str:
-    if ending in READERS["Tiff3DIO"]:
-        return "Tiff3DIO"
+    if ending in READERS[STACKS]:
+        return STACKS
     from nnunet_lgms.nnunet_files import Reader
 
     return Reader(ending).class_name

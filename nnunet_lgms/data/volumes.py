@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import numpy as np
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
-from nnunet_lgms.files import atomic_write
+from nnunet_lgms.files import atomic_write, read_json, shown
 from nnunet_lgms.nnunet_files import Grid, Reader
 
 
@@ -21,9 +24,16 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
     """Read image and label of one case, as nnU-Net will, and say what is wrong with them."""
     reader, problems = Reader(description.file_ending, description.reader), []
     grid, digest = None, hashlib.blake2b(digest_size=16)
+    spacing = None
+    if case.spacing:
+        try:
+            spacing = read_spacing(case.spacing)
+        except ValueError as error:
+            problems.append(str(error))
     for path in case.images:
         try:
             samples, place = reader.read_image(path)
+            place = replace(place, spacing=spacing) if spacing else place
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -42,13 +52,37 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
     if len(case.masks) != 1:
         problems.append(f"expected one label file, found {len(case.masks)}")
     else:
-        found, empty, full = _inspect_label(case.masks[0], grid, description, reader)
+        found, empty, full = _inspect_label(case.masks[0], grid, description, reader, spacing)
         problems += found
     return Inspection(tuple(problems), digest.hexdigest() if readable else None, empty, full)
 
 
+def spacing_file(stack: Path) -> Path | None:
+    """The JSON file with the spacing of a TIFF stack: ``CASE.json`` beside ``CASE.tif``, or ``CASE_0000.tif``."""
+    name = stack.name.rpartition(".")[0]
+    names = [name, name[:-5]] if re.fullmatch(r".+_\d{4}", name) else [name]
+    return next((file for n in names if (file := stack.with_name(f"{n}.json")).is_file()), None)
+
+
+def read_spacing(file: Path) -> tuple[float, ...]:
+    """What ``{"spacing": [z, y, x]}`` says, in mm.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    content = read_json(file)
+    spacing = content.get("spacing") if isinstance(content, dict) else None
+    if not isinstance(spacing, list) or len(spacing) != 3 or not all(map(_is_mm, spacing)):
+        raise ValueError(f'{file} has the spacing {shown(spacing)}: expected {{"spacing": [z, y, x]}} above 0, in mm')
+    return tuple(map(float, spacing))
+
+
+def _is_mm(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
 def _inspect_label(
-    path: Path, image: Grid | None, description: DatasetDescription, reader: Reader
+    path: Path, image: Grid | None, description: DatasetDescription, reader: Reader, spacing: tuple[float, ...] | None
 ) -> tuple[list[str], bool, bool]:
     """What is wrong with a label file, whether it is empty, and whether it has no background."""
     try:
@@ -56,7 +90,8 @@ def _inspect_label(
     except ValueError as error:
         return [str(error)], False, False
     problems = []
-    if image and (difference := image.differences(label.grid)):
+    place = replace(label.grid, spacing=spacing) if spacing and not spacing_file(path) else label.grid
+    if image and (difference := image.differences(place)):
         problems.append(f"image and label {path} have different {difference}")
     allowed = sorted(description.label_of or description.label_values)
     present = np.unique(label.labels).tolist()
@@ -80,6 +115,10 @@ def write(
         raise ValueError(
             f"--size {size} is for flat images; {description.title} holds volumes, which nnU-Net resamples."
         )
+    if case.spacing:  # before the files that tell whether a case is there
+        for folder in (image_files[0].parent, label_file.parent):
+            with atomic_write(folder / f"{case.identifier}.json") as temporary:
+                temporary.write_text(json.dumps({"spacing": read_spacing(case.spacing)}) + "\n", "utf-8")
     for source, path in zip(case.images, image_files, strict=True):
         _copy(source, path)
     if any(value != label for value, label in (description.label_of or {}).items()):
