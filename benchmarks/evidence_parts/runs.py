@@ -132,13 +132,19 @@ _EVERYWHERE = {
     "lgmsnet_nnunetda": replace(MODELS["lgmsnet_nnunetda"], workers=5),
 }
 _FLAT_TOO = {"published": replace(MODELS["published"], workers=4), "plain": replace(MODELS["plain"], workers=4)}
+_VOLUMES_TOO = {
+    "plain": _FLAT_TOO["plain"],
+    "lgmsnet_paper3d": Model(
+        "LGMSNet, planned levels, the paper's 3D recipe", "nnUNetTrainerLGMSNet_paper3D", workers=4
+    ),
+}
 _UNSEEN = {"busi": ("stu",), "isic": ("ph2",)}
 _FOLDS = {"kvasir": 3, "busi": 3, "acdc": 5, "hippocampus": 5, "chaos": 5}
 SEVEN = {
     f"sets_{name}": Stage(
         row.name,
         row.configuration,
-        _EVERYWHERE | (_FLAT_TOO if row.is_flat else {"plain": _FLAT_TOO["plain"]}),
+        _EVERYWHERE | (_FLAT_TOO if row.is_flat else _VOLUMES_TOO),
         100,
         zero_shot=tuple(SETS[other].name for other in _UNSEEN.get(name, ())),
         iterations=100,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.files import atomic_write, read_json
+from nnunet_lgms.nnunet.paper import nnUNetTrainerLGMSNet_paper2D
 
 from .runs import Run, file_of
 from .turnstile import Turnstile
@@ -129,6 +130,8 @@ def make_trainer(run: Run, preprocessed: Path, device: str, continued: bool = Fa
     passing = max(1, round(n_training / trainer.configuration_manager.batch_size))
     trainer.num_iterations_per_epoch = run.iterations or passing
     trainer.num_val_iterations_per_epoch = 1
+    if isinstance(trainer, nnUNetTrainerLGMSNet_paper2D):  # its epochs are passes, set when it gets the data
+        trainer.get_tr_and_val_datasets = super(nnUNetTrainerLGMSNet_paper2D, trainer).get_tr_and_val_datasets
     trainer.save_every = run.epochs + 1
     trainer._best_ema = float("inf")
     trainer.logger.plot_progress_png = lambda folder: None
