@@ -24,10 +24,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=15
 
 test-fast: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m 'not slow' $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m 'not slow' $(FAST)
 
 # style, layers, types
 lint: $(VENV)/.installed-test

@@ -121,6 +121,7 @@ def manager_of(patch, strides, kernels):
 relaxed = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, **relaxed)
 @given(plans())
 def test_any_plan_has_outputs_of_the_planned_sizes(plan):
@@ -128,6 +129,7 @@ def test_any_plan_has_outputs_of_the_planned_sizes(plan):
     check_sizes(manager_of(patch, strides, kernels), patch, strides, channels, classes)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, **relaxed)
 @given(plans())
 def test_any_plan_steps_and_loads_again(plan):
@@ -135,6 +137,7 @@ def test_any_plan_steps_and_loads_again(plan):
     check_step(manager_of(patch, strides, kernels), smaller(patch), channels, classes, deep_supervision)
 
 
+@pytest.mark.slow
 @settings(max_examples=N_COMPILED, phases=[Phase.generate], **relaxed)
 @given(plans(8 if N_COMPILED > 10 else 4))
 def test_any_plan_compiles_to_the_same_steps(plan):
@@ -184,6 +187,7 @@ def test_plans_of_nnunet_build_and_step(name, configuration):
     check_step(configured, smaller(patch), channels, classes, deep_supervision=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "configuration"), [("cardiac_mri_thick_slices", "3d_fullres"), ("hippocampus", "2d")])
 def test_compiled_steps_are_the_same(name, configuration):
     """As one graph; that Inductor makes code of such graphs is tests/test_network_runtimes.py's matter."""

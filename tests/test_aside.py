@@ -141,6 +141,7 @@ def test_a_training_ends_when_all_is_written(trainer, slow_disk, monkeypatch, er
     assert "plot_progress_png" not in vars(trainer.logger)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_by_a_process(tmp_path):
     """In no time of this one, and without PyTorch; what cannot be written is an error of the next one."""
     picture = ProgressPicture()

@@ -94,6 +94,7 @@ def test_a_network_of_a_blank_patch_gives_its_prior():
 # --- the kernels, in Triton's interpreter ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kernels_give_the_bias_for_a_constant_channel():
     interpreted = run_interpreted(__file__)
     for kind in ("instance", "group"):

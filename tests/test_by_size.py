@@ -44,6 +44,7 @@ def test_classes_of_size_are_the_references():
     assert [c.n for c in a] == [2, 2, 2, 2] and [c.detected for c in b] == [0, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_row_an_object_and_a_picture(tmp_path, capsys):
     pytest.importorskip("monai")
     for kind in ("predicted", "reference"):

@@ -265,6 +265,7 @@ def plans_and_settings(draw) -> tuple[Topology, dict]:
     return topology, chosen
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(plans_and_settings())
 def test_any_valid_override_on_any_valid_plan(case):

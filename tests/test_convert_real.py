@@ -13,6 +13,7 @@ from nnunet_lgms.data.convert import convert, write_splits
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 
 
+@pytest.mark.slow
 def test_busi_sample_through_the_command_line(shared_data: Path, tmp_path: Path, monkeypatch):
     """Real processes and nnU-Net's real integrity check, nothing replaced."""
     source = shared_data / "busi_original_sample"
@@ -31,6 +32,7 @@ def test_busi_sample_through_the_command_line(shared_data: Path, tmp_path: Path,
     assert [len(fold["train"]) + len(fold["val"]) for fold in folds] == [10, 10, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verify_in_threads")
 def test_stu(shared_data: Path, tmp_path: Path):
     result = convert(DESCRIPTIONS["stu"], shared_data / "stu_hospital", 102, raw=tmp_path, workers=1)
@@ -42,6 +44,7 @@ def test_stu(shared_data: Path, tmp_path: Path):
         assert image[label == 1].mean() < image[label == 0].mean() + 40  # lesions are dark: the two lie on each other
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verify_in_threads")
 def test_whole_busi_with_the_papers_splits(shared_data: Path, tmp_path: Path):
     """All 647 images; two of them are the same, which the paper's splits demand."""

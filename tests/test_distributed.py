@@ -278,6 +278,7 @@ def folders(tmp_path, monkeypatch):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_learn_what_one_learns(two_processes, folders, monkeypatch, name):
     monkeypatch.setattr(torch, "compile", COMPILE)
@@ -292,12 +293,14 @@ def assert_close(parameters: list[torch.Tensor], expected: list[torch.Tensor], n
         torch.testing.assert_close(parameter, value, **close)
 
 
+@pytest.mark.slow
 def test_graphs_are_in_all_processes_or_in_none(two_processes):
     """Whatever one of them exchanges with others, it does so when all have shown that they can."""
     for result in two_processes:
         assert result["graphs"] == {"rehearse": False, "record": False, "nowhere": True}
 
 
+@pytest.mark.slow
 def test_a_step_is_left_out_by_all_processes_or_by_none(two_processes):
     first, second = (result["one_left_out"] for result in two_processes)
     assert first["moved"] == second["moved"] == [True, False, True]
@@ -305,10 +308,12 @@ def test_a_step_is_left_out_by_all_processes_or_by_none(two_processes):
     assert all(map(torch.equal, first["weights"], second["weights"]))
 
 
+@pytest.mark.slow
 def test_one_process_splits_and_the_others_read(two_processes):
     assert [result["split"] for result in two_processes] == ["whole", "whole"]
 
 
+@pytest.mark.slow
 def test_a_process_without_a_case_to_predict_keeps_none_waiting(two_processes):
     assert [result["validated"] for result in two_processes] == [True, True]
 
@@ -348,6 +353,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_ddp_averages_gradients_where_no_graph_does(two_processes):
     assert [result["by_ddp"] for result in two_processes] == [{False: 1.5, True: 1.0}, {False: 1.5, True: 2.0}]
 
@@ -431,6 +437,7 @@ def test_two_gpus_learn_on_graphs_what_one_learns(folders, tmp_path):
         assert (results[0] - expected).norm() < 0.1 * expected.norm()  # float16: 0.05; without exchange about 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("global_batch", GLOBAL_BATCHES)
 def test_batch_and_oversampling_are_shared_as_nnunet_does(two_processes, global_batch):
     """nnU-Net: a third of the samples of the whole batch show foreground, the last ones."""

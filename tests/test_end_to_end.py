@@ -1,6 +1,8 @@
 """One pass through nnU-Net's own commands on a few small cases, on the CPU: every line is one that a user would type.
 
-The tests build on each other in the order of the file, as the steps of a study do.
+The tests build on each other in the order of the file, as the steps of a study do. One planning, one training and one
+prediction are processes as a user starts them, with their worker processes; the other commands are called in this one
+(``workshop.py``), as each process costs seconds before it does anything.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT
+from workshop import Workshop, read
 
 import nnunet_lgms
+
+pytestmark = pytest.mark.slow
 
 DATASET = "Dataset004_Hippocampus"
 TRAINER = "nnUNetTrainerLGMSNet_tiny"
@@ -26,42 +30,32 @@ PLANS = "tinyPlans"
 CASES = ["hippocampus_001", "hippocampus_014", "hippocampus_025", "hippocampus_038", "hippocampus_056"]
 TEST_CASE = "hippocampus_046"
 ONE_PROCESS = ["-device", "cpu", "-npp", 1, "-nps", 1]  # for reading and for writing
+IN_PROCESS = ["-device", "cpu", "-npp", 0, "-nps", 0]
 
 
-class Study:
-    """nnU-Net's three folders and its commands."""
+class Study(Workshop):
+    """nnU-Net's three folders and its commands, in this process or as one of their own."""
 
-    def __init__(self, folder: Path, base_env: dict[str, str]):
-        self.folder = folder
-        self.raw, self.preprocessed, self.results = (
-            folder / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-        )
+    def process(self, command: str, *args: object, fails: bool = False, **env: str) -> str:
+        """Runs ``nnUNetv2_<command>`` as a user's shell does; its output."""
+        program = Path(sys.executable).with_name(f"nnUNetv2_{command}")
+        base = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet")}
         package = Path(nnunet_lgms.__file__).parents[1]
-        self.env = {
-            **base_env,
-            "nnUNet_raw": str(self.raw),
-            "nnUNet_preprocessed": str(self.preprocessed),
-            "nnUNet_results": str(self.results),
-            "nnUNet_extTrainer": os.pathsep.join([str(ROOT / "tests" / "ext_trainers"), str(ROOT / "trainers")]),
+        more = {
             "nnUNet_def_n_proc": "1",
             "PYTHONPATH": os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_WAIT_POLICY": "PASSIVE",  # nnUNetv2_train takes all cores, which other tests may be using
         }
-
-    def __call__(self, command: str, *args: object, fails: bool = False, **env: str) -> str:
-        """Runs ``nnUNetv2_<command>``; its output."""
-        program = Path(sys.executable).with_name(f"nnUNetv2_{command}")
-        result = subprocess.run(
-            [str(program), *map(str, args)], env={**self.env, **env}, capture_output=True, text=True, timeout=240
-        )
+        env = {**base, **self.env, **more, **env}
+        result = subprocess.run([str(program), *map(str, args)], env=env, capture_output=True, text=True, timeout=240)
         output = result.stdout + result.stderr
         assert (result.returncode != 0) == fails, f"{command} {args}\n{output[-4000:]}"
         return output
 
-    def train(self, configuration: str, fold: object, *args: str, **more) -> str:
+    def train(self, configuration: str, fold: object, *args: str, process: bool = False, **more) -> str | None:
         # no processes for the batches: one that starts costs more than these four steps
-        options = ["-tr", TRAINER, "-p", PLANS, "-device", "cpu", *args]
-        return self("train", 4, configuration, fold, *options, nnUNet_n_proc_DA="0", **more)
+        words = ["train", 4, configuration, fold, "-tr", TRAINER, "-p", PLANS, "-device", "cpu", *args]
+        return (self.process if process else self)(*words, nnUNet_n_proc_DA="0", **more)
 
     def model(self, configuration: str) -> Path:
         return self.results / DATASET / f"{TRAINER}__{PLANS}__{configuration}"
@@ -69,8 +63,7 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, hippocampus) -> Study:
-    base = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet")}
-    study = Study(tmp_path_factory.mktemp("study"), base)
+    study = Study(tmp_path_factory.mktemp("study"))
     raw = study.raw / DATASET
     for kind, cases in {"Tr": CASES, "Ts": [TEST_CASE]}.items():
         for folder, suffix in (("images", "_0000"), ("labels", "")):
@@ -107,10 +100,6 @@ def shrink(plans: dict) -> dict:
     return {**plans, "plans_name": PLANS}
 
 
-def read(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-
-
 def check_prediction(path: Path, image: Path) -> None:
     prediction, source = sitk.ReadImage(str(path)), sitk.ReadImage(str(image))
     assert prediction.GetSize() == source.GetSize()
@@ -123,7 +112,7 @@ def checkpoint(model: Path, fold: object = 0, name: str = "checkpoint_final.pth"
 
 
 def test_plan_and_preprocess(study):
-    study("plan_and_preprocess", "-d", 4, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1, 1)
+    study.process("plan_and_preprocess", "-d", 4, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1, 1)
     folder = study.preprocessed / DATASET
     plans = shrink(json.loads((folder / "nnUNetPlans.json").read_text()))
     (folder / f"{PLANS}.json").write_text(json.dumps(plans))
@@ -142,13 +131,14 @@ def test_train_2d_with_probabilities(study):
     assert "decoder.seg_layers.0.weight" in checkpoint(study.model("2d"))["network_weights"]
 
 
-def test_training_that_broke_off_is_continued(study):
-    output = study.train("3d_fullres", 0, "--npz", fails=True, TINY_TRAINER_STOPS="1")
+def test_training_that_broke_off_is_continued(study, capsys):
+    output = study.train("3d_fullres", 0, "--npz", process=True, fails=True, TINY_TRAINER_STOPS="1")
     assert "Epoch 0" in output and "Epoch 1" not in output
     model = study.model("3d_fullres")
     assert checkpoint(model, name="checkpoint_latest.pth")["current_epoch"] == 1
 
-    output = study.train("3d_fullres", 0, "--npz", "--c")
+    study.train("3d_fullres", 0, "--npz", "--c")
+    output = capsys.readouterr().out
     assert "Epoch 1" in output and "Epoch 0" not in output
     final = checkpoint(model)
     assert final["trainer_name"] == TRAINER
@@ -158,12 +148,13 @@ def test_training_that_broke_off_is_continued(study):
     assert final["optimizer_state"]["param_groups"][0]["lr"] == pytest.approx(0.02 * 0.25**0.9)
 
 
-def test_validation_alone_repeats_the_validation(study):
+def test_validation_alone_repeats_the_validation(study, capsys):
     validation = study.model("3d_fullres") / "fold_0" / "validation"
     (segmentation,) = validation.glob("*.nii.gz")
     expected = read(segmentation)
     shutil.rmtree(validation)
-    output = study.train("3d_fullres", 0, "--val", "--npz")
+    study.train("3d_fullres", 0, "--val", "--npz")
+    output = capsys.readouterr().out
     assert "Epoch" not in output and "Mean Validation Dice" in output
     np.testing.assert_array_equal(read(segmentation), expected)
 
@@ -181,7 +172,7 @@ def test_predict_from_the_model_folder_alone(study, tmp_path):
     output = tmp_path / "out"
     away = {name: str(tmp_path / "none") for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     images = study.raw / DATASET / "imagesTs"
-    study("predict_from_modelfolder", "-i", images, "-o", output, "-m", model, "-f", 0, *ONE_PROCESS, **away)
+    study.process("predict_from_modelfolder", "-i", images, "-o", output, "-m", model, "-f", 0, *ONE_PROCESS, **away)
     check_prediction(output / f"{TEST_CASE}.nii.gz", images / f"{TEST_CASE}_0000.nii.gz")
 
 
@@ -201,7 +192,7 @@ def test_exported_model_predicts_elsewhere(study, tmp_path):
     shutil.copy(study.raw / DATASET / "imagesTr" / name, images / name)
     # nnUNetv2_predict looks the dataset's name up in the three folders
     select[1] = DATASET
-    study("predict", "-i", images, "-o", output, *select, *ONE_PROCESS, **elsewhere)
+    study("predict", "-i", images, "-o", output, *select, *IN_PROCESS, **elsewhere)
     check_prediction(output / validated.name, images / name)
     assert np.mean(read(output / validated.name) == read(validated)) > 0.999
 
@@ -215,7 +206,7 @@ def test_cascade(study, tmp_path):
     assert stem.shape[1] == 3  # the image, and one channel for each label of the stage before
 
     images = study.raw / DATASET / "imagesTs"
-    shared = ["-d", 4, "-tr", TRAINER, "-p", PLANS, "-device", "cpu", "-npp", 0, "-nps", 0]
+    shared = ["-d", 4, "-tr", TRAINER, "-p", PLANS, *IN_PROCESS]
     lowres, output = tmp_path / "lowres", tmp_path / "out"
     study("predict", "-i", images, "-o", lowres, "-c", "3d_lowres", "-f", "all", *shared)
     cascade = ["-c", "3d_cascade_fullres", "-f", 0, "-prev_stage_predictions", lowres]

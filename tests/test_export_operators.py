@@ -51,6 +51,7 @@ def test_depthwise(groups, kernels, convolutions):
     assert count(model, "Conv") == convolutions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", [(8, 12), (7, 10)])  # the second is padded, and attends under a mask
 def test_attention_holds_one_matrix_at_a_time(patch):
     step = (4, 4) if patch[0] % 2 == 0 else (0, 0)

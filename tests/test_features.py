@@ -22,6 +22,8 @@ GPU = "cuda"
 STEADY = "nnUNetTrainerLGMSNet_steady"  # six steps on batches that are the same in every run
 REGIONS = {"background": 0, "whole": [1, 2], "lesion": 2}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Workshop:

@@ -164,6 +164,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 topology = Topology((32, 24), ((1, 1), (2, 2)), ((3, 3), (3, 3)))
 
 
+@pytest.mark.slow
 @fuzz(400)
 @given(st.one_of(values, spoiled(SETTINGS)))
 def test_settings(given_settings):
@@ -189,6 +190,7 @@ def test_override_files(folder, content):
         LGMSSettings.from_plan(override.get("lgmsnet", {}))
 
 
+@pytest.mark.slow
 @fuzz(400)
 @given(plans=spoiled(PLANS))
 def test_plans(folder, plans):
@@ -235,6 +237,7 @@ def png() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @fuzz(300)
 @given(content=damaged(nifti(), first=352))
 def test_nifti(folder, content, capfd):
@@ -292,6 +295,7 @@ words = st.one_of(
 )
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(
     command=st.sampled_from(["override", "plan", "profile", "evaluate", "zeroshot", "convert"]),

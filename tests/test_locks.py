@@ -139,7 +139,9 @@ def export(folder: Path) -> tuple[Path, list]:
     return folder / ".model.onnx.lock", ["export", model, "-o", folder / "model.onnx"]
 
 
-@pytest.mark.parametrize("prepare", [conversion, override, evaluation, zeroshot, export])
+@pytest.mark.parametrize(
+    "prepare", [conversion, override, evaluation, zeroshot, pytest.param(export, marks=pytest.mark.slow)]
+)
 def test_a_command_refuses_to_write_what_another_one_writes(folders: Path, capsys, prepare: Callable):
     lock, words = prepare(folders)
     with another_process_holds(lock) as other:

@@ -38,6 +38,7 @@ def change(plans: Path, **content: object) -> None:
     plans.write_text(json.dumps(json.loads(plans.read_text()) | content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["{}/outside", "../outside", "Dataset901_../../outside", None])
 def test_export_writes_nowhere_else(model: Path, tmp_path: Path, capsys, name: str | None):
     pytest.importorskip("onnxscript", reason="needs the extra [export]")

@@ -43,6 +43,7 @@ def every_block(dim: int) -> nn.Module:
     return tiny_network(dim, 2, encoder_blocks=["LMS", "GMS"], decoder_blocks=[["Fusion", "GMS"]])
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(dim):
     """Forward and backward through dynamo and AOTAutograd, which is where a graph would break."""
     network = every_block(dim)
@@ -76,6 +77,7 @@ def test_training_step_compiles_on_the_gpu(dim):
         torch.testing.assert_close(gradient, value, rtol=5e-2, atol=5e-2 * float(value.abs().max()) + 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deep_supervision", [False, True])
 def test_compiled_network_follows_the_switch(deep_supervision):
     """nnU-Net switches deep supervision of a network that is compiled already."""
@@ -239,6 +241,7 @@ def ddp_process(rank: int, port: int, deep_supervision: bool, path: str) -> None
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deep_supervision", [False, True])
 def test_ddp_gives_the_gradients_of_the_whole_batch(deep_supervision, tmp_path):
     with socket.socket() as s:

@@ -165,6 +165,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     return run_interpreted(__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_norm_as_one(interpreted, case):
     limit = 2e-3 if CASES[case].mean == 1000 else 2e-5
@@ -172,6 +173,7 @@ def test_two_processes_norm_as_one(interpreted, case):
     assert max(interpreted[case].values()) < limit, interpreted[case]
 
 
+@pytest.mark.slow
 def test_a_process_that_exchanges_nothing_has_statistics_of_its_own(interpreted):
     assert interpreted["alone"]["largest"] < 2e-5
 

@@ -277,6 +277,7 @@ assert not HAS_TRITON
 """
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_works_and_is_silent(clean_env):
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=clean_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

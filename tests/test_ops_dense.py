@@ -382,11 +382,13 @@ def interpreted():
     return run_interpreted(__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "case"), CASES)
 def test_interpreted_kernels_match_float64(interpreted, group, case):
     assert max(interpreted[f"{group} {case}"]) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [2, 3])
 def test_interpreted_kernels_leave_the_network_as_it_is(interpreted, dim):
     assert max(interpreted["network"][dim - 2]) < 1e-4

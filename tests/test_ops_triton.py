@@ -48,6 +48,7 @@ def interpreted():
     return run_interpreted(__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_interpreted_kernels_match_float64(interpreted, case):
     out, taps = interpreted[case]

@@ -22,9 +22,13 @@ from volumes import write_volume
 from nnunet_lgms.cli import main
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.nnunet.builder import build_network
+from nnunet_lgms.planning import memory
+from nnunet_lgms.planning.memory import memory_remarks
 
 NAME = "Dataset999_Tiny"
 ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.usefixtures("no_estimates")
 
 
 @pytest.fixture
@@ -142,7 +146,9 @@ def test_one_configuration_only(dataset, tmp_path):
     assert kernels(dataset, "3d_fullres")[0] == [(k, k, k) for k in (3, 5, 7, 9)]
 
 
-def test_says_when_more_memory_is_needed(dataset, capsys):
+@pytest.mark.slow
+def test_says_when_more_memory_is_needed(dataset, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "memory_remarks", memory_remarks)
     assert main(["override", "999", "--apply", "kernels_3", "--as", "Same"]) == 0
     assert "GiB" not in capsys.readouterr().out
     assert main(["override", "999", "--apply", "large", "--as", "Large"]) == 0

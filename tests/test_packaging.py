@@ -114,6 +114,7 @@ def source_files() -> set[str]:
     return files | {f"nnunet_lgms/{p.relative_to(ROOT).as_posix()}" for p in data}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["checkout", "sdist"])
 def test_wheel_holds_the_package_the_trainers_the_plans_and_nothing_else(wheels: dict[str, Path], origin: str) -> None:
     names = set(zipfile.ZipFile(wheels[origin]).namelist())
@@ -121,6 +122,7 @@ def test_wheel_holds_the_package_the_trainers_the_plans_and_nothing_else(wheels:
     assert "nnunet_lgms/trainers/__init__.py" not in names  # a package there would break compiling and pickling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["checkout", "sdist"])
 def test_installed_trainer_is_found_without_any_variable_and_uninstall_leaves_nothing(
     wheels: dict[str, Path], installed: Environment, origin: str
@@ -137,6 +139,7 @@ def test_installed_trainer_is_found_without_any_variable_and_uninstall_leaves_no
     assert installed.run("import os; print(os.environ.get('nnUNet_extTrainer'))") == "None\n"
 
 
+@pytest.mark.slow
 def test_editable_install_finds_the_trainer_and_uninstall_leaves_nothing(source: Path, installed: Environment) -> None:
     installed.install("--editable", source)
     name, _, package, variable = json.loads(installed.run(FIND).splitlines()[-1])
@@ -148,6 +151,7 @@ def test_editable_install_finds_the_trainer_and_uninstall_leaves_nothing(source:
     assert installed.files() == installed.files_before
 
 
+@pytest.mark.slow
 def test_checkout_works_through_the_variable_alone(environment: dict[str, str]) -> None:
     path = os.pathsep.join([str(ROOT), *filter(holds_distributions, sys.path)])
     env = {**environment, "nnUNet_extTrainer": str(ROOT / "trainers"), "PYTHONPATH": path}
@@ -156,6 +160,7 @@ def test_checkout_works_through_the_variable_alone(environment: dict[str, str]) 
     assert (name, Path(package)) == ("nnUNetTrainerLGMSNet", ROOT / "nnunet_lgms" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_pth_keeps_the_users_own_paths_first_and_adds_nothing_twice(
     wheels: dict[str, Path], installed: Environment
 ) -> None:
@@ -174,6 +179,7 @@ def test_pth_keeps_the_users_own_paths_first_and_adds_nothing_twice(
         assert installed.run(code, nnUNet_extTrainer=chosen) == f"{chosen}\n"
 
 
+@pytest.mark.slow
 def test_pth_imports_nothing_and_takes_no_measurable_time(wheels: dict[str, Path], installed: Environment) -> None:
     modules = "import sys; print(sorted(sys.modules))"
     before = installed.run(modules)
@@ -191,6 +197,7 @@ def test_pth_imports_nothing_and_takes_no_measurable_time(wheels: dict[str, Path
     assert seconds < 1e-3  # starting Python takes about 20 ms
 
 
+@pytest.mark.slow
 def test_requirements_are_lower_bounds_and_agree(wheels: dict[str, Path]) -> None:
     from nnunet_lgms.requirements import MINIMUM_NNUNETV2
 

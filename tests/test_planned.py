@@ -116,6 +116,7 @@ def test_what_does_not_fit_is_one_sentence(override, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
         (tmp_path / variable).mkdir()

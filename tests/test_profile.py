@@ -174,6 +174,7 @@ def counted(patch, n_stages, batch, n_classes=3, **settings):
     return trace_training_step(network, (batch, 1, *patch), n_classes)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_the_patch_and_the_widths():
     # all with so many voxels that the convolutions at full resolution are the kernels'
     one, two = counted((64, 64, 64), 4, 4), counted((64, 64, 64), 4, 8)
@@ -206,6 +207,7 @@ def planned(vram: float, **kwargs) -> tuple[LGMSNetPlanner, dict]:
     return planner, planner.plan_experiment()
 
 
+@pytest.mark.slow
 def test_plans_fill_the_card_and_no_more(dataset):
     sizes = []
     for vram in (4, 12):
@@ -219,6 +221,7 @@ def test_plans_fill_the_card_and_no_more(dataset):
     assert sizes[1] > 2 * sizes[0]
 
 
+@pytest.mark.slow
 def test_stock_nnunet_reads_the_plans(dataset):
     planned(4, plans_name="P4")
     manager = PlansManager(str(dataset / "P4.json")).get_configuration("3d_fullres")
@@ -235,6 +238,7 @@ def test_stock_nnunet_reads_the_plans(dataset):
     assert len(build_network(manager, 1, 3).encoder.output_channels) == manager.network_arch_init_kwargs["n_stages"]
 
 
+@pytest.mark.slow
 def test_dearer_settings_get_a_smaller_patch(dataset):
     patches = []
     for i, settings in enumerate(({}, {"widths": {"1": 32, "2": 64, "3+": 128, "4+": 256}})):
@@ -246,6 +250,7 @@ def test_dearer_settings_get_a_smaller_patch(dataset):
     assert patches[1] < patches[0]
 
 
+@pytest.mark.slow
 def test_plan_command(dataset, capsys):
     assert main(["plan", "998", "--vram", "4", "--apply", "kernels_auto", "--as", "Mine"]) == 0
     said = capsys.readouterr().out
@@ -260,6 +265,7 @@ def test_plan_command(dataset, capsys):
     assert "--force" in capsys.readouterr().err and (dataset / "Mine.json").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -282,6 +288,7 @@ def test_plan_says_what_is_wrong(dataset, capsys, arguments, said):
     assert not list(dataset.glob("nnUNetLGMSNet*"))
 
 
+@pytest.mark.slow
 def test_plan_remarks_upon_settings_that_change_nothing(dataset, tmp_path, capsys):
     (tmp_path / "x.json").write_text('{"lgmsnet": {"lms_kernels": {"4+": [3]}}}')
     assert main(["plan", "998", "--vram", "4", "--apply", str(tmp_path / "x.json"), "--as", "Mine"]) == 0
@@ -289,6 +296,7 @@ def test_plan_remarks_upon_settings_that_change_nothing(dataset, tmp_path, capsy
     assert '3d_fullres: lgmsnet.lms_kernels changes nothing at "4+": the plan has LMS blocks at level(s) 1, 2' in said
 
 
+@pytest.mark.slow
 def test_plan_says_when_the_dataset_is_the_limit(dataset, capsys):
     assert main(["plan", "998", "--vram", "8", "--as", "Card"]) == 0
     assert "the dataset sets the limit" not in capsys.readouterr().out
@@ -321,6 +329,7 @@ def test_gmac_of_the_published_network(dim, channels, classes, size, gmac, param
     assert count_gmac(network, (1, channels, *(size,) * dim)) == pytest.approx(gmac, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_the_paper_s_table_needs_no_data_set(capsys, tmp_path):
     assert main(["profile", "--paper", "--json", str(tmp_path / "paper.json")]) == 0
     said = capsys.readouterr().out
@@ -454,6 +463,7 @@ def test_a_plan_that_nnunet_cannot_read_is_one_sentence(dataset, capsys):
     assert "nnU-Net cannot read the configuration" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_steps_are_measured_and_a_failure_is_told():
     subject = Subject(LGMSNET, plans(), "3d_fullres", DATASET)
     profile = static_profile(subject)

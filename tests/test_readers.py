@@ -79,6 +79,7 @@ def kind_of(name: str) -> str:
 
 
 KINDS = sorted({kind_of(entry.name) for entry in family()})
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "nii" else ()) for kind in KINDS]  # most of the files
 
 
 def test_the_family_is_large_and_has_every_reader():

@@ -141,6 +141,7 @@ def test_the_report_has_curves_where_there_are_probabilities(predictions: Path):
     assert html.count("ours is better") >= 1 and "what is shown" in html
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [1100, 500])
 def test_the_report_fits_into_a_browser(predictions: Path, width: int):

@@ -56,6 +56,7 @@ def run(python: Path, *words, env: dict) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_whole_cases_without_pytorch_and_nnunet(bare, clean_env, hippocampus, tmp_path):
     model = onnx_stub.threshold_model(tmp_path / "model.onnx", spacing=(1.3, 0.9, 1.0), mirror_axes=(0, 2))
     images = hippocampus / "imagesTs"
@@ -74,6 +75,7 @@ def test_whole_cases_without_pytorch_and_nnunet(bare, clean_env, hippocampus, tm
     np.testing.assert_array_equal(labels, predictor.predict(files[0]))
 
 
+@pytest.mark.slow
 def test_export_and_view_say_what_they_need(bare, clean_env, tmp_path):
     for command, extra in (("view", "filelock"), ("export", "nnunetv2")):
         done = subprocess.run(
@@ -134,6 +136,7 @@ def test_flat_pictures(tmp_path):
     np.testing.assert_array_equal(labels, picture[..., 0] == 255)
 
 
+@pytest.mark.slow
 def test_breast_ultrasound_as_nnunets_predictor(shared_data, tmp_path):
     """Real BUSI images through nnU-Net's own predictor and ours, the network the same single convolution."""
     import tiny_model

@@ -103,6 +103,7 @@ def predict(folder: Path) -> list:
     return ["predict", "-i", away / "imagesTr", "-o", folder / "out", "-m", model, "-device", "cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [runtime, evaluate, convert, zeroshot, predict])
 def test_names_that_are_not_utf8_are_refused_before_anything_is_computed(tmp_path: Path, monkeypatch, capsys, prepare):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))

@@ -23,7 +23,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright
 for module in ("starlette", "uvicorn", "onnxruntime"):
     pytest.importorskip(module, reason="needs the extra [view]")
 BROWSER = os.environ.get("NNUNET_LGMS_BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium, or set NNUNET_LGMS_BROWSER")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium, or set NNUNET_LGMS_BROWSER"),
+]
 
 import view_server  # noqa: E402
 

@@ -52,6 +52,7 @@ def test_a_step_that_fails_or_hangs_stops_no_other(memory, tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_measured_again(memory, tmp_path, monkeypatch):
     plans = [memory.Plan(name, (32, 32), (1, 1), 2) for name in ("done", "failed", "new")]
     measured = {"peak": 5, "s": [1.0, 0.1], "allocated": [5, 5], "reserved": [6, 6], "beside": None}
@@ -66,6 +67,7 @@ def test_what_is_measured_is_not_measured_again(memory, tmp_path, monkeypatch):
     assert kept[0]["trained"] == measured and "trained" not in kept[1]
 
 
+@pytest.mark.slow
 def test_rehearsal(memory, tmp_path, capsys):
     plans = [
         memory.Plan("good", (32, 32), (1, 1), 2),

@@ -27,6 +27,7 @@ def test_stages_of_stock_nnunet_are_noted_in_every_process(tmp_path):
     assert [line["stage"] for line in lines] == ["read", "read"] and all(line["seconds"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_every_stage_exists_in_this_nnunet():
     import importlib
 
@@ -77,6 +78,7 @@ def test_memory_counts_children():
     assert waits.resident(process.pid) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [waits.UNET, waits.OURS])
 def test_models_are_ones_that_nnunet_loads(tmp_path, network):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
