@@ -3,10 +3,10 @@
     python benchmarks/evidence.py gather --data DATA          # with nnU-Net's folders set; see docs/explanation/
     python benchmarks/evidence.py pack --data DATA --out PACKS
     python benchmarks/evidence.py unpack PACKS --work WORK
-    python benchmarks/evidence.py train busi:published,nnunet:500 --jobs 2 --seconds 500 --work WORK
+    python benchmarks/evidence.py train sets_busi:lgmsnet,nnunet:50 --jobs 2 --seconds 500 --work WORK
     python benchmarks/evidence.py bundle --work WORK --out OUT
     python benchmarks/evidence.py scores OUT...               # writes benchmarks/results/evidence/*.json
-    python benchmarks/evidence.py costs | loading             # parameters and GMAC; seconds a batch on one core
+    python benchmarks/evidence.py costs                       # parameters and GMAC
     python benchmarks/evidence.py report                      # benchmarks/results/evidence.{md,png}, the README
 
 Every step can be called again: finished trainings are not repeated, and those that ran out of time go on where they
@@ -142,28 +142,17 @@ def _add_to(file: Path, new: dict) -> None:
 def costs(args: argparse.Namespace) -> int:
     from evidence_parts.costs import count_costs
 
-    write(args.results / "evidence", "costs", count_costs(Path(os.environ["nnUNet_preprocessed"])) | provenance())
-    return 0
-
-
-def loading(args: argparse.Namespace) -> int:
-    os.environ |= {f"nnUNet_{name}": str(args.work / name) for name in ("raw", "preprocessed")}
-    os.environ["nnUNet_results"] = tempfile.mkdtemp(dir=args.work)
-    from evidence_parts.loading import measure_loading
-
-    write(args.results / "evidence", "loading", {"rows": measure_loading(args.work)} | provenance())
+    write(args.results / "evidence", "costs", count_costs() | provenance())
     return 0
 
 
 def report(args: argparse.Namespace) -> int:
-    from evidence_parts.pictures import draw, draw_worst_cases
+    from evidence_parts.pictures import draw
     from evidence_parts.report import readme_with, write_report
 
     from nnunet_lgms.files import atomic_write
 
     draw(args.results)
-    if args.predictions:
-        draw_worst_cases(args.predictions, Path(os.environ["nnUNet_raw"]), args.results)
     write_report(args.results)
     readme = HERE.parent / "README.md"
     with atomic_write(readme) as temporary:
@@ -188,7 +177,7 @@ def main() -> int:
         sub.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS))
     command(unpack, work="to unpack into").add_argument("packs", type=Path, metavar="PACKS")
     sub = command(train, work="with what `unpack` unpacked")
-    words = f"STAGE[:MODELS[:EPOCHS[:SEEDS]]], such as busi:published,nnunet:300; stages: {', '.join(STAGES)}"
+    words = f"STAGE[:MODELS[:EPOCHS[:SEEDS]]], such as sets_busi:lgmsnet,nnunet:50; stages: {', '.join(STAGES)}"
     sub.add_argument("stages", nargs="+", metavar="STAGE", help=words)
     sub.add_argument("--iterations", type=int, help="steps an epoch in place of a pass: a rehearsal")
     sub.add_argument("--jobs", type=int, default=1, help="trainings at a time, on each GPU")
@@ -206,9 +195,8 @@ def main() -> int:
     sub.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     sub.add_argument("--unpacked", type=Path, metavar="FOLDER", help="where its files go (BUNDLE/unpacked)")
     command(costs)
-    command(loading, work="with what `unpack` unpacked")
-    command(report).add_argument("--predictions", type=Path, metavar="FOLDER", help="unpacked, for the worst cases")
-    for sub in (commands.choices[name] for name in ("scores", "costs", "loading", "report")):
+    command(report)
+    for sub in (commands.choices[name] for name in ("scores", "costs", "report")):
         sub.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="(benchmarks/results)")
     args = parser.parse_args()
     if hasattr(args, "work"):

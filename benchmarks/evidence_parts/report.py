@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.evaluation.evaluate import FOREGROUND
 from nnunet_lgms.evaluation.statistics import bootstrap_mean
 from nnunet_lgms.files import atomic_write, read_json
 
-from .runs import ABLATIONS, STAGES, STU, Model
+from .runs import MODELS, STAGES
 from .sets import SETS
 
 BEGIN, END = "<!-- evidence: made by benchmarks/evidence.py report; a test compares -->", "<!-- end of evidence -->"
 NOT_RUN = "not run"
 MIRRORED = "validation-mirrored"
-OLDER = ("busi", "hippocampus")  # sets that were measured before there was a table of sets
 REFERENCES = Path(__file__).with_name("references.json")
 MINUS = "\N{MINUS SIGN}"
+STU = SETS["stu"].name
+#: trainings of before there was a table of sets: what they are about, and what they were tested on
+OLDER = {
+    "busi": ("BUSI, the paper's split 1, epochs of one pass", [STU]),
+    "hippocampus": ("Hippocampus, fold 0 of nnU-Net's five, epochs of one pass", []),
+    "hippocampus_equal_time": ("Hippocampus, longer trainings of LGMSNet alone, among them the shipped model", []),
+}
 # rows of the README's table: title, stages that measure it (the first that was run counts), scores
 README_SETS = [
     *((data.about.split(";")[0], [f"sets_{name}"], MIRRORED) for name, data in SETS.items() if name not in OLDER),
@@ -40,52 +45,44 @@ class Results:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        files = sorted((folder / "evidence").glob("*.json"))
-        contents = [(file, read_json(file)) for file in files]
-        self.runs = [content for _, content in contents if "scores" in content]
-        self.state = self._read("evidence/state.json") or {}
-        self.costs = self._read("evidence/costs.json") or {"runs": {}, "sizes": {}}
+        contents = [read_json(file) | {"name": file.stem} for file in sorted((folder / "evidence").glob("*.json"))]
+        self.runs = [content for content in contents if "scores" in content]
+        self.state = self.read("evidence/state.json") or {}
         self.references = read_json(REFERENCES)
 
-    def _read(self, name: str):
+    def read(self, name: str):
         return read_json(self.folder / name) if (self.folder / name).is_file() else None
 
     def schedules(self, stage: str) -> list[int]:
-        """Epochs of the stage's runs, the longest first; with equal time, those of the U-Net whose time it is."""
-        return sorted({_epochs(r) for r in self.runs if r["run"]["stage"] == stage}, reverse=True)
+        """Epochs of the stage's runs, the longest first."""
+        return sorted({r["run"]["epochs"] for r in self.runs if r["run"]["stage"] == stage}, reverse=True)
 
     def of(self, stage: str, model: str, epochs: int) -> list[dict]:
         """The finished runs of a model, one a seed."""
-        if model == "nnunet" and STAGES[stage].equal_time_of:
-            stage = STAGES[stage].equal_time_of
         wanted = (stage, model, epochs)
-        return [r for r in self.runs if (r["run"]["stage"], r["run"]["model"], _epochs(r)) == wanted]
+        return [r for r in self.runs if (r["run"]["stage"], r["run"]["model"], r["run"]["epochs"]) == wanted]
+
+    def titles(self, stage: str) -> dict[str, str]:
+        """Model → what the tables call it; of stages that are trained no more, the models that were."""
+        if stage in STAGES:
+            return {name: model.title for name, model in STAGES[stage].models.items()}
+        found = {r["run"]["model"]: r["title"] for r in self.runs if r["run"]["stage"] == stage}
+        return {name: found[name] for name in MODELS if name in found}
 
 
-def _epochs(record: Mapping) -> int:
-    return record["run"].get("time_of") or record["run"]["epochs"]
-
-
-def models_of(stage: str) -> dict[str, Model]:
-    """With equal time, the U-Net whose time it is belongs to them."""
-    source = STAGES[stage].equal_time_of
-    return STAGES[source].models if source else STAGES[stage].models
-
-
-def per_case(runs: Sequence[dict], scores: str, metric: str, label: str | None = None) -> dict[str, float]:
-    """Case → metric, the mean over seeds; over labels if none is named. NaN where undefined."""
+def per_case(runs: Sequence[dict], scores: str, metric: str) -> dict[str, float]:
+    """Case → metric, the mean over labels and seeds. NaN where undefined."""
     values: dict[str, list[float]] = {}
     for run in runs:
         for case, labels in run["scores"][scores]["cases"].items():
-            chosen = [m[metric] for name, m in labels.items() if label in (None, name)]
-            numbers = [np.nan if value is None else value for value in chosen]
+            numbers = [np.nan if m[metric] is None else m[metric] for m in labels.values()]
             values.setdefault(case, []).append(float(np.nanmean(numbers)) if not np.isnan(numbers).all() else np.nan)
     return {case: float(np.mean(v)) for case, v in values.items()}
 
 
-def interval(runs: Sequence[dict], scores: str, metric: str, label: str | None = None) -> tuple[float, float, float]:
+def interval(runs: Sequence[dict], scores: str, metric: str) -> tuple[float, float, float]:
     """Mean over cases with its 95 % bootstrap interval."""
-    mean = bootstrap_mean(np.array(list(per_case(runs, scores, metric, label).values())))
+    mean = bootstrap_mean(np.array(list(per_case(runs, scores, metric).values())))
     return mean.mean, mean.low, mean.high
 
 
@@ -117,8 +114,8 @@ def with_interval(values: tuple[float, float, float], digits: int = 3) -> str:
     return f"{values[0]:.{digits}f} [{values[1]:.{digits}f}, {values[2]:.{digits}f}]"
 
 
-def signed(values: tuple[float, float, float], digits: int = 3) -> str:
-    low, mean, high = (f"{v:+.{digits}f}".replace("-", MINUS) for v in (values[1], values[0], values[2]))
+def signed(values: tuple[float, float, float]) -> str:
+    low, mean, high = (f"{v:+.3f}".replace("-", MINUS) for v in (values[1], values[0], values[2]))
     return f"{mean} [{low}, {high}]"
 
 
@@ -131,51 +128,40 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def from_to(values: Sequence[float]) -> str:
-    low, high = (f"{v:.3f}" for v in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 
-def _schedule(run: dict) -> str:
-    return f"{run['run']['epochs']} × {run['iterations_per_epoch']}"
-
-
-def _step(runs: Sequence[dict]) -> str:
-    steps = [run["step_ms_alone"][0] for run in runs if run["step_ms_alone"]]
-    return f"{np.mean(steps):.1f}" if steps else NOT_RUN
-
-
-def _seeds(runs: Sequence[dict]) -> str:
-    return ", ".join(str(run["run"]["seed"]) for run in runs)
-
-
 def scores_table(
-    results: Results, stage: str, epochs: int, scores: str, digits: int = 3, distances: bool = True
+    results: Results, stage: str, epochs: int, scores: str, baseline: str = "nnunet", distances: bool = True
 ) -> list[str]:
-    """A line a model: scores without mirroring, Dice with it, and the differences to nnU-Net's U-Net."""
-    unit = next((r["scores"][scores]["unit"] for r in results.runs if r["run"]["stage"] == stage), "")
-    heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}", "Dice, mirrored"]
-    heads += ["Dice against nnU-Net", "", "the same, mirrored", "", "step, ms"]
+    """A line a model: scores without mirroring, Dice with it, and the differences to the baseline."""
+    titles, models = results.titles(stage), {}
+    for name in titles:
+        models[name] = results.of(stage, name, epochs)
+    done = [run for runs in models.values() for run in runs]
+    unit = next((run["scores"][scores]["unit"] for run in done), "")
+    ways = [way for way in (scores, f"{scores}-mirrored") if any(way in run["scores"] for run in done)]
+    seeds, timed = any(len(runs) > 1 for runs in models.values()), any(run["step_ms_alone"] for run in done)
+    heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}"]
+    heads += ["SD of seeds"] * seeds + ["Dice, mirrored"] * (len(ways) - 1)
+    against_what = f"Dice against {'nnU-Net' if baseline == 'nnunet' else 'the default'}"
+    heads += [against_what, "", "the same, mirrored", ""][: 2 * len(ways)] + ["step, ms"] * timed
     rows = []
-    baseline = results.of(stage, "nnunet", epochs)
-    for name, model in models_of(stage).items():
-        runs = results.of(stage, name, epochs)
+    for name, runs in models.items():
         if not runs:
-            rows.append([model.title, NOT_RUN, *[""] * (len(heads) - 2)])
+            rows.append([titles[name], NOT_RUN, *[""] * (len(heads) - 2)])
             continue
-        cells = [model.title, millions(runs[0]["parameters"]), _schedule(runs[0]), _seeds(runs)]
-        cells += [with_interval(interval(runs, scores, metric), digits) for metric in ("IoU", "Dice")]
+        cells = [titles[name], millions(runs[0]["parameters"])]
+        cells += [f"{runs[0]['run']['epochs']} × {runs[0]['iterations_per_epoch']}"]
+        cells += [", ".join(str(run["run"]["seed"]) for run in runs)]
+        cells += [with_interval(interval(runs, scores, metric)) for metric in ("IoU", "Dice")]
         hd95 = with_interval(interval(runs, scores, "HD95"), 1 if unit == "pixels" else 2)
         cells += [hd95 if distances else "no spacing"]
-        mirrored = f"{scores}-mirrored"
-        there = _have(runs, mirrored)
-        cells += [with_interval(interval(runs, mirrored, "Dice"), digits) if there else NOT_RUN]
-        for way in (scores, mirrored):
-            cells += against(runs, baseline, way, digits)
-        rows.append([*cells, _step(runs)])
+        cells += [f"{spread(runs, scores, 'Dice'):.3f}" if len(runs) > 1 else ""] * seeds
+        cells += [with_interval(interval(runs, w, "Dice")) if _have(runs, w) else NOT_RUN for w in ways[1:]]
+        cells += [cell for way in ways for cell in against(runs, models.get(baseline, []), way)]
+        steps = [run["step_ms_alone"][0] for run in runs if run["step_ms_alone"]]
+        rows.append(cells + [f"{np.mean(steps):.1f}" if steps else NOT_RUN] * timed)
     return table(heads, rows)
 
 
@@ -183,7 +169,7 @@ def _have(runs: Sequence[dict], scores: str) -> bool:
     return all(scores in run["scores"] for run in runs)
 
 
-def against(ours: Sequence[dict], theirs: Sequence[dict], scores: str, digits: int = 3) -> list[str]:
+def against(ours: Sequence[dict], theirs: Sequence[dict], scores: str) -> list[str]:
     """The difference of Dice in two cells: mean with interval, and what it is worth.
 
     Empty where one of them has no such scores, and against themselves.
@@ -194,110 +180,33 @@ def against(ours: Sequence[dict], theirs: Sequence[dict], scores: str, digits: i
     verdict = noise(diff, spread(ours, scores, "Dice"), spread(theirs, scores, "Dice"))
     if verdict not in (WITHIN_NOISE, NOT_COMPARABLE) and min(len(ours), len(theirs)) == 1:
         verdict += ONE_TRAINING
-    return [signed(diff, digits), verdict]
+    return [signed(diff), verdict]
 
 
-def reference_line(results: Results, data: str, scores: str, stage: str = "busi") -> list[str]:
-    """The authors' figures, and where ours lie."""
-    authors = results.references["authors"]
-    figures = ", ".join(f"{metric} {from_to(authors[data][metric])}" for metric in ("IoU", "Dice"))
-    lines = [f"Reference: {figures} ({authors['what']}; {authors['source']})."]
-    for epochs in results.schedules(stage)[:1]:
-        for name in ("published", "lgmsnet"):
-            if runs := results.of(stage, name, epochs):
-                low, high = min(authors[data]["IoU"]), max(authors[data]["IoU"])
-                mean = interval(runs, scores, "IoU")[0]
-                place = "below" if mean < low else "above" if mean > high else "inside"
-                lines.append(f"{models_of(stage)[name].title}: IoU {mean:.3f}, {place} that range.")
-    if any(not line.endswith("inside that range.") for line in lines[1:]):
-        lines.append(
-            "Why it is outside is not known: loader, normalisation, augmentation and prediction are nnU-Net's here, "
-            "the authors' own there."
-        )
-    return lines
+def stage_lines(results: Results, stage: str, unseen: Sequence[str], **options) -> list[str]:
+    """The tables of a stage: its validation cases, and what its models were tested on without further training."""
+    lines = []
+    for epochs in results.schedules(stage):
+        lines += [*scores_table(results, stage, epochs, "validation", **options), ""]
+        for name in unseen:
+            about = next(row.about for row in SETS.values() if row.name == name)
+            lines += [f"The same models, without further training, on {about}:", ""]
+            lines += [*scores_table(results, stage, epochs, name, **options), ""]
+    return lines or [f"{NOT_RUN.capitalize()}.", ""]
 
 
-def labels_table(results: Results, stage: str, epochs: int) -> list[str]:
-    """Dice and HD95 of each label, a line a model."""
-    runs = next(r for r in results.runs if r["run"]["stage"] == stage)
-    labels = [label for label in runs["scores"]["validation"]["mean"] if label != FOREGROUND]
-    heads = ["model", *(f"{m} {label}" for m in ("Dice", "HD95") for label in labels), "s of all steps, alone"]
-    rows = []
-    for name, model in models_of(stage).items():
-        if not (runs := results.of(stage, name, epochs)):
-            rows.append([model.title, NOT_RUN, *[""] * (len(heads) - 2)])
-            continue
-        cells = [with_interval(interval(runs, "validation", "Dice", label)) for label in labels]
-        cells += [with_interval(interval(runs, "validation", "HD95", label), 2) for label in labels]
-        alone = runs[0]["step_ms_alone"]
-        seconds = f"{alone[0] * runs[0]['iterations'] / 1e3:.0f}" if alone else NOT_RUN
-        rows.append([model.title, *cells, seconds])
-    return table(heads, rows)
-
-
-def ablations_table(results: Results, stage: str, epochs: int) -> list[str]:
-    """A line a variant: mean over seeds, spread over seeds, difference to the default, cost."""
-    heads = ["variant", "parameters", "GMAC", "step, ms", "Dice", "SD of seeds", "against the default", "", "seeds"]
-    costs = results.costs["runs"].get(STAGES[stage].dataset, {})
-    default, rows = results.of(stage, "default", epochs), []
-    for name in ABLATIONS:
-        runs = results.of(stage, name, epochs)
-        if name not in STAGES[stage].models:
-            rows.append([ABLATIONS[name], "the same network as the default", *[""] * (len(heads) - 2)])
-            continue
-        if not runs:
-            rows.append([ABLATIONS[name], NOT_RUN, *[""] * (len(heads) - 2)])
-            continue
-        gmac = f"{costs[name]['gmac']:.2f}" if name in costs else NOT_RUN
-        sd = spread(runs, "validation", "Dice")
-        cells = [ABLATIONS[name], millions(runs[0]["parameters"]), gmac, _step(runs)]
-        cells += [with_interval(interval(runs, "validation", "Dice")), f"{sd:.3f}" if len(runs) > 1 else ""]
-        cells += against(runs, default, "validation")
-        rows.append([*cells, _seeds(runs)])
-    return table(heads, rows)
-
-
-def ablations_words(results: Results, stage: str, epochs: int) -> str:
-    """What the table comes to, in a sentence or two."""
-    default, found = results.of(stage, "default", epochs), {}
-    others = [(name, results.of(stage, name, epochs)) for name in ABLATIONS if name != "default"]
-    for name, runs in others if default else []:
-        if runs:
-            verdict = against(runs, default, "validation")[1]
-            found.setdefault(verdict.removesuffix(ONE_TRAINING), []).append(ABLATIONS[name])
-    said = "; ".join(f"{v}: {' / '.join(found.get(v, ['none']))}" for v in ("better", "worse", WITHIN_NOISE))
-    words = f"Dice against the default: {said}."
-    if any(len(runs) == 1 for runs in (default, *(runs for _, runs in others))):
-        words += (
-            " A variant with one seed is compared by its cases alone: what another training of it would give is not "
-            "in its interval, so a small difference is no finding there."
-        )
-    return words
-
-
-def recipe_lines(results: Results) -> list[str]:
-    """nnU-Net's augmentation in place of the paper's, on the same plans; with mirroring, as nnU-Net predicts."""
-    rows = []
-    for stage, scores in (
-        ("busi", "validation"),
-        ("busi", STU),
-        ("hippocampus", "validation"),
-        ("hippocampus_equal_time", "validation"),
-    ):
-        for epochs in results.schedules(stage):
-            ours, plain = (results.of(stage, name, epochs) for name in ("lgmsnet_nnunetda", "lgmsnet"))
-            mirrored = f"{scores}-mirrored"
-            if ours and plain and _have([*ours, *plain], mirrored):
-                cells = [*against(ours, plain, scores), *against(ours, plain, mirrored)]
-                where = stage if scores == "validation" else f"{stage}, {scores}"
-                rows.append([where, _schedule(ours[0]), *cells])
-    if not rows:
-        return [f"{NOT_RUN.capitalize()}."]
-    better, worse = (sum(any(c.startswith(v) for c in row) for row in rows) for v in ("better", "worse"))
-    words = f"It stands out as better in {better} of {len(rows)} rows and as worse in {worse}"
-    words += "." if better else ", so no other recipe is recommended beside the paper's."
-    heads = ["", "epochs × steps", "Dice against the paper's augmentation", "", "the same, mirrored", ""]
-    return [*table(heads, rows), "", words]
+def reference_lines(results: Results) -> list[str]:
+    """The authors' figures for the paper's first split of BUSI and for STU, and ours."""
+    authors, lines = results.references["authors"], []
+    for data, title, scores in (("busi", "BUSI, split 1", "validation"), ("stu", "STU", STU)):
+        ranges = (f"{m} {' to '.join(f'{v:.3f}' for v in authors[data][m])}" for m in ("IoU", "Dice"))
+        line = f"- {title}: {', '.join(ranges)}"
+        for epochs in results.schedules("busi")[:1]:
+            if runs := results.of("busi", "published", epochs):
+                ours = (f"{m} {interval(runs, scores, m)[0]:.3f}" for m in ("IoU", "Dice"))
+                line += f"; ours, {MODELS['published'].title}: {', '.join(ours)}"
+        lines.append(line)
+    return [f"Of {authors['what']} ({authors['source']}):", "", *lines, ""]
 
 
 NETWORK_NAMES = {
@@ -310,14 +219,14 @@ NETWORK_NAMES = {
 
 def costs_table(results: Results) -> list[str]:
     """Parameters and GMAC, and the time on two CPU threads where `cpu.py` measured it."""
-    cpu = (results._read("cpu.json") or {"rows": {}})["rows"]
+    cpu = (results.read("cpu.json") or {"rows": {}})["rows"]
     rows = []
-    for size, networks in results.costs["sizes"].items():
+    for size, networks in (results.read("evidence/costs.json") or {"sizes": {}})["sizes"].items():
+        key = f"inference, {size.replace('²', '^2').replace('³', '^3')}"
         for name, cost in networks.items():
-            row = next((row for key, row in cpu.items() if key.startswith("inference") and _same(key, size)), None)
-            latency = f"{1e3 * row['median'][name]:.0f}" if row and name in row["median"] else NOT_RUN
+            seconds = cpu.get(key, {"median": {}})["median"].get(name)
             cells = [NETWORK_NAMES[name], size, millions(cost["parameters"]), f"{cost['gmac']:.2f}"]
-            rows.append([*cells, latency])
+            rows.append([*cells, NOT_RUN if seconds is None else f"{1e3 * seconds:.0f}"])
     for other in results.references["published"]:
         cells = [f"{other['network']}, not measured here", other["source"], millions(other["parameters"])]
         rows.append([*cells, f"{other['gflops']} GFLOPs as published", ""])
@@ -327,7 +236,7 @@ def costs_table(results: Results) -> list[str]:
 def gpu_table(results: Results) -> list[str]:
     """Steps on a GPU, compiled as each network's trainer compiles it, where `gpu.py` measured them."""
     rows = []
-    for row in results._read("gpu.json") or []:
+    for row in results.read("gpu.json") or []:
         if "failed" in row or row["mode"] != ("graphs" if row["network"] == "lgmsnet" else "compiled"):
             continue
         cells = [NETWORK_NAMES[row["network"]], " × ".join(map(str, row["input"]))]
@@ -337,41 +246,18 @@ def gpu_table(results: Results) -> list[str]:
     return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
 
 
-def loading_table(results: Results) -> list[str]:
-    """What one process prepares, and how many of them a training alone on the GPU would keep busy."""
-    heads = ["trainer", "patch", "batch", "ms a batch", "s an epoch", "processes for the measured step"]
-    rows = []
-    for row in (results._read("evidence/loading.json") or {"rows": {}})["rows"].values():
-        models = [n for n, m in STAGES[row["stage"]].models.items() if m.trainer == row["trainer"]]
-        runs = [run for n in models for e in results.schedules(row["stage"]) for run in results.of(row["stage"], n, e)]
-        steps = [run["step_ms_alone"][0] for run in runs if run["step_ms_alone"]]
-        needed = f"{1e3 * row['batch_s'] / min(steps):.1f}" if steps else NOT_RUN
-        patch = " × ".join(map(str, row["patch_size"]))
-        times = [f"{1e3 * row['batch_s']:.0f}", f"{row['epoch_s']:.2f}"]
-        rows.append([row["trainer"], patch, str(row["batch_size"]), *times, needed])
-    return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
-
-
-def _same(key: str, size: str) -> bool:
-    return key.replace("^2", "²").replace("^3", "³").endswith(size)
-
-
 # ---- the texts -------------------------------------------------------------------------------------------------------
 
-HOW = """How: nnU-Net's own training loop, loader, augmentation and predictor; trainers and plans as in the table. An
-epoch is one pass over the training cases (as many steps as batches hold them, drawn with replacement), the last epoch
-is evaluated, nothing is chosen on the validation cases. In 2D all models have the paper's batch of 16 and its Dice per
-sample in place of nnU-Net's batch of 32 and Dice per batch. Scores are without mirroring at prediction unless the
-column says so. Intervals are 95 % bootstrap intervals over cases, differences are paired by case; "within noise" is a
-difference whose interval holds 0, or that is less than two standard deviations over seeds. Of models that were trained
-once, a difference can stand out "on these cases" alone: what another training would give is not in its interval. Step
-times are medians of steps that had the GPU to themselves, of the package as it was at the run's commit (see the last
-table); what slowed some of them is in [how it is made](../../docs/explanation/evidence.md). Mirrored: predicted in all
-orientations, nnU-Net's default."""
-
-
+HOW = """How: nnU-Net's own training loop, loader, augmentation and predictor; trainers and plans as in the table. The
+last epoch is evaluated, nothing is chosen on the validation cases. In 2D all models have the paper's batch of 16 and
+its Dice per sample in place of nnU-Net's batch of 32 and Dice per batch. Scores are without mirroring at prediction
+unless the column says so (mirrored: predicted in all orientations, nnU-Net's default). Intervals are 95 % bootstrap
+intervals over cases, differences are paired by case; "within noise" is a difference whose interval holds 0, or that is
+less than two standard deviations over seeds. Of models that were trained once, a difference can stand out "on these
+cases" alone: what another training would give is not in its interval. Step times are medians of steps that had the GPU
+to themselves, of the package as it was at the run's commit (see the last table)."""
 PICTURES = {
-    "evidence.png": "IoU on BUSI and STU with intervals, and training losses",
+    "evidence.png": "differences of Dice to nnU-Net's U-Net with intervals, a panel a network",
     "evidence_worst_cases.png": "the worst hippocampus cases",
 }
 
@@ -384,64 +270,28 @@ def evidence_md(results: Results) -> str:
     for name, what in PICTURES.items():
         lines += [f"![{what}]({name})", ""] if (results.folder / name).is_file() else []
     lines += seven_lines(results)
-    for stage, title, zero_shot in (
-        ("busi", "BUSI, the paper's split 1", True),
-        ("hippocampus", "Hippocampus, fold 0 of nnU-Net's five, equal epochs", False),
-        ("hippocampus_equal_time", "Hippocampus, equal time of steps", False),
-    ):
-        lines += [f"## {title}", ""]
-        if not results.schedules(stage):
-            lines += [f"{NOT_RUN.capitalize()}.", ""]
-        for epochs in results.schedules(stage):
-            lines += [*scores_table(results, stage, epochs, "validation"), ""]
-            if not zero_shot:
-                lines += [*labels_table(results, stage, epochs), ""]
-        if zero_shot:
-            lines += [*reference_line(results, "busi", "validation"), "", "## Zero-shot, STU-Hospital", ""]
-            if not results.schedules(stage):
-                lines += [f"{NOT_RUN.capitalize()}.", ""]
-            for epochs in results.schedules(stage):
-                lines += [*scores_table(results, stage, epochs, STU), ""]
-            lines += [*reference_line(results, "stu", STU), ""]
+    for stage, (title, unseen) in OLDER.items():
+        lines += [f"## {title}", "", *stage_lines(results, stage, unseen)]
+    lines += ["## The authors' own figures", "", *reference_lines(results)]
     for stage in ("ablations_busi", "ablations_hippocampus"):
-        lines += [f"## Ablations, {STAGES[stage].dataset}", ""]
-        if not results.schedules(stage):
-            lines += [f"{NOT_RUN.capitalize()}.", ""]
-        for epochs in results.schedules(stage):
-            lines += [f"{epochs} epochs.", ""]
-            lines += [*ablations_table(results, stage, epochs), "", ablations_words(results, stage, epochs), ""]
-    lines += ["## Is there a better recipe?", "", *recipe_lines(results), ""]
+        lines += [f"## Ablations, {STAGES[stage].dataset}", "", *stage_lines(results, stage, (), baseline="default")]
     lines += ["## Cost", "", *costs_table(results), "", "On a GPU:", "", *gpu_table(results), ""]
-    lines += ["## Data loading, one process on one core", "", *loading_table(results), ""]
-    lines += ["## What was run, and what was left", ""]
-    lines += [*_runs_table(results), ""]
+    lines += ["## What was run, and what was left", "", *_runs_table(results), ""]
     return "\n".join(lines)
 
 
 def _runs_table(results: Results) -> list[str]:
     rows = []
     for run in results.runs:
-        about = [
-            run["date"],
-            run["device"],
-            f"torch {run['versions']['torch']}, nnunetv2 {run['versions']['nnunetv2']}",
-        ]
-        about += [(run["commit"] or NOT_COMMITTED)[:12], f"{run['seconds']:.0f}", f"{run['waiting_for_batches']:.0%}"]
-        rows.append([f"`{_name(run)}`", *about])
-    done = {_name(run) for run in results.runs}
+        versions = f"torch {run['versions']['torch']}, nnunetv2 {run['versions']['nnunetv2']}"
+        about = [run["date"], run["device"], versions, (run["commit"] or "not committed")[:12]]
+        about += [f"{run['seconds']:.0f}", f"{run['waiting_for_batches']:.0%}"]
+        rows.append([f"`{run['name']}`", *about])
+    done = {run["name"] for run in results.runs}
     rows += [[f"`{name}`", what, *[""] * 5] for name, what in results.state.items() if name not in done]
     heads = ["run", "date", "device", "versions", "commit"]
     heads += ["s of training beside others", "waiting for batches, at most"]
     return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
-
-
-NOT_COMMITTED = "not committed"
-
-
-def _name(run: Mapping) -> str:
-    from .runs import Run
-
-    return Run(**run["run"]).name
 
 
 def readme_section(results: Results) -> str:
@@ -486,7 +336,7 @@ def _readme_accuracy(results: Results) -> list[str]:
 def _readme_cost(results: Results) -> list[str]:
     """A step beside the U-Net's of the same run, each compiled as its trainer compiles it."""
     rows, devices = [], set()
-    measured = [row for row in results._read("gpu.json") or [] if "failed" not in row and not row.get("size")]
+    measured = [row for row in results.read("gpu.json") or [] if "failed" not in row and not row.get("size")]
     for case, title in (("3d", "3D, 2 × 128³"), ("2d", "2D, 16 × 256²")):
         pair = [
             next((row for row in measured if (row["case"], row["network"], row["mode"]) == (case, *which)), None)

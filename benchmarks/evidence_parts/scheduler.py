@@ -14,16 +14,11 @@ from pathlib import Path
 from nnunet_lgms.files import read_json
 from nnunet_lgms.study.gpus import visible_gpus
 
-from .runs import Run, with_equal_time
+from .runs import Run
 
 SCRIPT = Path(__file__).resolve().parents[1] / "evidence.py"
 TO_STOP = 15  # seconds before the end at which trainings are put aside
 SAY_EVERY = 15
-
-
-def records(work: Path) -> list[dict]:
-    """Of the finished runs."""
-    return [read_json(file) for file in sorted((work / "runs").glob("*/record.json"))]
 
 
 def train_all(
@@ -60,14 +55,7 @@ def train_all(
                 del active[name]
                 finished()
         while waiting and len(active) < len(places) and time.time() < end - 2 * TO_STOP:
-            wanted, source = waiting[0], waiting[0].of.equal_time_of
-            run = with_equal_time(wanted, records(work)) if source else wanted
-            if run is None and any(other.stage == source for _, other, _ in active.values()):
-                break  # its steps are being measured
-            waiting.pop(0)
-            if run is None:
-                state[wanted.name] = f"not started: needs the measured steps of {source}"
-                continue
+            run = waiting.pop(0)
             if run.is_finished(work / "runs" / run.name):
                 state[run.name] = "finished before"
                 continue

@@ -37,7 +37,7 @@ def score_all(runs: Path, preprocessed: Path, out: Path) -> list[str]:
     done = []
     for file in sorted(runs.glob("*/record.json")):
         record = read_json(file)
-        needed = [file_of(*prediction) for prediction in Run(**record["run"]).predictions if not prediction[1]]
+        needed = [file_of(*prediction) for prediction in Run.of_record(record).predictions if not prediction[1]]
         if not all((file.parent / name).is_file() for name in needed):
             continue
         commit = commit_of(record["code"])

@@ -3,7 +3,7 @@
 The trainers are the plugin's and nnU-Net's as they are, so a model folder that comes out is predicted with by
 ``nnUNetv2_predict`` like any other. What differs from ``nnUNetv2_train``:
 
-- an epoch is one pass over the training cases in place of 250 steps, with one batch of validation after it, uncompiled;
+- an epoch has the stage's steps in place of 250, with one batch of validation after it, uncompiled;
 - no "best" checkpoint is kept, as only the last epoch is evaluated, and the progress plot is drawn once;
 - the weights are seeded. nnU-Net's worker processes draw their samples unseeded, and it offers no way to seed them, so
   a training does not repeat exactly.
@@ -15,7 +15,6 @@ import json
 import os
 import random
 import time
-from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from nnunet_lgms.files import atomic_write, read_json
 from nnunet_lgms.nnunet.paper import nnUNetTrainerLGMSNet_paper2D
 
 from .runs import Run, file_of
-from .turnstile import Turnstile
 
 TRAINERS = Path(__file__).resolve().parents[2] / "trainers"
 LATEST, FINAL, WEIGHTS = "checkpoint_latest.pth", "checkpoint_final.pth", "weights.pth"
@@ -41,26 +39,20 @@ class OutOfTime(Exception):
 
 
 class Watch:
-    """Sits in the hooks of a trainer: times its steps, shares the GPU, stops it in time.
-
-    A training shares the GPU with others, so its steps take longer than they would alone. In some epochs
-    the others wait, and ``alone`` collects the seconds of those steps; waiting for batches does not count.
+    """Sits in the hooks of a trainer: counts its seconds, stops it in time.
 
     Args:
         trainer: nnU-Net's, before its training starts.
-        turnstile: of all trainings on this GPU.
         until: ``time.time()`` at which to stop.
         file: where progress is kept between calls.
-        alone_at: shares of the schedule at which there are such epochs.
     """
 
-    def __init__(self, trainer, turnstile: Turnstile, until: float, file: Path, alone_at: tuple[float, ...]):
-        self.trainer, self.turnstile, self.until, self.file = trainer, turnstile, until, file
-        self.progress = {"epoch": 0, "alone_s": [], "steps_s": 0.0, "waiting_s": 0.0, "first_steps_s": []}
+    def __init__(self, trainer, until: float, file: Path):
+        self.trainer, self.until, self.file = trainer, until, file
+        self.progress = {"epoch": 0, "steps_s": 0.0, "waiting_s": 0.0, "first_steps_s": []}
         if file.is_file():
             self.progress = read_json(file)
-        self.alone_at = {int(share * trainer.num_epochs) for share in alone_at}
-        self.room, self.alone, self.compiled, self.last = ExitStack(), False, False, 0.0
+        self.compiled, self.last = False, 0.0
         self.original = {}
         for hook in ("on_train_epoch_start", "train_step", "validation_step", "on_epoch_end"):
             self.original[hook] = getattr(trainer, hook)
@@ -68,9 +60,6 @@ class Watch:
 
     def on_train_epoch_start(self) -> None:
         self.original["on_train_epoch_start"]()
-        self.alone = self.compiled and self.trainer.current_epoch in self.alone_at
-        if self.compiled:  # the first step compiles, for minutes: nobody has to wait for that
-            self.room.enter_context(self.turnstile.alone() if self.alone else self.turnstile.shared())
         self.last = time.perf_counter()
 
     def train_step(self, batch: dict) -> dict:
@@ -82,13 +71,9 @@ class Watch:
         if not self.compiled:
             self.progress["first_steps_s"].append(end - begin)
             self.compiled = True
-            self.room.enter_context(self.turnstile.shared())
-            end = time.perf_counter()
         else:
             self.progress["waiting_s"] += begin - self.last
             self.progress["steps_s"] += end - begin
-            if self.alone:
-                self.progress["alone_s"].append(end - begin)
         self.last = end
         return result
 
@@ -97,21 +82,18 @@ class Watch:
             return self.original["validation_step"](batch)
 
     def on_epoch_end(self) -> None:
-        self.room.close()
         self.original["on_epoch_end"]()
         trainer = self.trainer
         self.progress |= {"epoch": trainer.current_epoch, "epochs": trainer.num_epochs}
         self.progress["loss"] = float(trainer.logger.get_value("train_losses", step=-1))
-        if time.time() > self.until and trainer.current_epoch < trainer.num_epochs:
+        out_of_time = time.time() > self.until and trainer.current_epoch < trainer.num_epochs
+        if out_of_time:
             trainer.current_epoch -= 1  # save_checkpoint adds one
             trainer.save_checkpoint(str(Path(trainer.output_folder, LATEST)))
-            self.write()
-            raise OutOfTime
-        self.write()
-
-    def write(self) -> None:
         with atomic_write(self.file) as temporary:
             temporary.write_text(json.dumps(self.progress))
+        if out_of_time:
+            raise OutOfTime
 
 
 def make_trainer(run: Run, preprocessed: Path, device: str, continued: bool = False):
@@ -150,13 +132,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
     found = [p for name in (FINAL, LATEST) for p in (work / "results" / run.name).glob(f"*/*/fold_{run.fold}/{name}")]
     trainer = make_trainer(run, preprocessed, device, continued=bool(found))
     trainer.initialize()
-    watch = Watch(
-        trainer,
-        Turnstile.of_this_gpu(work / "locks"),
-        until,
-        folder / "progress.json",
-        run.of.alone_at if run.timed else (),
-    )
+    watch = Watch(trainer, until, folder / "progress.json")
     if found:
         trainer.load_checkpoint(str(found[0]))
     if not (found and found[0].name == FINAL):
@@ -168,7 +144,6 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
                     loader._finish()
             raise
     curve = {key: [_short(v) for v in trainer.logger.get_value(key, step=None)] for key in CURVES}
-    alone = sorted(watch.progress["alone_s"])
     begins, ends = (trainer.logger.get_value(f"epoch_{k}_timestamps", step=None) for k in ("start", "end"))
     record = {
         "run": run.as_dict(),
@@ -189,7 +164,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         "compiled": isinstance(trainer.network, OptimizedModule),
         "cuda_graphs": hasattr(trainer, "_trains_on_graphs") and trainer._trains_on_graphs(),
         "cases": dict(zip(("training", "validation"), map(len, trainer.do_split()))),
-        "step_ms_alone": [1e3 * alone[int(q * (len(alone) - 1))] for q in (0.5, 0.05, 0.95)] if alone else None,
+        "step_ms_alone": None,  # trainings share the GPU: `gpu.py` measures steps
         "waiting_for_batches": watch.progress["waiting_s"]
         / max(1e-9, watch.progress["waiting_s"] + watch.progress["steps_s"]),
         "first_steps_s": watch.progress["first_steps_s"],
@@ -201,7 +176,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
     with atomic_write(folder / "record.json") as temporary:
         temporary.write_text(json.dumps(record) + "\n")
     _write_weights(Path(trainer.output_folder))
-    predict_all(trainer, watch.turnstile, run, preprocessed, folder, device)
+    predict_all(trainer, run, preprocessed, folder, device)
 
 
 CURVES = ("train_losses", "val_losses", "mean_fg_dice")
@@ -218,7 +193,7 @@ def _write_weights(folder: Path) -> None:
         torch.save(checkpoint | {"optimizer_state": {}, "grad_scaler_state": None}, temporary)
 
 
-def predict_all(trainer, turnstile: Turnstile, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
+def predict_all(trainer, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
     """Labels of the validation cases and of the unseen datasets, with and without nnU-Net's mirroring, as .npz."""
     identifier = trainer.configuration_manager.data_identifier
     if isinstance(trainer.network, OptimizedModule):
@@ -233,12 +208,12 @@ def predict_all(trainer, turnstile: Turnstile, run: Run, preprocessed: Path, fol
         else:
             source = preprocessed / name / identifier
             cases = trainer.dataset_class.get_identifiers(str(source))
-        labels = dict(_predict(trainer, turnstile, source, sorted(cases), mirrored, device))
+        labels = dict(_predict(trainer, source, sorted(cases), mirrored, device))
         with atomic_write(file) as temporary:
             np.savez_compressed(temporary, **labels)
 
 
-def _predict(trainer, turnstile: Turnstile, source: Path, cases: list[str], mirrored: bool, device: str):
+def _predict(trainer, source: Path, cases: list[str], mirrored: bool, device: str):
     """Case and labels (Z, Y, X) on the grid of the image, by nnU-Net's own predictor."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -254,10 +229,7 @@ def _predict(trainer, turnstile: Turnstile, source: Path, cases: list[str], mirr
     predictor.manual_initialization(trainer.network, *managers, None, *about)
     dataset = trainer.dataset_class(str(source), list(cases))
     to_labels = partial(convert_predicted_logits_to_segmentation_with_correct_shape, num_threads_torch=1)
-    room = nullcontext()  # the first case compiles, which others do not have to wait for
     for case in tqdm(cases, desc=f"{source.parent.name}, {'mirrored' if mirrored else 'plain'}"):
         image, _, _, properties = dataset.load_case(case)
-        with room:
-            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image[:])).cpu()
-        room = turnstile.shared()
+        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image[:])).cpu()
         yield case, to_labels(logits, *managers, trainer.label_manager, properties).astype(np.uint8)

@@ -8,7 +8,6 @@ import json
 import pickle
 import re
 import tarfile
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,18 +16,19 @@ import pytest
 import tiny_plans
 from conftest import ROOT
 from dataset_replicas import disc, grey, picture, save
-from evidence_parts import packs, pictures, report, scheduler
-from evidence_parts.runs import BUSI, PUBLISHED, STU, Run, file_of, runs_of, with_equal_time
-from evidence_parts.turnstile import Turnstile
+from evidence_parts import packs, pictures, report, scheduler, verdicts
+from evidence_parts.report import STU
+from evidence_parts.runs import PUBLISHED, SETS, Run, file_of, runs_of
 from tiny_model import dataset_json
 
-SIZE = 32
+SIZE, BUSI = 32, SETS["busi"].name
 TRAINING, VALIDATION, UNSEEN = ["a", "b", "c"], ["d", "e"], ["f", "g"]
 
 
 # ---- the README and the report are what the JSONs say ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_readme_and_report_are_made_from_the_results():
     """No number in them is typed."""
     results = ROOT / "benchmarks" / "results"
@@ -46,7 +46,7 @@ def test_every_result_says_where_it_is_from():
 
 
 def result(
-    model: str, iou: list[float], seed: int = 0, stage: str = "busi", epochs: int = 10, step: float = 20.0
+    model: str, iou: list[float], seed: int = 0, stage: str = "sets_busi", epochs: int = 10, step: float = 20.0
 ) -> dict:
     """A finished run as `scores.py` writes it, with these IoUs of its cases."""
     run = Run(stage, model, epochs, seed)
@@ -56,7 +56,8 @@ def result(
     }
     scores = {"unit": "pixels", "mean": {"lesion": {}, "foreground mean": {}}, "cases": cases}
     return {
-        "run": run.as_dict(),
+        "run": run.as_dict() | {"timed": True},  # of older runs more was said
+        "title": model,
         "iterations": 28 * epochs,
         "iterations_per_epoch": 28,
         "parameters": 2_321_576,
@@ -76,14 +77,14 @@ def result(
 def write_results(folder: Path, *results: dict) -> report.Results:
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
     for content in results:
-        name = Run(**content["run"]).name
+        name = Run.of_record(content).name
         (folder / "evidence" / f"{name}.json").write_text(json.dumps(content))
     return report.Results(folder)
 
 
 def test_without_results_everything_is_not_run(tmp_path):
     text = report.evidence_md(report.Results(tmp_path))
-    assert text.count("Not run.") == 18 and "IoU 0.673 to 0.681" in text
+    assert text.count("Not run.") == 15 and "IoU 0.673 to 0.681" in text
     section = report.readme_section(report.Results(tmp_path))
     assert "Accuracy is **not measured yet**" in section and "Cost on a GPU is **not measured yet**" in section
     assert not pictures.draw(tmp_path)
@@ -99,14 +100,14 @@ def test_tables_hold_means_intervals_and_what_is_within_noise(tmp_path):
         result("plain", jitter),
         result("lgmsnet", same, 1),
     )
-    lines = {line.split(" | ")[0]: line for line in report.scores_table(results, "busi", 10, "validation")}
+    lines = {line.split(" | ")[0]: line for line in report.scores_table(results, "sets_busi", 10, "validation")}
     ours = lines["| LGMSNet, the five published levels"]
     assert "0.675 [" in ours and "2.32 M" in ours and "better on these cases" in ours and "| 20.0 |" in ours
     assert "within noise" in lines["| plain U-Net of LGMSNet's widths"]
     assert "better" not in lines["| LGMSNet, nnU-Net's planned levels"]
     assert "not run" in lines["| LGMSNet, planned levels, nnU-Net's augmentation"]
     text = report.evidence_md(results)
-    assert "IoU 0.675, inside that range." in text and "IoU 0.575, below that range." in text
+    assert "better on these cases" in text and "+0.0" in "".join(verdicts.verdicts(results))
     assert pictures.draw(tmp_path) and (tmp_path / "evidence.png").stat().st_size > 5000
     section = report.readme_section(results)
     assert "| BUSI, breast ultrasound | 0.719 (+0.000 [+0.000, +0.000]) | not run | 0.719 |" in section
@@ -133,22 +134,22 @@ def test_seeds_count_as_noise(tmp_path):
     ]
     other = [result("kernels_3", list(values + 0.02), seed, "ablations_busi", 60) for seed in (0, 1, 2)]
     assert report.noise(report.difference(other, runs, "validation", "IoU")) == "better"
-    table = report.ablations_table(write_results(tmp_path, *runs, *other), "ablations_busi", 60)
+    results = write_results(tmp_path, *runs, *other)
+    table = report.scores_table(results, "ablations_busi", 60, "validation", baseline="default")
     (line,) = [line for line in table if line.startswith("| kernel 3 alone")]
-    assert "within noise" in line and "| 0, 1, 2 |" in line
-    (line,) = [line for line in table if line.startswith("| kernels from the dataset")]
-    assert "the same network as the default" in line
-    words = report.ablations_words(report.Results(tmp_path), "ablations_busi", 60)
-    assert words == "Dice against the default: better: none; worse: none; within noise: kernel 3 alone."
+    assert "within noise" in line and "| 0, 1, 2 |" in line and "| 0.0" in line
+    assert "SD of seeds" in table[0] and "Dice against the default" in table[0]
 
 
-def test_one_seed_is_said_to_be_one(tmp_path):
-    values = np.linspace(0.3, 0.9, 30)
-    runs = [result("default", list(values), seed, "ablations_busi", 60) for seed in (0, 1)]
-    other = result("gms_only", list(values - 0.1), 0, "ablations_busi", 60)
-    words = report.ablations_words(write_results(tmp_path, *runs, other), "ablations_busi", 60)
-    assert "worse: GMS alone;" in words and "A variant with one seed" in words
-    assert words in report.evidence_md(report.Results(tmp_path))
+def test_what_is_trained_no_more_is_reported_and_compared_with_the_authors(tmp_path):
+    runs = result("published", [0.6, 0.7], stage="busi"), result("nnunet", [0.6, 0.6], stage="busi")
+    results = write_results(tmp_path, *runs)
+    table = report.scores_table(results, "busi", 10, "validation")
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| nnunet", "| published"]
+    text = report.evidence_md(results)
+    assert "IoU 0.673 to 0.681, Dice 0.758 to 0.766; ours, LGMSNet, the five published levels: IoU 0.650" in text
+    section = report.readme_section(results)
+    assert "| BUSI, breast ultrasound | not run | not run | 0.750 |" in section
 
 
 def test_what_has_no_case_in_common_is_not_compared(tmp_path):
@@ -158,33 +159,9 @@ def test_what_has_no_case_in_common_is_not_compared(tmp_path):
         name: scores | {"cases": {f"other_{case}": v for case, v in scores["cases"].items()}}
         for name in theirs["scores"]
     }
-    table = report.scores_table(write_results(tmp_path, ours, theirs), "busi", 10, "validation")
+    table = report.scores_table(write_results(tmp_path, ours, theirs), "sets_busi", 10, "validation")
     (line,) = [line for line in table if line.startswith("| LGMSNet, nnU-Net's planned levels")]
     assert line.count(report.NOT_COMPARABLE) == 2 and "on these cases" not in line
-
-
-@pytest.mark.parametrize(
-    "gain, said",
-    [(0.0, "as better in 0 of 2 rows and as worse in 0, so no other recipe"), (0.1, "as better in 2 of 2")],
-)
-def test_a_recipe_is_recommended_only_if_it_stands_out(tmp_path, gain, said):
-    values = np.linspace(0.3, 0.8, 30)
-    runs = result("lgmsnet", list(values)), result("lgmsnet_nnunetda", list(values + gain))
-    lines = report.recipe_lines(write_results(tmp_path, *runs))
-    assert said in lines[-1] and ("no other recipe" in lines[-1]) == (gain == 0)
-
-
-def test_equal_time_stands_beside_the_unet_whose_time_it_is(tmp_path):
-    ours = result("lgmsnet", [0.8, 0.9], stage="hippocampus_equal_time", epochs=150, step=15)
-    ours["run"]["time_of"] = 100
-    unet = result("nnunet", [0.7, 0.8], stage="hippocampus", epochs=100, step=22.5)
-    other = result("nnunet", [0.1, 0.2], stage="hippocampus", epochs=50, step=22.5)
-    results = write_results(tmp_path, ours, unet, other)
-    assert results.schedules("hippocampus_equal_time") == [100]
-    table = report.labels_table(results, "hippocampus_equal_time", 100)
-    seconds = [line.split(" | ")[-1] for line in table if "63" in line.split(" | ")[-1]]
-    assert len(seconds) == 2  # the same GPU time: 150 epochs of 15 ms, 100 of 22.5 ms
-    assert "150 × 28" in "".join(report.scores_table(results, "hippocampus_equal_time", 100, "validation"))
 
 
 def test_undefined_metrics_are_left_out():
@@ -203,57 +180,21 @@ def test_readme_needs_its_markers(tmp_path):
 
 
 def test_words_name_runs():
-    assert [r.name for r in runs_of("busi:published,nnunet:300")] == ["busi-published-300-s0", "busi-nnunet-300-s0"]
+    names = [run.name for run in runs_of("sets_busi:published,nnunet:50")]
+    assert names == ["sets_busi-published-50x100-s0", "sets_busi-nnunet-50x100-s0"]
     assert [(r.model, r.seed) for r in runs_of("ablations_busi:default,kernels_3::0,1")] == [
         ("default", 0),
         ("kernels_3", 0),
         ("default", 1),
         ("kernels_3", 1),
     ]
-    assert {r.epochs for r in runs_of("busi")} == {500}
+    assert {r.epochs for r in runs_of("sets_busi")} == {100}
 
 
-@pytest.mark.parametrize("words", ["brain", "busi:unet", "busi:nnunet:ten", "busi:nnunet:0", "busi:nnunet:5:a"])
+@pytest.mark.parametrize("words", ["brain", ":unet", ":nnunet:ten", ":nnunet:0", ":nnunet:5:a"])
 def test_other_words_are_refused(words):
     with pytest.raises(ValueError, match="choose from|not understood"):
-        runs_of(words)
-
-
-def test_equal_time_follows_the_measured_steps():
-    records = [
-        result("lgmsnet", [1.0], stage="hippocampus", step=15),
-        result("nnunet", [1.0], stage="hippocampus", step=10),
-    ]
-    run = Run("hippocampus_equal_time", "lgmsnet", 200)
-    equal_time = with_equal_time(run, records)
-    assert equal_time.epochs == 133 and equal_time.time_of == 200 and equal_time.name == run.name
-    assert with_equal_time(run, records[:1]) is None
-
-
-def test_alone_means_alone(tmp_path):
-    """Nobody comes in while one is alone, and one who wants to be alone is not kept waiting by those who come later."""
-    turnstile, events, inside = Turnstile(tmp_path), [], threading.Event()
-
-    def be_alone():
-        with turnstile.alone():
-            events.append("alone")
-            inside.set()
-
-    def share():
-        with turnstile.shared():
-            events.append("shared")
-
-    with turnstile.shared():
-        with Turnstile(tmp_path).shared():  # two at a time
-            alone = threading.Thread(target=be_alone, daemon=True)
-            alone.start()
-            assert not inside.wait(0.3)
-            late = threading.Thread(target=share, daemon=True)
-            late.start()
-            late.join(0.3)
-            assert events == []
-    alone.join(10), late.join(10)
-    assert events == ["alone", "shared"]
+        runs_of(f"sets_busi{words}" if words.startswith(":") else words)
 
 
 def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
@@ -270,12 +211,15 @@ def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(scheduler, "SCRIPT", script)
     monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
-    runs = [Run("busi", "nnunet", 5, seed) for seed in range(4)]
+    runs = [Run("sets_busi", "nnunet", 5, seed) for seed in range(4)]
     (tmp_path / "files.json").write_text(json.dumps(["record.json", *(file_of(*p) for p in runs[0].predictions)]))
     state = scheduler.train_all(runs, tmp_path, "cpu", 1, 8)
-    assert state["busi-nnunet-5-s0"] == "finished" and "no such data" in state["busi-nnunet-5-s1"]
-    assert "goes on when called again" in state["busi-nnunet-5-s2"] and state["busi-nnunet-5-s3"] == "not started"
-    assert scheduler.train_all(runs[:1], tmp_path, "cpu", 1, 4) == {"busi-nnunet-5-s0": "finished before"}
+    assert state["sets_busi-nnunet-5-s0"] == "finished" and "no such data" in state["sets_busi-nnunet-5-s1"]
+    assert (
+        "goes on when called again" in state["sets_busi-nnunet-5-s2"]
+        and state["sets_busi-nnunet-5-s3"] == "not started"
+    )
+    assert scheduler.train_all(runs[:1], tmp_path, "cpu", 1, 4) == {"sets_busi-nnunet-5-s0": "finished before"}
 
 
 def test_trainings_are_spread_over_the_gpus(tmp_path, monkeypatch):
@@ -291,23 +235,10 @@ def test_trainings_are_spread_over_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "SCRIPT", script)
     monkeypatch.setattr(scheduler, "TO_STOP", 0.5)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    runs = [Run("busi", "nnunet", 5, seed) for seed in (0, 1, 0, 2, 3, 4)]  # one is named twice
+    runs = [Run("sets_busi", "nnunet", 5, seed) for seed in (0, 1, 0, 2, 3, 4)]  # one is named twice
     scheduler.train_all(runs, tmp_path, "cuda", 2, 60)
     gpus = [(tmp_path / f"gpu-{seed}").read_text() for seed in range(5)]
     assert gpus == ["GPU-a", "GPU-b", "GPU-a", "GPU-b", "GPU-b"]  # the last in the place of the second
-
-
-def test_other_gpus_are_not_in_the_way(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
-    with Turnstile.of_this_gpu(tmp_path).alone():
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
-        with Turnstile.of_this_gpu(tmp_path).alone():
-            pass
-
-
-def test_steps_are_taken_alone_once_for_all_seeds():
-    assert [run.timed for run in runs_of("ablations_busi:default")] == [True, False, False]
-    assert not any(mirrored for _, mirrored in Run("ablations_busi", "default", 60).predictions)
 
 
 # ---- what travels ----------------------------------------------------------------------------------------------------
@@ -452,13 +383,14 @@ def test_nothing_is_unpacked_outside_the_folder(tmp_path, monkeypatch, members, 
 # ---- a rehearsal -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")
 def test_rehearsal_of_a_training(tmp_path, monkeypatch):
     """Two epochs of two steps, put aside after the first; then predictions, scores and tables."""
     from evidence_parts.scores import score_all
     from evidence_parts.training import OutOfTime, train_run
 
-    run = Run("busi", "published", epochs=2, iterations=2)
+    run = Run("sets_busi", "published", epochs=2, iterations=2)
     preprocessed_dataset(tmp_path / "preprocessed", BUSI, TRAINING + VALIDATION, PUBLISHED)
     preprocessed_dataset(tmp_path / "preprocessed", STU, UNSEEN, "nnUNetPlans")
     folders = {"raw": "raw", "preprocessed": "preprocessed", "results": f"results/{run.name}"}
