@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +44,21 @@ def model_folder(tmp_path_factory, hippocampus: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, model_folder: Path) -> Path:
+def said() -> list[str]:
+    """What the export of `exported` printed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, model_folder: Path, hippocampus: Path, said: list[str]) -> Path:
+    """With the raw data set where nnU-Net has it, so that the file is compared on training images."""
     file = tmp_path_factory.mktemp("exported") / "hippocampus.onnx"
-    assert main(["export", str(model_folder), "--to", "onnx", "-o", str(file)]) == 0
+    raw = tmp_path_factory.mktemp("raw")
+    (raw / HIPPOCAMPUS).symlink_to(hippocampus)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        patch.setenv("nnUNet_raw", str(raw))
+        assert main(["export", str(model_folder), "--to", "onnx", "-o", str(file)]) == 0
+    said += out.getvalue().splitlines()
     return file
 
 
@@ -71,6 +86,16 @@ def test_only_onnx_operators(exported, two_folds):
         onnx.checker.check_model(model)
         assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
         assert [entry.domain for entry in model.opset_import] == [""]
+
+
+def test_an_export_tells_its_steps_and_a_verdict(exported, said, hippocampus):
+    steps = [re.fullmatch(r"\[(\d)/4\] (.*): \d+ s", line) for line in said[:4]]
+    assert [int(step[1]) for step in steps] == [1, 2, 3, 4]
+    first, *_, middle = (sorted((hippocampus / "imagesTr").glob("*_0000.nii.gz"))[i].name[:-12] for i in (0, 12))
+    sample = f"4 windows of {first} and {middle}"
+    assert steps[2][2] == f"comparing with PyTorch on {sample}"
+    (verdict,) = (line for line in said if line.startswith("Verdict: "))
+    assert verdict == f"Verdict: within 1e-4 of PyTorch on {sample}; all labels are the same"
 
 
 def test_logits_are_pytorchs_on_real_cases(exported, model_folder, hippocampus):
@@ -142,10 +167,17 @@ def test_the_description_has_all_that_prediction_needs(exported, model_folder):
     assert (content["dataset"], content["configuration"], content["folds"]) == (HIPPOCAMPUS, "3d_fullres", ["0"])
 
 
-def test_half_precision(tmp_path, model_folder, exported, hippocampus, monkeypatch):
+def test_half_precision(tmp_path, model_folder, exported, hippocampus, monkeypatch, capsys):
     monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", _translated(exported))
     file = tmp_path / "half.onnx"
-    assert main(["export", str(model_folder), "--fp16", "-o", str(file)]) == 0
+    words = ["export", str(model_folder), "--fp16", "-o", str(file), "--images"]
+    assert main([*words, str(hippocampus / "imagesTs")]) == 0
+    said = capsys.readouterr().out  # of the file that was written, which is no more within 1e-4
+    assert re.search(
+        r"Verdict: within 0\.\d+ of PyTorch on 4 windows of .*; (99\.\d+% of|all) labels are the same", said
+    )
+    assert main([*words, str(tmp_path)]) == 2
+    assert "has no image of 1 channel(s) named CASE_0000.nii.gz" in capsys.readouterr().err
     assert weights(file, onnx.TensorProto.FLOAT16) > 0.9 * weights(exported, onnx.TensorProto.FLOAT)
     case = next((hippocampus / "imagesTs").glob("*.nii.gz"))
     assert dice(Predictor(file).predict(case), Predictor(exported).predict(case)) > 0.99
@@ -156,7 +188,9 @@ def test_int8_reports_what_it_costs(tmp_path, model_folder, exported, hippocampu
     file = tmp_path / "int8.onnx"
     words = ["export", str(model_folder), "--int8", "--calibration", str(hippocampus), "--cases", "2", "-o", str(file)]
     assert main(words) == 0
-    assert "Dice" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Dice" in said and "[6/6] writing" in said
+    assert "of PyTorch on one patch of noise (no training images; --images names others)" in said
     report = Description.read(file.with_suffix(".json")).quantisation
     assert len(report["calibration_cases"]) == len(report["evaluation_cases"]) == 2
     assert not set(report["calibration_cases"]) & set(report["evaluation_cases"])
@@ -247,6 +281,31 @@ def test_weights_of_a_failed_training_are_refused(tmp_path, model_folder, export
     next(iter(checkpoint["network_weights"].values())).fill_(torch.nan)
     torch.save(checkpoint, file)
     assert "gives NaN or infinity" in refused(["export", folder, "-o", tmp_path / "m.onnx"], capsys)
+    assert not list(tmp_path.glob("m.*"))
+
+
+def test_a_network_that_was_translated_wrongly_is_not_written(tmp_path, model_folder, exported, monkeypatch):
+    model = onnx.load(exported)
+    bias = next(c for c in model.graph.initializer if len(c.dims) == 1 and c.dims[0] == 3)
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    shutil.copy(exported.with_suffix(".json"), tmp_path / "wrong.json")
+    monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", _translated(tmp_path / "wrong.onnx"))
+    with pytest.raises(RuntimeError, match="differs from PyTorch's by 1.0e"):
+        main(["export", str(model_folder), "-o", str(tmp_path / "m.onnx")])
+    assert not list(tmp_path.glob("m.*"))
+
+
+@pytest.mark.parametrize("name", ["line\nbreak", "bell\a", "\u202eturned", ""])
+def test_names_that_cannot_be_written_are_refused_before_anything_is_computed(
+    tmp_path, model_folder, capsys, monkeypatch, name
+):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    description = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(description | {"labels": {"background": 0, name: 1, "b": 2}}))
+    monkeypatch.setattr("nnunet_lgms.export.export.to_onnx", lambda *_: pytest.fail("it was translated"))
+    message = refused(["export", folder, "-o", tmp_path / "m.onnx"], capsys)
+    assert message.count("\n") == 1 and "labels" in message and message.rstrip("\n").isprintable()
     assert not list(tmp_path.glob("m.*"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,7 +75,8 @@ def as_int8(
     predictor = Predictor(reference)
     say(f"calibrating on {len(cases.calibration)} training cases")
     target = reference.with_name("int8.onnx")
-    quantise(reference, target, _all_windows(predictor.description, cases.calibration))
+    windows = (window for files in cases.calibration for window in windows_of(files, predictor.description))
+    quantise(reference, target, windows)
     target.with_suffix(".json").write_text(replace(predictor.description, sha256="").to_json(), "utf-8")
     say(f"measuring the Dice on {len(cases.evaluation)} others, in fp32 and int8")
     quantised = Predictor(target)
@@ -136,21 +137,18 @@ class _Windows(CalibrationDataReader):
         return None if window is None else {INPUT: window}
 
 
-def _all_windows(description: Description, cases: tuple[tuple[Path, ...], ...]) -> Iterator[np.ndarray]:
-    """Windows of prepared cases, spread from corner to corner through the middle."""
+def windows_of(files: Sequence[Path], description: Description) -> Iterator[np.ndarray]:
+    """Windows (1, C, *patch) of a prepared case, spread from corner to corner through the middle."""
     patch = description.patch_size if len(description.patch_size) == 3 else (1, *description.patch_size)
-    for files in cases:
-        data = preprocess(read_case(files, description), description).data
-        pad = [max(0, p - s) for p, s in zip(patch, data.shape[1:])]
-        data = np.pad(data, [(0, 0), *((n // 2, n - n // 2) for n in pad)])
-        starts = [window_starts(s, p, 0.5) for s, p in zip(data.shape[1:], patch)]
-        corners = {
-            tuple(axis[round(t * (len(axis) - 1))] for axis in starts) for t in np.linspace(0, 1, WINDOWS_PER_CASE)
-        }
-        for corner in sorted(corners):
-            area = tuple(slice(c, c + p) for c, p in zip(corner, patch))
-            window = np.ascontiguousarray(data[(slice(None), *area)])
-            yield window.reshape(1, len(data), *description.patch_size)
+    data = preprocess(read_case(files, description), description).data
+    pad = [max(0, p - s) for p, s in zip(patch, data.shape[1:])]
+    data = np.pad(data, [(0, 0), *((n // 2, n - n // 2) for n in pad)])
+    starts = [window_starts(s, p, 0.5) for s, p in zip(data.shape[1:], patch)]
+    corners = {tuple(axis[round(t * (len(axis) - 1))] for axis in starts) for t in np.linspace(0, 1, WINDOWS_PER_CASE)}
+    for corner in sorted(corners):
+        area = tuple(slice(c, c + p) for c, p in zip(corner, patch))
+        window = np.ascontiguousarray(data[(slice(None), *area)])
+        yield window.reshape(1, len(data), *description.patch_size)
 
 
 def _label_reader(description: Description) -> Description:
