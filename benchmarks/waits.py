@@ -3,6 +3,7 @@
     python benchmarks/waits.py                                  every row that this machine can measure
     python benchmarks/waits.py --rows ct busi --device cuda     some of them
     python benchmarks/waits.py --rows hippocampus small_ct --device cpu
+    python benchmarks/waits.py --rows ct --tools nnunet_lgms --keep     what is not measured again stays in the table
 
 Each run is a command in a process of its own, timed from its start to its end, start of Python included: nnU-Net's own
 ``nnUNetv2_predict_from_modelfolder`` and ``nnUNetv2_train``, and this package's ``predict``. The runs of a row follow
@@ -12,12 +13,16 @@ its children held together, as the system counts it several times a second.
 
 Trainings are some epochs of nnU-Net's 250 steps and 50 of validation; "100 epochs" is the start and the first epoch
 as measured, and 99 times the median of the later ones. Writes waits.json, waits.md and waits.png after every run.
+
+Stock nnU-Net's memory for 104 classes of a whole CT is more than most machines have. It is a line through two runs of
+it, over the logits on the image's grid: 14 classes of that CT, and 104 classes of a small one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -67,6 +72,8 @@ class Row:
     devices: tuple[str, ...] = ("cuda",)
 
 
+STOCK_TOOL = "nnUNetv2_predict"
+TOOLS = (STOCK_TOOL, "nnunet_lgms")
 UNET, OURS = "nnU-Net's U-Net", "LGMSNet"
 PAIR = ((UNET, "nnUNetv2_predict", "default"), (UNET, "nnunet_lgms", "default"), (OURS, "nnunet_lgms", "default"))
 CT = {"shape": (300, 512, 512), "spacing": (1.25, 0.75, 0.75), "target": (1.5, 1.0, 1.0)}  # becomes 250×384×384
@@ -84,13 +91,17 @@ ROWS = {
         **CT,
     ),
     "cts": Row("five such CTs", images=5, classes=14, runs=(PAIR[0], PAIR[2]), devices=(), **CT),
-    "classes": Row("the same CT, 104 classes", images=1, classes=104, runs=(PAIR[0], PAIR[2]), devices=(), **CT),
+    "classes": Row("the same CT, 104 classes", images=1, classes=104, runs=(PAIR[2],), devices=(), **CT),
+    "classes_small": Row(
+        "a CT, 64×256×256, 104 classes", 1, (64, 256, 256), (2.0, 1.0, 1.0), (2.0, 1.25, 1.25), 104, PAIR[::2], ()
+    ),
     "busi": Row("195 images, 256×256", 195, (256, 256), (1.0, 1.0), (1.0, 1.0), 2, PAIR),
     "small_ct": Row(
         "a CT, 64×256×256, 3 classes", 1, (64, 256, 256), (2.0, 1.0, 1.0), (2.0, 1.25, 1.25), 3, PAIR, ("cpu",)
     ),
     "hippocampus": Row("the demo's hippocampus test cases", 6, (35, 50, 36), (1.0,) * 3, (1.0,) * 3, 3, PAIR, ("cpu",)),
 }
+TRAINING_ROWS = {"training": "training, the demo's hippocampus cases", "training_128": "training, 2 × 128³"}
 TRAININGS = {UNET: "nnUNetTrainer_measured", OURS: "nnUNetTrainerLGMSNet_measured"}
 
 
@@ -238,7 +249,7 @@ def path_with(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def measure_row(name: str, device: str, work: Path, done) -> None:
+def measure_row(name: str, device: str, work: Path, tools: list[str], done) -> None:
     row = ROWS[name]
     images = work / name / "images"
     if name == "hippocampus":
@@ -246,6 +257,8 @@ def measure_row(name: str, device: str, work: Path, done) -> None:
     else:
         write_images(row, images)
     for network, tool, resampling in row.runs:
+        if tool not in tools:
+            continue
         model = work / name / f"{'unet' if network == UNET else 'lgmsnet'}_{resampling}"
         if not model.is_dir():
             write_model(row, network, resampling, model)
@@ -256,7 +269,7 @@ def measure_row(name: str, device: str, work: Path, done) -> None:
         done({"row": name, "title": row.title, "network": network, "tool": tool, "plans": resampling, **found})
 
 
-def measure_training(dataset: str, title: str, epochs: int, iterations: int, device: str, folder: Path, done) -> None:
+def measure_training(name: str, dataset: str, epochs: int, iterations: int, device: str, folder: Path, done) -> None:
     """A training of each network, from command to command, in its parts."""
     for network, trainer in TRAININGS.items():
         environment = {
@@ -267,7 +280,13 @@ def measure_training(dataset: str, title: str, epochs: int, iterations: int, dev
             "MEASURED_LIKE_NNUNET": "1",
         }
         command = [*TRAIN, dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device]
-        row = {"row": "training", "title": title, "network": network, "tool": "nnUNetv2_train", "plans": "default"}
+        row = {
+            "row": name,
+            "title": TRAINING_ROWS[name],
+            "network": network,
+            "tool": "nnUNetv2_train",
+            "plans": "default",
+        }
         try:
             found = run(command, environment, folder / f"{trainer}.txt")
         except RuntimeError as error:
@@ -303,21 +322,26 @@ def markdown(results: dict) -> str:
         "",
         f"{results['date']}, {results['device']}, {results['cores']} cores, torch {results['versions']['torch']}, "
         f"nnunetv2 {results['versions']['nnunetv2']}. Seconds by the clock, from command to command; × against the "
-        "first run of the row. Stages overlap, so they need not add up.",
+        "row's first run of nnUNetv2_predict. Stages overlap, so they need not add up.",
         "",
         "| | network | tool | plans' resampling | s | × | GiB | " + " | ".join(STAGES) + " |",
         "|" + "---|" * (7 + len(STAGES)),
     ]
     first: dict[str, float] = {}
-    for found in (r for r in results["runs"] if r["row"] != "training"):
+    for found in (r for r in results["runs"] if r["row"] not in TRAINING_ROWS):
         cells = [found["title"], found["network"], found["tool"], found["plans"]]
         if "failed" in found:
             lines.append("| " + " | ".join([*cells, f"failed: {found['failed'][:80]}"]) + " |" * (3 + len(STAGES)))
             continue
-        ratio = found["seconds"] / first.setdefault(found["row"], found["seconds"])
-        cells += [f"{found['seconds']:.1f}", f"{ratio:.2f}", f"{found['peak_gib']:.1f}"]
+        if found["tool"] == STOCK_TOOL:
+            first.setdefault(found["row"], found["seconds"])
+        ratio = f"{found['seconds'] / first[found['row']]:.2f}" if found["row"] in first else "–"
+        cells += [f"{found['seconds']:.1f}", ratio, f"{found['peak_gib']:.1f}"]
         lines.append("| " + " | ".join([*cells, *(f"{found['stages'][s]:.1f}" for s in STAGES)]) + " |")
-    trainings = [r for r in results["runs"] if r["row"] == "training"]
+    lines += memory_of_104_classes(results["runs"])
+    earlier = sorted({f"{run['title']}, {run['tool']}, {run['kept']}" for run in results["runs"] if "kept" in run})
+    lines += ["", "Of an earlier run on such a machine: " + "; ".join(earlier) + "."] if earlier else []
+    trainings = [r for r in results["runs"] if r["row"] in TRAINING_ROWS]
     if trainings:
         lines += [
             "",
@@ -337,6 +361,26 @@ def markdown(results: dict) -> str:
         cells += [f"{stages['first epoch']:.1f}", f"{found['epoch_s']:.2f}", f"{stages['between']:.2f}"]
         lines.append("| " + " | ".join([*cells, f"{found['hundred_epochs_s']:.0f}", f"{ratio:.2f}"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def memory_of_104_classes(runs: list[dict]) -> list[str]:
+    """What stock nnU-Net's memory would be for the CT with 104 classes, and this package's of it."""
+    default = [run for run in runs if run["plans"] == "default" and "failed" not in run]
+    peaks = {(run["row"], run["tool"]): run["peak_gib"] for run in default if run["row"] in ROWS}
+    known = [(row, peaks.get((row, STOCK_TOOL))) for row in ("ct", "classes_small")]
+    ours = peaks.get(("classes", "nnunet_lgms"))
+    if ours is None or any(peak is None for _, peak in known):
+        return []
+    logits = {
+        name: ROWS[name].classes * math.prod(ROWS[name].shape) / 1e9 for name in ("ct", "classes_small", "classes")
+    }
+    slope, base = np.polyfit([logits[row] for row, _ in known], [peak for _, peak in known], 1)
+    stock = base + slope * logits["classes"]
+    return [
+        "",
+        f"nnU-Net's memory for the CT with 104 classes would be {stock:.0f} GiB, by its runs with 14 classes and on "
+        f"the small CT ({slope:.1f} GiB per 10⁹ logits); {ours:.1f} GiB are {ours / stock:.2f} of it.",
+    ]
 
 
 def draw(results: dict, file: Path) -> None:
@@ -364,7 +408,7 @@ def draw(results: dict, file: Path) -> None:
             for i, (stage, seconds) in enumerate(found["stages"].items()):
                 axis.barh(y, seconds, left=left, color=f"C{i}", label=stage if y == 0 else None)
                 left += seconds
-            if found["row"] != "training":
+            if found["row"] not in TRAINING_ROWS:
                 axis.plot([found["seconds"]] * 2, [y - 0.45, y + 0.45], "k-", linewidth=2)
         axis.set_yticks(range(len(those)), [f"{r['network']}, {r['tool']}, {r['plans']}" for r in those], fontsize=7)
         axis.set_title(f"{title}: seconds", fontsize=9, loc="left")
@@ -376,8 +420,10 @@ def draw(results: dict, file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "training"], help="(those of the device)")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *TRAINING_ROWS], help="(those of the device)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS, help="of predictions (both)")
+    parser.add_argument("--keep", action="store_true", help="runs of the file that is there and are not measured again")
     parser.add_argument("--epochs", type=int, default=5, help="of a training; 3 or more")
     parser.add_argument("--iterations", type=int, default=250, help="steps an epoch")
     parser.add_argument("--name", default="waits", help="of the files (waits; a run on the CPU: waits_cpu)")
@@ -387,11 +433,13 @@ def main() -> int:
         parser.error("--epochs must be 3 or more: the first one compiles, and the last has no next one")
     name = f"{args.name}_cpu" if args.device == "cpu" and args.name == "waits" else args.name
     rows = args.rows or [n for n, row in ROWS.items() if args.device in row.devices]
-    rows = rows if args.rows or args.device == "cpu" else [*rows, "training"]
+    rows = rows if args.rows or args.device == "cpu" else [*rows, *TRAINING_ROWS]
     results = {**provenance(args.device), "cores": len(os.sched_getaffinity(0)), "runs": []}
+    if args.keep:
+        results["runs"] = kept(json.loads((args.output / f"{name}.json").read_text("utf-8")), results)
 
     def done(found: dict) -> None:
-        results["runs"].append(found)
+        results["runs"] = in_order([run for run in results["runs"] if which(run) != which(found)] + [found])
         said = found.get("failed") or f"{found['seconds']:.1f} s"
         print(f"{found['title']}, {found['network']}, {found['tool']}, {found['plans']}: {said}", flush=True)
         measured = any("failed" not in r for r in results["runs"])
@@ -400,15 +448,36 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
-            if row != "training":
-                measure_row(row, args.device, Path(folder) / "predict", done)
+            if row in ROWS:
+                measure_row(row, args.device, Path(folder) / "predict", args.tools, done)
                 continue
             sets = prepare(Path(folder) / "train", 24 if args.device == "cpu" else 128)
-            titles = ("training, the demo's hippocampus cases", "training, 2 × 128³")
-            for dataset, title in list(zip(sets, titles))[: 1 if args.device == "cpu" else 2]:
-                size = args.epochs, args.iterations, args.device
-                measure_training(dataset, title, *size, Path(folder) / "train", done)
+            dataset = sets[list(TRAINING_ROWS).index(row)]
+            measure_training(row, dataset, args.epochs, args.iterations, args.device, Path(folder) / "train", done)
     return int(any("failed" in found for found in results["runs"]))
+
+
+def kept(before: dict, now: dict) -> list[dict]:
+    """Runs of an earlier time, with their date.
+
+    Raises:
+        SystemExit: they are of another kind of machine or another nnU-Net, whose seconds are not to be compared.
+    """
+    for what in (lambda r: r["device"], lambda r: r["cores"], lambda r: r["versions"]["nnunetv2"]):
+        if what(before) != what(now):
+            raise SystemExit(f"--keep: the file that is there is of {what(before)}, this machine of {what(now)}.")
+    return [{"kept": before["date"], "kept_code": before["code"], **run} for run in before["runs"]]
+
+
+def which(run: dict) -> tuple[str, ...]:
+    return run["row"], run["network"], run["tool"], run["plans"]
+
+
+def in_order(runs: list[dict]) -> list[dict]:
+    """As the table has them: rows, and in a row the runs that all are compared with first."""
+    order = [(name, *run) for name, row in ROWS.items() for run in row.runs]
+    order += [(name, network, "nnUNetv2_train", "default") for name in TRAINING_ROWS for network in TRAININGS]
+    return sorted(runs, key=lambda run: order.index(which(run)))
 
 
 if __name__ == "__main__":

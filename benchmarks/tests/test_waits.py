@@ -101,7 +101,7 @@ def test_tables_and_picture_say_what_failed(tmp_path):
     training |= {"stages": {"start": 1.0, "first epoch": 2.0, "steps": 3.0, "between": 0.5, "end": 1.0}, "seconds": 9.0}
     results = {"date": "", "device": "", "cores": 2, "versions": {"torch": "", "nnunetv2": ""}}
     results["runs"] = [
-        run | {"tool": "stock", "seconds": 10.0},
+        run | {"tool": "nnUNetv2_predict", "seconds": 10.0},
         run | {"tool": "ours", "seconds": 2.0},
         {key: run[key] for key in ("row", "title", "network", "plans")} | {"tool": "broken", "failed": "no memory"},
         training | {"epoch_s": 3.5, "hundred_epochs_s": 350.0},
@@ -111,3 +111,56 @@ def test_tables_and_picture_say_what_failed(tmp_path):
     assert "| 2.0 | 0.20 |" in text and "failed: no memory" in text and "| 175 | 0.50 |" in text
     waits.draw(results, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_runs_that_are_not_measured_again_stay(tmp_path, monkeypatch):
+    stages = dict.fromkeys(waits.STAGES, 1.0)
+    here = {"device": "cpu", "cores": 2, "versions": {"nnunetv2": "2.8.1", "torch": "2"}, "date": "now", "code": "b"}
+    run = {"title": "a CT", "plans": "default", "stages": stages, "seconds": 10.0}
+    ct, small = waits.ROWS["ct"], waits.ROWS["classes_small"]
+    per_logit = 6e-9  # GiB, and 2 GiB that are always there
+    peaks = {name: 2 + per_logit * row.classes * np.prod(row.shape) for name, row in (("ct", ct), ("small", small))}
+    stock = {"network": waits.UNET, "tool": "nnUNetv2_predict"}
+    ours = {"network": waits.OURS, "tool": "nnunet_lgms"}
+    before = here | {"date": "before", "code": "a"}
+    before["runs"] = [run | stock | {"row": "ct", "peak_gib": peaks["ct"]}, run | ours | {"row": "ct", "peak_gib": 1.0}]
+    (tmp_path / "waits_cpu.json").write_text(json.dumps(before))
+
+    def measured(name, device, work, tools, done):
+        assert tools == ["nnunet_lgms"]
+        done(run | ours | {"row": name, "peak_gib": 2.0, "seconds": 2.0})
+        if name == "classes":
+            done(run | stock | {"row": "classes_small", "peak_gib": peaks["small"]})
+
+    monkeypatch.setattr(waits, "provenance", lambda device: {k: v for k, v in here.items() if k != "cores"})
+    monkeypatch.setattr(waits.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(waits, "measure_row", measured)
+    words = [
+        "--rows",
+        "ct",
+        "classes",
+        "--tools",
+        "nnunet_lgms",
+        "--keep",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", ["waits.py", *words])
+    assert waits.main() == 0
+    runs = json.loads((tmp_path / "waits_cpu.json").read_text())["runs"]
+    assert [(r["row"], r["tool"], r.get("kept")) for r in runs] == [
+        ("ct", "nnUNetv2_predict", "before"),
+        ("ct", "nnunet_lgms", None),
+        ("classes", "nnunet_lgms", None),
+        ("classes_small", "nnUNetv2_predict", None),
+    ]
+    text = (tmp_path / "waits_cpu.md").read_text()
+    assert "| 2.0 | 0.20 |" in text and "| 2.0 | – |" in text
+    assert "Of an earlier run on such a machine: a CT, nnUNetv2_predict, before." in text
+    stock_s = 2 + per_logit * waits.ROWS["classes"].classes * np.prod(ct.shape)
+    assert f"would be {stock_s:.0f} GiB" in text and f"2.0 GiB are {2 / stock_s:.2f} of it" in text
+    monkeypatch.setattr(waits.os, "sched_getaffinity", lambda process: {0})
+    with pytest.raises(SystemExit, match="the file that is there is of 2, this machine of 1"):
+        waits.main()

@@ -34,7 +34,8 @@ def wrap_triton(kernel: Any) -> Any:
 
 def _without_compiler(operator: CustomOpDef) -> CustomOpDef:
     for wrapped in operator._backend_fns.values():
-        _run_as_it_is(wrapped, wrapped.__wrapped__)
+        if hasattr(wrapped, "__wrapped__"):
+            _run_as_it_is(wrapped, wrapped.__wrapped__)
     return operator
 
 

@@ -37,7 +37,10 @@ def without_compiler() -> Iterator[None]:
         del sys.modules["torch._dynamo"]
 
 
-with without_compiler():
+try:
+    with without_compiler():
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+except ImportError:  # a version that asks for more of the compiler
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 __all__ = ["OptimizedModule", "nnUNetPredictor"]
