@@ -112,13 +112,15 @@ def half(device):
 
 
 def convolution_errors(shape, out_channels, kernel, groups, device):
+    from nnunet_lgms.ops.triton import conv_weight_kernels
+
     x = draw(shape, device).to(half(device)).requires_grad_()
-    weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device)
+    weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device).requires_grad_()
     bias, padding = torch.randn(out_channels).to(device), [k // 2 for k in kernel]
     expected = CONV[len(kernel)](x.double(), weight.double(), bias.double(), padding=padding, groups=groups)
     grad = draw(expected.shape, device).to(x.dtype)
-    (grad_x,) = torch.autograd.grad(expected, x, grad.double())
-    x, expected = x.detach(), expected.detach()
+    grad_x, grad_weight = torch.autograd.grad(expected, (x, weight), grad.double())
+    x, weight, expected = x.detach(), weight.detach(), expected.detach()
     parts = [part.contiguous(memory_format=LAYOUT[x.ndim]) for part in x.chunk(groups, 1)]
 
     def errors(kernels):
@@ -130,7 +132,11 @@ def convolution_errors(shape, out_channels, kernel, groups, device):
             relative(torch.cat(grad_parts, 1), grad_x),
         ]
 
-    return both_ways(errors)
+    weight_gradients = []
+    for programs in (512, 1):  # a walk of few planes, and of all
+        with patch.object(conv_weight_kernels, "PROGRAMS", programs):
+            weight_gradients += [conv_weight_kernels.weight_gradient(grad, xs, weight, groups) for xs in ([x], parts)]
+    return both_ways(errors) + [relative(actual, grad_weight) for actual in weight_gradients]
 
 
 def epilogue_errors(shape, out_channels, kernel, groups, activation, affine, residual, device):
@@ -323,13 +329,20 @@ def errors(group, case, device):
 
 
 def network_errors():
-    """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off."""
+    """Output, gradient, buffers and prediction of a small network with every kernel on, against every kernel off.
+
+    The second result is whether they are the same, bit for bit, where the backward pass makes nothing again.
+    """
     from nnunet_lgms import LGMSNet
-    from nnunet_lgms.ops import depthwise
+    from nnunet_lgms.architecture import lgmsnet
+    from nnunet_lgms.ops import depthwise, recompute
     from nnunet_lgms.ops.triton import bottleneck, conv, conv_kernels
 
-    found = []
-    conv_kernels.LEAST_FULL = 0
+    found, same = [], []
+    conv_kernels.LEAST_FULL = recompute.LEAST = 0
+    made = []  # again
+    keeping_little, make_again = lgmsnet.keeping_little, recompute._Recipe.__call__
+    recompute._Recipe.__call__ = lambda recipe: made.append(recipe) or make_again(recipe)
     depthwise._triton_kernels = lambda *_: None  # they take minutes here, and have a test of their own
     for module in (bottleneck, conv):  # float32 as the half precision of training
         module.HALF, module.compute_dtype = (torch.float32,), lambda x: x.dtype
@@ -339,22 +352,27 @@ def network_errors():
         state = {key: value.clone() for key, value in network.state_dict().items()}
         x = draw(shape, "cpu")
         results = []
-        for on, min_voxels in (("auto", 0), ("auto", 1 << 40), ("off", 0)):  # every kernel, libraries', none
+        # every kernel, the same without making anything again, libraries', none
+        for on, min_voxels, keep in (("auto", 0, False), ("auto", 0, True), ("auto", 1 << 40, False), ("off", 0, True)):
+            made.clear()
+            lgmsnet.keeping_little = (lambda function, x: function(x)) if keep else keeping_little
             network.load_state_dict(state)
             network.zero_grad()
             conv.MIN_VOXELS = conv.MIN_VOXELS_EPILOGUE = min_voxels
             with kernels(on), as_on_gpu():
                 out = network(x)
                 out.square().mean().backward()
+                assert bool(made) != keep
                 gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
                 buffers = torch.cat([b.flatten().double() for b in network.buffers()])
                 with torch.no_grad():
                     predicted = network.eval()(x)
             network.train()
             results.append((out.detach(), gradient, buffers, predicted))
+        same.append(all(map(torch.equal, results[0], results.pop(1))))
         *with_kernels, without = results
         found.append([relative(a, b) for actual in with_kernels for a, b in zip(actual, without, strict=True)])
-    return found
+    return found, same
 
 
 GRIDS = {  # input shape, output channels, kernel, whether the map is swept
@@ -391,7 +409,13 @@ def test_interpreted_kernels_match_float64(interpreted, group, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [2, 3])
 def test_interpreted_kernels_leave_the_network_as_it_is(interpreted, dim):
-    assert max(interpreted["network"][dim - 2]) < 1e-4
+    errors, _ = interpreted["network"]
+    assert max(errors[dim - 2]) < 1e-4
+
+
+def test_what_is_made_again_is_what_was(interpreted):
+    _, same = interpreted["network"]
+    assert all(same)
 
 
 @pytest.mark.gpu

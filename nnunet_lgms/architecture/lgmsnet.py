@@ -29,7 +29,7 @@ from nnunet_lgms.architecture.topology import (
 from nnunet_lgms.blocks.dimension import conv_for, is_int, per_axis
 from nnunet_lgms.blocks.norm import paper_norm
 from nnunet_lgms.files import one_line, shown
-from nnunet_lgms.ops import to_fastest_layout
+from nnunet_lgms.ops import keeping_little, to_fastest_layout
 
 
 class LGMSNet(nn.Module):
@@ -199,7 +199,7 @@ class LGMSNet(nn.Module):
                 f"LGMSNet takes floating-point maps of at least one sample and one voxel per axis, not {x.dtype} of "
                 f"shape {tuple(x.shape)}: convert or crop the data before."
             )
-        return self.decoder(self.encoder(to_fastest_layout(x)))
+        return keeping_little(lambda x: self.decoder(self.encoder(x)), to_fastest_layout(x))
 
 
 def _check_norm(norm_op: type[nn.Module], norm_op_kwargs: dict, dim: int) -> None:

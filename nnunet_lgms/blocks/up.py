@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.blocks.conv_norm_act import ConvNormAct
-from nnunet_lgms.ops import upsample_conv_norm_act
+from nnunet_lgms.ops import linear_upsample
 
 
 class UpBlock(nn.Module):
@@ -45,5 +45,4 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """(B, in, *spatial) -> (B, out, *size), ``size`` at most ``spatial * stride``."""
-        conv = self.conv
-        return upsample_conv_norm_act(x, self.stride, size, conv.conv, conv.norm, conv.activation)
+        return self.conv(linear_upsample(x, self.stride, size))

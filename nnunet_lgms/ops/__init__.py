@@ -12,8 +12,9 @@ from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
 from nnunet_lgms.ops.layout import to_fastest_layout
 from nnunet_lgms.ops.max_pool import max_pool
 from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.ops.recompute import keeping_little
 from nnunet_lgms.ops.tokens import add_norm, fold_add, unfold_norm
-from nnunet_lgms.ops.upsample import linear_upsample, upsample_conv_norm_act
+from nnunet_lgms.ops.upsample import linear_upsample
 
 __all__ = [
     "add_norm",
@@ -21,6 +22,7 @@ __all__ = [
     "conv_bottleneck",
     "conv_norm_act",
     "fold_add",
+    "keeping_little",
     "kernels",
     "kernels_for",
     "linear_upsample",
@@ -32,5 +34,4 @@ __all__ = [
     "set_kernels",
     "to_fastest_layout",
     "unfold_norm",
-    "upsample_conv_norm_act",
 ]

@@ -134,7 +134,7 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
         ROWS=rows, **b.all_constants(), num_warps=WARPS,
     )  # fmt: skip
     grad_weight1, grad_bias1, *means = merge_gradient_sums(grid1, sums1, b.norm1)
-    grad_x = input_gradient(grid1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION)
+    grad_x = input_gradient(grid1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION, out=grad_y)
     return (
         grad_x, over_samples(grad_weight1, b.norm1), over_samples(grad_bias1, b.norm1), grad_expand.sum(0),
         grad_expand_bias.sum(0), over_samples(grad_weight2, b.norm2), over_samples(grad_bias2, b.norm2),

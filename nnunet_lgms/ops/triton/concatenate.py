@@ -13,6 +13,7 @@ from torch import Tensor
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import channels_last, map_memory
+from nnunet_lgms.ops.recompute import can_be_made_again
 from nnunet_lgms.ops.triton.layout import to_channels_last
 
 TILE = 4096  # elements that a program copies
@@ -22,7 +23,9 @@ def concatenate(xs: Sequence[Tensor]) -> Tensor:
     """Maps (B, C_i, *spatial) -> (B, sum of C_i, *spatial)."""
     if len(xs) == 1:
         return xs[0]
-    return _concatenate(list(xs)) if fits(xs) else torch.cat(list(xs), dim=1)
+    if not fits(xs):
+        return torch.cat(list(xs), dim=1)
+    return can_be_made_again(_concatenate(list(xs)), lambda *xs: _concatenate(xs), *xs)
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Dense "same" convolutions of channels-last maps on a GPU.
 
-Half-precision maps with many voxels and few channels go to the implicit matrix product of `conv_kernels.py`, forward
-and input gradient, and weight gradients to cuDNN. Other maps go to the libraries, 1x1 convolutions as the matrix
+Half-precision maps with many voxels and few channels go to the implicit matrix products of `conv_kernels.py` and, for
+weight gradients, `conv_weight_kernels.py`. Other maps go to the libraries, 1x1 convolutions as the matrix
 products that they are there, with the gradient of a bias as the sum of a few parallel slices.
 """
 
@@ -19,14 +19,19 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.ops.library import triton_op
 from nnunet_lgms.ops.memory_format import HALF, channels_last, compute_dtype
 from nnunet_lgms.ops.norms import statistics_known
+from nnunet_lgms.ops.recompute import can_be_made_again
 from nnunet_lgms.ops.triton import conv_kernels as kernels
 from nnunet_lgms.ops.triton.concatenate import concatenate
+from nnunet_lgms.ops.triton.conv_weight_kernels import weight_gradient
 from nnunet_lgms.ops.triton.layout import to_channels_last
 from nnunet_lgms.ops.triton.norm_act import channel_sums, ignores_bias, takes_statistics
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 MAX_CHANNELS = {1: 64, 3: 32}  # of a group, by kernel along x: what fits shared memory
 MIN_VOXELS = 1 << 20  # with fewer, cuDNN's kernels are as good
+# A result so many times as wide as the input is made again in the backward pass, and not kept.
+NARROW_WIDENS = 4
+PRODUCT_WIDENS = 2
 MIN_VOXELS_EPILOGUE = 1 << 16  # but not where norm and activation cost them a pass over the map
 
 
@@ -34,11 +39,19 @@ def same_conv(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, groups:
     """The operator `same_conv` of one map or of one for each group."""
     if _is_narrow(xs, weight):
         dtype = compute_dtype(xs[0])
-        return _narrow_conv([x.to(dtype) for x in xs], weight, bias, groups)
+        xs = [x.to(dtype) for x in xs]
+        out = _narrow_conv(xs, weight, bias, groups)
+        if not _widens(weight, groups, NARROW_WIDENS):
+            return out
+        return can_be_made_again(out, lambda w, b, *xs: _narrow_conv(xs, w, b, groups), weight, bias, *xs)
     x = concatenate(xs)
-    if channels_last(x) and x.dtype != torch.float64:
-        return _library_conv(x.to(compute_dtype(x)), weight, bias, groups)
-    return _conv(x, weight, bias, groups)
+    if not channels_last(x) or x.dtype == torch.float64:
+        return _conv(x, weight, bias, groups)
+    x = x.to(compute_dtype(x))
+    out = _library_conv(x, weight, bias, groups)
+    if not (_is_product(weight, groups) and _widens(weight, groups, PRODUCT_WIDENS)):
+        return out
+    return can_be_made_again(out, _product, x, weight, bias)
 
 
 def fits_epilogue(xs: Sequence[Tensor], conv: _ConvNd, norm: nn.Module) -> bool:
@@ -93,6 +106,11 @@ def _is_product(weight: Tensor, groups: int) -> bool:
     return groups == 1 and all(k == 1 for k in weight.shape[2:])
 
 
+def _widens(weight: Tensor, groups: int, times: int) -> bool:
+    """Whether a convolution gives so many times the channels that it takes: what it read is all that need be kept."""
+    return weight.shape[0] >= times * weight.shape[1] * groups
+
+
 # --- narrow maps ------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +122,11 @@ def _narrow_conv(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, grou
 @triton_op("nnunet_lgms::same_conv_input_gradient", mutates_args=())
 def _narrow_input_gradient(grad: Tensor, weight: Tensor, groups: int, parts: int) -> typing.List[Tensor]:  # noqa: UP006  torch 2.6 knows this one only
     return kernels.convolve_transposed(grad, weight, groups, parts)
+
+
+@triton_op("nnunet_lgms::same_conv_weight_gradient", mutates_args=())
+def _narrow_weight_gradient(grad: Tensor, xs: Sequence[Tensor], weight: Tensor, groups: int) -> Tensor:
+    return weight_gradient(grad, xs, weight, groups)
 
 
 @triton_op("nnunet_lgms::conv_norm_act", mutates_args=())
@@ -134,12 +157,14 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad):
     weight, *xs = ctx.saved_tensors
     grad = to_channels_last(grad)
-    grad_xs = [None] * len(xs)
+    parts = len(xs)
+    grad_xs = [None] * parts
     grad_weight = grad_bias = None
-    if any(ctx.needs_input_grad[0]):
-        grad_xs = _narrow_input_gradient(grad, weight, ctx.groups, len(xs))
     if ctx.needs_input_grad[1]:
-        grad_weight = _weight_gradient(grad, concatenate(xs), weight, ctx.groups)
+        grad_weight = _weight_gradient(grad, xs, weight, ctx.groups)
+    del xs  # made for this, maybe, and as large as their gradient
+    if any(ctx.needs_input_grad[0]):
+        grad_xs = _narrow_input_gradient(grad, weight, ctx.groups, parts)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = channel_sums(grad).to(ctx.bias_dtype)
     return grad_xs, grad_weight, grad_bias, None
@@ -159,9 +184,12 @@ def _library_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -
     """The convolution of a channels-last map, by the library that does it best."""
     if torch.is_grad_enabled() and (bias is not None or groups > 1):
         return _OwnGradients.apply(x, weight, bias, groups).movedim(-1, 1)
-    if _is_product(weight, groups):
-        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-    return _conv(x, weight, bias, groups)
+    return _product(x, weight, bias) if _is_product(weight, groups) else _conv(x, weight, bias, groups)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)  # as autocast does
+    return F.linear(x.movedim(1, -1), weight.flatten(1).to(x.dtype), bias).movedim(-1, 1)
 
 
 class _OwnGradients(Function):
@@ -181,34 +209,25 @@ class _OwnGradients(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = conv_gradients(
-            grad.movedim(-1, 1), *ctx.saved_tensors, ctx.groups, of_x=ctx.needs_input_grad[0], of_bias=ctx.has_bias
-        )
-        return *gradients, None
+        x, weight = ctx.saved_tensors
+        grad, grad_x = to_channels_last(grad.movedim(-1, 1)).to(x.dtype), None
+        grad_weight = _weight_gradient(grad, [x], weight, ctx.groups)
+        if ctx.needs_input_grad[0] and _is_product(weight, ctx.groups):
+            del x  # made for this, maybe, and as large as its gradient
+            grad_x = F.linear(grad.movedim(1, -1), weight.to(grad.dtype).flatten(1).T).movedim(-1, 1)
+        elif ctx.needs_input_grad[0]:
+            grad_x = _aten_gradient(grad, x, weight.to(grad.dtype), 0, ctx.groups)
+        return grad_x, grad_weight, channel_sums(grad) if ctx.has_bias else None, None
 
 
-def conv_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, groups: int = 1, of_x: bool = True, of_bias: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias (float32) of :func:`same_conv`, from that of its result, channels-last.
+def _weight_gradient(grad: Tensor, xs: Sequence[Tensor], weight: Tensor, groups: int) -> Tensor:
+    """That of narrow maps by the kernel, else cuDNN's, which is slow for groups.
 
-    For the backward pass of an operator that contains a convolution; ``x`` in the dtype that it was convolved in.
+    So these are multiplied all with all, and what belongs to no pair of them is dropped.
     """
-    grad, grad_x = to_channels_last(grad).to(x.dtype), None
-    if of_x and _is_narrow([grad], weight):
-        (grad_x,) = _narrow_input_gradient(grad, weight, groups, 1)
-    elif of_x and _is_product(weight, groups):
-        grad_x = F.linear(grad.movedim(1, -1), weight.to(x.dtype).flatten(1).T).movedim(-1, 1)
-    elif of_x:
-        grad_x = _aten_gradient(grad, x, weight.to(x.dtype), 0, groups)
-    return grad_x, _weight_gradient(grad, x, weight, groups), channel_sums(grad) if of_bias else None
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """cuDNN's: the one of a convolution's three products that it does well on narrow maps, unless it is grouped.
-
-    So groups are multiplied all with all, and what belongs to no pair of them is dropped.
-    """
+    if _is_narrow([grad, *xs], weight) and not _is_product(weight, groups):
+        return _narrow_weight_gradient(grad, xs, weight, groups).to(weight.dtype)
+    x = concatenate(xs)
     if _is_product(weight, groups):
         rows, inputs = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
         return (rows.T @ inputs).view(weight.shape).to(weight.dtype)

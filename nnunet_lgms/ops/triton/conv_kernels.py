@@ -50,7 +50,7 @@ LEAST_FULL = 0.75  # of the blocks of a plane: a sweep does not fill them with t
 BAND_NUMBERS = 1024  # of the band matrices, that one program writes
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """Sizes of the product for one convolution."""
 
     kz: int
@@ -62,8 +62,8 @@ class _Tiling(NamedTuple):
     c_out: int
 
     @classmethod
-    def of(cls, kernel: Sequence[int], c_in: int, c_out: int, sweeps: bool) -> _Tiling:
-        kz, ky, kx = _as_3d(kernel, sweeps)
+    def of(cls, kernel: Sequence[int], c_in: int, c_out: int, sweeps: bool) -> Tiling:
+        kz, ky, kx = as_3d(kernel, sweeps)
         tx = 2 if kx == 3 else 1
         ty = 2 if ky == 3 and not sweeps and 2 * tx * c_out <= MAX_N else 1
         return cls(kz, ky, kx, ty, tx, c_in, c_out)
@@ -106,7 +106,7 @@ class _Tiling(NamedTuple):
         }
 
 
-def _as_3d(sizes: Sequence[int], sweeps: bool) -> tuple[int, ...]:
+def as_3d(sizes: Sequence[int], sweeps: bool) -> tuple[int, ...]:
     """Sizes of a map or of a kernel, those of 2D as of one plane, or of planes of one row where these are walked."""
     if len(sizes) == 3:
         return tuple(sizes)
@@ -117,7 +117,7 @@ class _LaunchGrid(NamedTuple):
     """How one convolution is launched: by which kernel, with which tiles and programs."""
 
     function: JITFunction
-    tiling: _Tiling
+    tiling: Tiling
     size: tuple[int, ...]  # of the map, as the kernel sees it
     tiles: int  # of a plane that is swept, else of a sample
     block: int  # tiles that a program holds at once
@@ -134,7 +134,7 @@ class _LaunchGrid(NamedTuple):
     @classmethod
     def _sweep(cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid | None:
         """The grid that sweeps through the map, or None where the other way is better."""
-        t, size = _Tiling.of(kernel, c_in, c_out, True), _as_3d(size, True)
+        t, size = Tiling.of(kernel, c_in, c_out, True), as_3d(size, True)
         if t.kz != 3 or t.k * t.n > MAX_BAND:
             return None
         block, options = _sweep_options(t)
@@ -148,7 +148,7 @@ class _LaunchGrid(NamedTuple):
 
     @classmethod
     def _flat(cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
-        t, size = _Tiling.of(kernel, c_in, c_out, False), _as_3d(size, False)
+        t, size = Tiling.of(kernel, c_in, c_out, False), as_3d(size, False)
         block, options = _flat_options(t)
         depth, height, width = size
         tiles = depth * triton.cdiv(height, t.ty) * triton.cdiv(width, t.tx)
@@ -158,7 +158,7 @@ class _LaunchGrid(NamedTuple):
 # Tiles of a block, warps and stages, as they were fastest on an H100.
 
 
-def _sweep_options(t: _Tiling) -> tuple[int, dict[str, int]]:
+def _sweep_options(t: Tiling) -> tuple[int, dict[str, int]]:
     if t.c_in <= 4:
         return 64, {"num_warps": 4, "num_stages": 2}
     if t.ky == 3 and max(t.c_in, t.c_out) <= 16:
@@ -166,7 +166,7 @@ def _sweep_options(t: _Tiling) -> tuple[int, dict[str, int]]:
     return 64, {"num_warps": 4, "num_stages": 1}  # a second stage would double the shared memory
 
 
-def _flat_options(t: _Tiling) -> tuple[int, dict[str, int]]:
+def _flat_options(t: Tiling) -> tuple[int, dict[str, int]]:
     if t.rows == 1 and t.n <= 32:
         return 128, {"num_warps": 4, "num_stages": 2}
     return 64, {"num_warps": 4, "num_stages": 3}
@@ -261,17 +261,17 @@ def _conv_band_kernel(
 
 
 @triton.jit
-def _place(tile, H, W, TY: tl.constexpr, TX: tl.constexpr):
+def place_of(tile, H, W, TY: tl.constexpr, TX: tl.constexpr):
     """Plane, first row and first column of a tile."""
     columns, rows = (W + TX - 1) // TX, (H + TY - 1) // TY
     return tile // (columns * rows), (tile // columns) % rows * TY, tile % columns * TX
 
 
 @triton.jit
-def _runs(tile, tiles, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr,
+def runs_of(tile, tiles, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr,
           TX: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """(BLOCK, K) offsets of the inputs in the first row of every tile, and which of them lie inside that row."""
-    plane, row, column = _place(tile, H, W, TY, TX)
+    plane, row, column = place_of(tile, H, W, TY, TX)
     k = tl.arange(0, K)
     columns = column[:, None] + (k // C_IN)[None, :] - KX // 2
     inside = (tile < tiles)[:, None] & (columns >= 0) & (columns < W) & (k < (TX + KX - 1) * C_IN)[None, :]
@@ -289,10 +289,10 @@ def _band(band, row, C_IN: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr, K: 
 
 
 @triton.jit
-def _results(tile, tiles, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+def results_of(tile, tiles, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
              N: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """(BLOCK, N) offsets of the results of every tile, and which of them lie inside the map."""
-    plane, row, column = _place(tile, H, W, TY, TX)
+    plane, row, column = place_of(tile, H, W, TY, TX)
     n = tl.arange(0, N)
     oy, ox = n // (TX * LANES), n // LANES % TX
     y, columns = row[:, None] + oy[None, :], column[:, None] + ox[None, :]
@@ -337,15 +337,15 @@ def _conv_flat_kernel(
     sample, out_first = tl.program_id(1), out_part * C_OUT
     x += sample * D * H * W * X_STRIDE + x_part * C_IN
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    plane, row, _ = _place(tile, H, W, TY, TX)
-    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
+    plane, row, _ = place_of(tile, H, W, TY, TX)
+    runs, in_row = runs_of(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
     total = tl.zeros((BLOCK, N), tl.float32)
     for i in range(KZ * (TY + KY - 1)):
         dz, dy = i // (TY + KY - 1) - KZ // 2, i % (TY + KY - 1) - KY // 2
         exists = (row + dy >= 0) & (row + dy < H) & (plane + dz >= 0) & (plane + dz < D)
         run = tl.load(x + (dz * H + dy) * W * X_STRIDE + runs, mask=in_row & exists[:, None], other=0.0)
         total = tl.dot(run, _band(band, i, C_IN, KX, TX, K, N), total)
-    offset, inside = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
+    offset, inside = results_of(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
     offset += sample * D * H * W * OUT_STRIDE + out_first
     total = _epilogue(
         total, offset, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE, BIAS,
@@ -376,9 +376,9 @@ def _conv_sweep_kernel(
     end = tl.minimum(begin + steps, D)
     x += sample * D * H * W * X_STRIDE + x_part * C_IN
     tile = tl.program_id(0) % places * BLOCK + tl.arange(0, BLOCK)
-    _, row, _ = _place(tile, H, W, TY, TX)
-    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
-    offset, in_plane = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
+    _, row, _ = place_of(tile, H, W, TY, TX)
+    runs, in_row = runs_of(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
+    offset, in_plane = results_of(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
     offset += sample * D * H * W * OUT_STRIDE + out_first
     bands = ()
     for i in tl.static_range(3 * ROWS):

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST, as_channels_last, channels_last, map_memory
+from nnunet_lgms.ops.recompute import can_be_made_again
 
 TILE = 4096  # elements that a program copies
 
@@ -17,14 +18,14 @@ TILE = 4096  # elements that a program copies
 def to_channels_first(x: Tensor) -> Tensor:
     """x (B, C, *spatial), contiguous."""
     if not x.is_contiguous() and channels_last(x) and _fits(x):
-        return _channels_first(x)
+        return can_be_made_again(_channels_first(x), _channels_first, x)
     return x.contiguous()
 
 
 def to_channels_last(x: Tensor) -> Tensor:
     """x (B, C, *spatial), contiguous with channels innermost."""
     if x.is_contiguous() and not x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) and _fits(x):
-        return _channels_last(x)
+        return can_be_made_again(_channels_last(x), _channels_last, x)
     return as_channels_last(x)
 
 

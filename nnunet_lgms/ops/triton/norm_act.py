@@ -23,6 +23,7 @@ from nnunet_lgms.ops.norms import (
     unbiasing,
     update_running_statistics,
 )
+from nnunet_lgms.ops.recompute import can_be_made_again
 from nnunet_lgms.ops.triton import norm_act_kernels as kernels
 from nnunet_lgms.ops.triton.layout import to_channels_last
 from nnunet_lgms.ops.triton.norm_act_kernels import Norm
@@ -68,19 +69,22 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Tensor | Non
     """activation(norm(x + bias)) + residual where :func:`fits` says so; see the operator."""
     residual = None if residual is None else residual.to(x.dtype)
     if statistics_known(norm):
-        statistics = norm.running_mean, norm.running_var
-        return _norm_act_known(x, bias, *statistics, norm.weight, norm.bias, residual, norm.eps, activation)
+        known = norm.running_mean[None], norm.running_var[None]
+        return _norm_act_known(x, bias, *known, norm.weight, norm.bias, residual, "batch", norm.eps, activation)
     spec = NormSpec.of(norm)
+    cancels = bias_cancels(spec.kind, activation)
     if exchange.spans_processes(norm):
-        out, mean, variance = _Synced.apply(
+        out, mean, variance, unbiased = _Synced.apply(
             x, bias, norm.weight, norm.bias, residual, norm.process_group, norm.eps, activation
         )
-        unbiased = 1.0  # is the variance already
+        track(norm, mean, unbiased, 1.0, bias if cancels else None)
     else:
         out, mean, variance = _norm_act(x, bias, norm.weight, norm.bias, residual, *spec, activation)
-        unbiased = unbiasing(x)
-    track(norm, mean, variance, unbiased, bias if bias_cancels(spec.kind, activation) else None)
-    return out
+        track(norm, mean, variance, unbiasing(x), bias if cancels else None)
+    return can_be_made_again(
+        out, _norm_act_known, x, None if cancels else bias, mean, variance, norm.weight, norm.bias, residual,
+        spec.kind, spec.eps, activation,
+    )  # fmt: skip
 
 
 def track(norm: nn.Module, mean: Tensor, variance: Tensor, unbiased: float, bias: Tensor | None = None) -> None:
@@ -162,12 +166,13 @@ def _norm_act_known(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     residual: Tensor | None,
+    kind: str,
     eps: float,
     activation: str,
 ) -> Tensor:
-    """The operator with given statistics, (C,); it is for prediction and has no gradient."""
-    norm = Norm(mean[None], variance[None], norm_weight, norm_bias, eps)
-    return kernels.forward(x, norm, residual, "batch", 1, activation, bias)
+    """The operator with given statistics, of x + bias; it is for prediction, or to make a result again."""
+    norm = Norm(mean, variance, norm_weight, norm_bias, eps)
+    return kernels.forward(x, norm, residual, kind, 1, activation, bias)
 
 
 @triton_op("nnunet_lgms::norm_act_backward", mutates_args=())
@@ -229,8 +234,8 @@ _not_traced = set_wrap_triton_enabled(False)
 class _Synced(torch.autograd.Function):
     """Norm and activation where the statistics of a batch norm span all processes, which exchange their sums.
 
-    PyTorch's own SyncBatchNorm leaves activations and layouts to passes of their own. The result comes with mean and
-    unbiased variance, (1, C). Every process calls it at the same time, and again in the backward pass.
+    PyTorch's own SyncBatchNorm leaves activations and layouts to passes of their own. The result comes with mean,
+    variance and unbiased variance, (1, C). Every process calls it at the same time, and again in the backward pass.
     """
 
     @staticmethod
@@ -246,9 +251,9 @@ class _Synced(torch.autograd.Function):
         )
         ctx.save_for_backward(x, bias, norm_weight, norm_bias, mean, variance, share)
         ctx.group, ctx.eps, ctx.activation, ctx.has_residual = group, eps, activation, residual is not None
-        ctx.mark_non_differentiable(mean, unbiased)
+        ctx.mark_non_differentiable(mean, variance, unbiased)
         ctx.set_materialize_grads(False)  # see above
-        return out, mean, unbiased
+        return out, mean, variance, unbiased
 
     @staticmethod
     @once_differentiable

@@ -54,10 +54,11 @@ class MergeGrid:
     def constants(self, slices: int) -> dict[str, int]:
         """The arguments of a kernel that merges ``slices`` of every sample."""
         merged = slices * self.samples
+        most = max(MERGED // self.lanes, triton.next_power_of_2(merged))  # the latter of thousands of samples
         return {
             "slices": merged,
             "channels": self.channels,
-            "PIECES": min(n for n in (16, 128, MERGED // self.lanes) if n >= merged),  # few versions to compile
+            "PIECES": min(n for n in (16, 128, most) if n >= merged),  # few versions to compile
             "LANES": self.lanes,
             "GROUP": self.group_channels,
         }
@@ -248,11 +249,14 @@ def merge_gradient_sums(grid: LaunchGrid, partial: list[Tensor], norm: Norm) -> 
 
 def input_gradient(
     grid: LaunchGrid, grad: Tensor, x: Tensor, norm: Norm, mean_g: Tensor, mean_gx: Tensor, activation: str,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient of x, in its layout."""
+    """Gradient of x, in its layout; in the memory ``out``, (B, *spatial, C), if it is given, which may be grad's."""
     first = channels_first(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if first else map_memory(x, grid.channels, x.shape[2:])
+    if out is None and first:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    elif out is None:
+        out = map_memory(x, grid.channels, x.shape[2:])
     launch(wrap_triton(_norm_act_backward_kernel))[grid.tiles_grid](
         grad, x, bias, *norm.tensors, mean_g, mean_gx, out, grid.voxels, grid.sample_stride,
         FIRST=first, BIAS=bias is not None, ACT=CODES[activation], **norm.constants(), **grid.tile,

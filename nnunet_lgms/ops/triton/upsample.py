@@ -13,12 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
 
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import HALF, channels_last, map_memory
-from nnunet_lgms.ops.triton.conv import conv_gradients, same_conv
+from nnunet_lgms.ops.recompute import can_be_made_again
 from nnunet_lgms.ops.triton.layout import to_channels_last
 
 BLOCK = 1024  # elements of a program
@@ -30,8 +29,13 @@ def fits(x: Tensor, size: Sequence[int]) -> bool:
     return channels_last(x) and x.dtype in (*HALF, torch.float32) and numbers < 2**31
 
 
-@triton_op("nnunet_lgms::linear_upsample", mutates_args=())
 def linear_upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
+    """(B, C, *spatial) channels-last -> (B, C, *size) channels-last, where :func:`fits` says so."""
+    return can_be_made_again(_upsample(x, scale, size), _upsample, x, scale, size)
+
+
+@triton_op("nnunet_lgms::linear_upsample", mutates_args=())
+def _upsample(x: Tensor, scale: Sequence[int], size: Sequence[int]) -> Tensor:
     """(B, C, *spatial) channels-last -> (B, C, *size) channels-last."""
     return _launch(_upsample_forward_kernel, x, size, scale)
 
@@ -48,40 +52,14 @@ def _setup(ctx, inputs, output):
 
 
 # Each operator is the other's transpose, so second derivatives work too.
-linear_upsample.register_autograd(
+_upsample.register_autograd(
     lambda ctx, grad: (_upsample_backward(to_channels_last(grad), ctx.scale, ctx.size), None, None),
     setup_context=_setup,
 )
 _upsample_backward.register_autograd(
-    lambda ctx, grad: (linear_upsample(to_channels_last(grad), ctx.scale, ctx.size), None, None),
+    lambda ctx, grad: (_upsample(to_channels_last(grad), ctx.scale, ctx.size), None, None),
     setup_context=_setup,
 )
-
-
-def upsample_conv(x: Tensor, scale: Sequence[int], size: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """same_conv(linear_upsample(x)), (B, C_in, *spatial) -> (B, C_out, *size), which keeps x for the backward pass."""
-    return _UpsampleConv.apply(x, list(scale), list(size), weight, bias).movedim(-1, 1)
-
-
-class _UpsampleConv(Function):
-    """:func:`upsample_conv`, whose result is (B, *size, C_out)."""
-
-    # torch.compile makes the gradients of a Function contiguous: a transposed copy of a channels-last map. So this one
-    # returns what is contiguous, and the map is a view of that.
-
-    @staticmethod
-    def forward(ctx, x, scale, size, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.scale, ctx.size, ctx.has_bias = scale, size, bias is not None
-        return same_conv([linear_upsample(x, scale, size)], weight, bias, 1).movedim(1, -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        upsampled = linear_upsample(x, ctx.scale, ctx.size)
-        grad, grad_weight, grad_bias = conv_gradients(grad.movedim(-1, 1), upsampled, weight, of_bias=ctx.has_bias)
-        grad_x = _upsample_backward(to_channels_last(grad), ctx.scale, list(x.shape[2:])).to(x.dtype)
-        return grad_x, None, None, grad_weight, grad_bias
 
 
 def _launch(kernel, source: Tensor, size: Sequence[int], scale: Sequence[int]) -> Tensor:
