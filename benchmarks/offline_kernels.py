@@ -37,7 +37,7 @@ from triton.runtime.driver import driver
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.ops import backend, launch
-from nnunet_lgms.ops.triton import conv_kernels, depthwise, norm_act_kernels
+from nnunet_lgms.ops.triton import attention, attention_kernels, conv_kernels, depthwise, norm_act_kernels
 from nnunet_lgms.planning.memory import OnGPU
 
 SMALL, LARGE = "99 KiB", "163 KiB and more"  # of shared memory: the depthwise weight gradient has tiles for either
@@ -169,7 +169,7 @@ def step_versions(make: Callable[[], nn.Module], shape: tuple[int, ...], half: b
 
 
 def widest_versions(tiles: str) -> list[Version]:
-    """Convolutions at the limits of their kernels, which need most shared memory, and what several processes launch."""
+    """Convolutions and attention at the limits of their kernels, and what several processes launch."""
     with noting(tiles) as versions:
         for kernel in ((3, 3, 3), (1, 3, 3), (3, 1, 3), (3, 3, 1), (1, 1, 1), (3, 3), (1, 1)):
             widest = 64 if kernel[-1] == 1 else 32
@@ -182,6 +182,11 @@ def widest_versions(tiles: str) -> list[Version]:
             x = torch.empty((2, 16, 128, 128, 128), device="meta")
             depthwise.convolve(x, x.new_empty(16 * 9**3), [16], [9] * 3, False, False, False)
             depthwise.correlate(x, x, [16], [9] * 3)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            qkv = torch.empty((2, 4096, 3, 4, attention.MAX_CHANNELS), dtype=dtype, device="meta")
+            mask = torch.empty((1, 4096), dtype=torch.bool, device="meta")
+            out, lse = attention_kernels.forward(qkv, mask, "tf32x3")
+            attention_kernels.backward(out, qkv, mask, out, lse, "tf32x3")
         norm_act_kernels.merge_processes(torch.empty((8, 3, 256), device="meta"), 0)
     return [v for v in versions if v.name not in ("_conv_band_kernel", "_depthwise_band_kernel")]
 

@@ -1,12 +1,16 @@
 """How close each fused operator comes to the bandwidth of the GPU's memory.
 
     python benchmarks/operators.py          to benchmarks/results/operators.{json,md}
+    python benchmarks/operators.py --only attention --out FOLDER
 
 Every operator runs on the maps of LGMSNet's highest level (2 x 128^3 and 16 x 256^2, float16, channels-last), forward,
 and forward with backward, in a CUDA graph, so that Python's part is not in the time. The bound is the time in which a
 plain copy would move the bytes that must move: inputs, results and gradients once, and once more what a norm reads for
 its statistics before it can write. The bandwidth is measured in the same run, on a copy of 1 GiB. Convolutions and the
 bottleneck also multiply, so theirs is a bound that arithmetic may forbid.
+
+Attention is bound by arithmetic, so it stands beside PyTorch's fused attention: heads of 8 channels, the tokens of the
+highest level that has attention. Errors are relative to float64, the largest of result and gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM
 from nnunet_lgms.ops import (
+    attention,
     concatenate,
+    kernels,
     linear_upsample,
     max_pool,
     multi_kernel_depthwise,
@@ -38,6 +44,8 @@ from nnunet_lgms.ops import (
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST
 
 MAPS = {"3d": (2, (128, 128, 128)), "2d": (16, (256, 256))}
+ATTENTION = {"2d, 16 x 256^2": (64, 1024), "2d, 16 x 1024^2": (64, 16384), "3d, 2 x 128^3": (16, 4096)}
+HEADS, HEAD_DIM = 4, 8
 KERNELS = (3, 5, 7, 9)
 REPEATS = 10  # calls in a graph, so that its launch does not count
 
@@ -141,6 +149,65 @@ def measure(operator: Operator, case: str, shrink: int, device: torch.device, by
     }
 
 
+def measure_attention(case: str, shrink: int, device: torch.device) -> dict:
+    """Sequences and tokens of the highest level with attention, with the kernels and with PyTorch's attention."""
+    sequences, tokens = ATTENTION[case]
+    tokens //= shrink**2
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    qkv = torch.randn((1, sequences, tokens, 3, HEADS, HEAD_DIM), device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn((1, sequences, tokens, HEADS * HEAD_DIM), device=device, dtype=dtype)
+    exact = exact_attention(qkv[0, 0].detach(), grad[0, 0].unflatten(-1, (HEADS, HEAD_DIM)))
+    row = {"case": case, "sequences": sequences, "tokens": tokens}
+    repeats = 1 if tokens > 4096 else REPEATS
+
+    def step() -> None:
+        qkv.grad = None
+        attention(qkv).backward(grad)
+
+    for name, setting in (("kernels", "auto"), ("pytorch", "off")):
+        with kernels(setting):
+            with torch.no_grad():
+                run = graphed(lambda: attention(qkv), repeats)
+                forward_ms = median_ms(run, device, 0.1, 1, 3)[0] / repeats
+                out = attention(qkv)[0, 0]
+            step_ms = median_ms(graphed(step, repeats), device, 0.1, 1, 3)[0] / repeats
+        found = [out.view(tokens, HEADS, HEAD_DIM), *qkv.grad[0, 0].unbind(1)]
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+        row |= {f"{name}_forward_ms": forward_ms, f"{name}_step_ms": step_ms, f"{name}_error": max(errors)}
+    return row
+
+
+def exact_attention(qkv: Tensor, grad: Tensor) -> list[Tensor]:
+    """(N, 3, heads, D) and (N, heads, D) -> the result and the gradients of queries, keys and values, in float64."""
+    q, k, v = (t.transpose(0, 1) for t in qkv.double().unbind(1))
+    grad, scale = grad.double().transpose(0, 1), HEAD_DIM**-0.5
+    outs, of_queries, of_keys, of_values = [], [], torch.zeros_like(k), torch.zeros_like(v)
+    for query, g in zip(q.split(1024, 1), grad.split(1024, 1), strict=True):
+        weights = (scale * query @ k.mT).softmax(-1)
+        outs.append(weights @ v)
+        of_values += weights.mT @ g
+        weights *= g @ v.mT - (g * outs[-1]).sum(-1, keepdim=True)
+        of_queries.append(scale * weights @ k)
+        of_keys += scale * weights.mT @ query
+    return [t.transpose(0, 1) for t in (torch.cat(outs, 1), torch.cat(of_queries, 1), of_keys, of_values)]
+
+
+def attention_table(rows: list[dict]) -> str:
+    lines = [
+        "| attention | tokens | forward ms, PyTorch | kernels | ratio | with backward ms, PyTorch | kernels | ratio "
+        "| error, PyTorch | kernels |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [r["case"], f"{r['sequences']} x {r['tokens']}"]
+        for what in ("forward", "step"):
+            theirs, ours = r[f"pytorch_{what}_ms"], r[f"kernels_{what}_ms"]
+            cells += [f"{theirs:.3f}", f"{ours:.3f}", f"{theirs / ours:.2f}"]
+        cells += [f"{r['pytorch_error']:.1e}", f"{r['kernels_error']:.1e}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: list[dict]) -> str:
     lines = [
         "| maps | operator | forward ms | of the bound | with backward ms | of the bound |",
@@ -157,6 +224,7 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
+    parser.add_argument("--only", default="", help="operators whose name has this in it")
     parser.add_argument("--shrink", type=int, default=1, help="divide the voxels per axis, for a rehearsal")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,12 +234,17 @@ def main() -> int:
         "terabytes_per_s": bytes_per_ms / 1e9,
     }
     jobs = [(case, operator) for case in MAPS for operator in operators(int(case[0]), device)]
-    rows = []
-    for case, operator in tqdm(jobs, desc="operators"):
+    rows, of_attention = [], []
+    for case, operator in tqdm([job for job in jobs if args.only in job[1].name], desc="operators"):
         rows.append(measure(operator, case, args.shrink, device, bytes_per_ms))
         tqdm.write(json.dumps(rows[-1]))
-    heading = "{date}, {device}, torch {torch}, a copy moves {terabytes_per_s:.2f} TB/s\n\n".format(**about)
-    write(args.out, "operators", {**about, "rows": rows}, heading + table(rows))
+    for case in ATTENTION if args.only in "attention" else ():
+        of_attention.append(measure_attention(case, args.shrink, device))
+        print(json.dumps(of_attention[-1]), flush=True)
+    heading = "{date}, {device}, torch {versions[torch]}, a copy moves {terabytes_per_s:.2f} TB/s\n\n".format(**about)
+    tables = table(rows) + "\n" + attention_table(of_attention)
+    print(tables)
+    write(args.out, "operators", {**about, "rows": rows, "attention": of_attention}, heading + tables)
     return 0
 
 

@@ -167,7 +167,7 @@ def naive_attention(module: PositionGroupAttention, tokens, mask):
             part = slice(head * module.head_dim, (head + 1) * module.head_dim)
             scores = q[:, part] @ k[:, part].T / math.sqrt(module.head_dim)
             if mask is not None:
-                scores = scores.masked_fill(~mask[0, group, 0], -math.inf)
+                scores = scores.masked_fill(~mask[group], -math.inf)
             out[b, group, :, part] = scores.softmax(-1) @ v[:, part]
     return module.proj(out)
 

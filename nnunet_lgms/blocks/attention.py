@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_lgms.ops import add_norm, fold_add, unfold_norm
+from nnunet_lgms.ops import add_norm, attention, fold_add, unfold_norm
 from nnunet_lgms.ops.tokens import end_padding, padded_size, unfold_positions
 
 
 def real_token_mask(spatial: Sequence[int], patch: Sequence[int], device: torch.device) -> Tensor:
-    """(1, P, 1, 1, N) mask, True where a key may be attended, for a map of ``spatial`` pixels padded up to ``patch``.
+    """(P, N) mask, True where a key may be attended, for a map of ``spatial`` pixels padded up to ``patch``.
 
     A position group that lies in the padding altogether (an axis shorter than its patch) may attend everything: its
     output is cropped away, and a row without any key would give NaN gradients.
@@ -26,13 +26,12 @@ def real_token_mask(spatial: Sequence[int], patch: Sequence[int], device: torch.
     padded = padded_size(spatial, patch)
     real = torch.ones((1, 1, *spatial), dtype=torch.bool, device=device)
     real = F.pad(real, end_padding(spatial, padded))
-    mask = unfold_positions(real, patch)[..., 0]
-    mask = mask | ~mask.any(dim=-1, keepdim=True)
-    return mask[:, :, None, None, :]
+    mask = unfold_positions(real, patch)[0, ..., 0]
+    return mask | ~mask.any(dim=-1, keepdim=True)
 
 
 class PositionGroupAttention(nn.Module):
-    """Multi-head self-attention inside each position group, through PyTorch's fused kernels.
+    """Multi-head self-attention inside each position group.
 
     Args:
         channels: channels of a token.
@@ -48,15 +47,9 @@ class PositionGroupAttention(nn.Module):
         self.proj = nn.Linear(n_heads * head_dim, channels)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, P, N, C) -> (B, P, N, C); ``mask`` (1, P, 1, 1, N) is True where a key may be attended."""
-        b, p, n, _ = tokens.shape
-        qkv = self.qkv(tokens).view(b * p, n, 3, self.n_heads, self.head_dim)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-        if mask is not None:
-            mask = mask.expand(b, -1, -1, -1, -1).reshape(b * p, 1, 1, n)  # one row of keys, broadcast over queries
-        # (B * P, heads, N, head_dim); the (N, N) attention matrix is never stored
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).reshape(b, p, n, -1))
+        """(B, P, N, C) -> (B, P, N, C); ``mask`` (P, N) is True where a key may be attended."""
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.n_heads, self.head_dim))
+        return self.proj(attention(qkv, mask))
 
 
 class SparseTransformer(nn.Module):

@@ -4,6 +4,7 @@ Each has PyTorch's path in a module of its own, and forms that are faster on som
 kernels (`triton/`) and CPU forms (`cpu/`). :mod:`nnunet_lgms.ops.backend` chooses; who calls an operator asks nothing.
 """
 
+from nnunet_lgms.ops.attention import attention
 from nnunet_lgms.ops.backend import kernels, kernels_for, set_kernels
 from nnunet_lgms.ops.bottleneck import conv_bottleneck
 from nnunet_lgms.ops.concatenate import concatenate
@@ -18,6 +19,7 @@ from nnunet_lgms.ops.upsample import linear_upsample
 
 __all__ = [
     "add_norm",
+    "attention",
     "concatenate",
     "conv_bottleneck",
     "conv_norm_act",
