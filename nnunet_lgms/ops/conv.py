@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -75,12 +74,9 @@ def conv_norm_act(
     return norm_act(same_conv(xs, conv.weight, conv.bias, conv.groups), norm, activation, residual)
 
 
-@operator
 def logits(x: Tensor, head: _ConvNd) -> Tensor:
     """A segmentation head, which is a 1x1 convolution: (B, C, *spatial) -> (B, num_classes, *spatial)."""
-    # With a gradient on a GPU, that of so few channels' weights is better left to cuDNN.
-    own = x.device.type == "cpu" or not torch.is_grad_enabled()
-    return same_conv(x, head.weight, head.bias) if own else head(x)
+    return same_conv(x, head.weight, head.bias)
 
 
 def _maps(x: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -3,8 +3,9 @@ but no numbers, and every byte that is alive is counted.
 
 What is counted is nnU-Net's step: float16 autocast, loss, backward pass, SGD with momentum, on the path that a GPU
 takes: :func:`nnunet_lgms.ops.backend.as_on_gpu` switches the Triton kernels on, :class:`Lifetimes` leaves out their
-launches, and :class:`OnGPU` repeats autocast, which does not work on meta tensors. A tensor counts from its birth to
-its last use; PyTorch's own tracker (``torch.distributed._tools.mem_tracker``) counts it until Python lets go of it, a
+launches, and :class:`OnGPU` repeats autocast, which does not work on meta tensors. The network's passes are CUDA
+graphs, whose memory nobody else may use, so what the loss takes comes on top. A tensor counts from its birth to its
+last use; PyTorch's own tracker (``torch.distributed._tools.mem_tracker``) counts it until Python lets go of it, a
 little longer, and does not see what an operator allocates on the way.
 
 :data:`CALIBRATION` is the place for what a GPU needs beside the tensors (workspaces, blocks that the allocator cannot
@@ -86,24 +87,33 @@ def trace_training_step(network: nn.Module, input_shape: Sequence[int], n_classe
     """
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
-    batch = input_shape[0]
     loss_function = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
     loss_function.dc = _CompiledDice()
     # gradients live only within the step, so parameters and momentum are all that stays
     static = sum(_nbytes(t) for t in [*network.parameters(), *network.buffers()])
     static += sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
-    with Lifetimes() as lifetimes, as_on_gpu():
-        data = torch.empty(tuple(input_shape), device="meta")
-        with OnGPU():
-            output = network(data)
-            outputs = output if isinstance(output, (list, tuple)) else [output]  # several with deep supervision
-            targets = [torch.empty((batch, 1, *o.shape[2:]), dtype=torch.int16, device="meta") for o in outputs]
-            weights = deep_supervision_weights(len(outputs))
-            loss = sum(w * loss_function(o, t) for w, o, t in zip(weights, outputs, targets, strict=True) if w)
-        loss.backward()
+    passes, of_loss = Lifetimes(), Lifetimes()
+    with as_on_gpu():
+        with passes, OnGPU():
+            data = torch.empty(tuple(input_shape), device="meta")
+            outputs = network(data)
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]  # several with deep supervision
+        weights = deep_supervision_weights(len(outputs))
+        with of_loss:
+            batch = torch.empty(tuple(input_shape), device="meta")
+            targets = [torch.empty((len(o), 1, *o.shape[2:]), dtype=torch.int16, device="meta") for o in outputs]
+            leaves = [o.detach().requires_grad_() for o in outputs]
+            with OnGPU():
+                loss = sum(w * loss_function(o, t) for w, o, t in zip(weights, leaves, targets, strict=True) if w)
+            loss.backward()
+        with passes:
+            weighed = [o for w, o in zip(weights, outputs, strict=True) if w]
+            incoming = [torch.empty_like(o) for o in weighed]
+            torch.autograd.backward(weighed, incoming)
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    # nnU-Net's step holds its batch and its outputs until it returns, and the optimizer comes last
-    return StepMemory(static, lifetimes.peak(kept=[data, *targets, *outputs, *gradients]))
+    # The optimizer comes last, and takes nothing.
+    peaks = passes.peak(kept=[data, *outputs, *incoming, *gradients]), of_loss.peak(kept=[batch, *targets])
+    return StepMemory(static, sum(peaks))
 
 
 def estimate_training_memory(

@@ -1,0 +1,116 @@
+"""Patch and batch that fill a card: what `nnunet_lgms plan` gives LGMSNet, and nnU-Net's own planner its U-Net.
+
+    python benchmarks/planned.py [--vram 8]       to benchmarks/results/planned.{json,md}
+
+The fingerprints are those of tests/planned_by_nnunet; nnU-Net's plans are made by its own planner with the same memory.
+Nothing is measured: LGMSNet's memory is counted on PyTorch's meta device (see nnunet_lgms/planning/memory.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from record import RESULTS, ROOT, provenance, write
+
+sys.path.insert(0, str(ROOT))
+FOLDER = ROOT / "tests" / "planned_by_nnunet"
+CONFIGURATIONS = ("2d", "3d_fullres")
+
+
+def planned(fingerprint: dict[str, Any], dataset_json: dict[str, Any], name: str, vram: float) -> dict[str, Any]:
+    """Patch and batch of both planners by configuration, and what LGMSNet's step needs, in GiB."""
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folders = {variable: Path(temporary) / variable for variable in ("nnUNet_raw", "nnUNet_preprocessed")}
+        for variable, folder in folders.items():
+            (folder / name).mkdir(parents=True)
+            stack.enter_context(mock.patch.dict(os.environ, {variable: str(folder)}))
+        raw, preprocessed = (folder / name for folder in folders.values())
+        for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
+            (raw / folder).mkdir()
+            (raw / folder / f"case{ending}{dataset_json['file_ending']}").touch()
+        (raw / "dataset.json").write_text(json.dumps(dataset_json))
+        (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+
+        from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+        from nnunet_lgms.planning.planner import GIB, LGMSNetPlanner
+
+        with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
+            unet = ExperimentPlanner(name, gpu_memory_target_in_gb=vram).plan_experiment()["configurations"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            planner = LGMSNetPlanner(name, vram)
+            lgmsnet = planner.plan_experiment()["configurations"]
+        return {
+            configuration: {
+                "unet": _size(unet[configuration]),
+                "lgmsnet": _size(lgmsnet[configuration]),
+                "gib": round(planner.memory_of(lgmsnet[configuration]) / GIB, 2),
+                "limited_by_the_dataset": planner.limits_of(lgmsnet[configuration]) is not None,
+            }
+            for configuration in CONFIGURATIONS
+            if configuration in unet
+        }
+
+
+def _size(configuration: dict[str, Any]) -> dict[str, Any]:
+    return {"patch": [int(n) for n in configuration["patch_size"]], "batch": int(configuration["batch_size"])}
+
+
+def voxels(size: dict[str, Any]) -> int:
+    """Of a batch."""
+    return math.prod(size["patch"]) * size["batch"]
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [
+        f"Patch and batch for a card of {report['vram']:g} GiB, as nnU-Net's planner gives them to its U-Net and "
+        "`nnunet_lgms plan` to LGMSNet.",
+        "",
+        "× is voxels of a batch against the U-Net's. GiB is what LGMSNet's training step needs beside what CUDA holds, "
+        "as counted. * where nnU-Net's rules about the dataset (a patch no larger than the median image, a batch of at "
+        "most 5 % of all voxels) set the limit and not the card.",
+        "",
+        "| fingerprint | | U-Net: batch × patch | LGMSNet: batch × patch | × | GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, configurations in report["fingerprints"].items():
+        for configuration, row in configurations.items():
+            unet, lgmsnet = (f"{row[k]['batch']} × {'x'.join(map(str, row[k]['patch']))}" for k in ("unet", "lgmsnet"))
+            ratio = f"{voxels(row['lgmsnet']) / voxels(row['unet']):.2f}"
+            star = " *" if row["limited_by_the_dataset"] else ""
+            cells = name.replace("_", " "), configuration, unet, lgmsnet + star, ratio, f"{row['gib']:.1f}"
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vram", type=float, default=8, help="memory of the card in GiB (8)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
+    args = parser.parse_args()
+    found = {}
+    for i, folder in enumerate(sorted(path.parent for path in FOLDER.glob("*/fingerprint.json")), start=1):
+        fingerprint, dataset = (
+            json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("fingerprint", "dataset")
+        )
+        found[folder.name] = planned(fingerprint, dataset, f"Dataset{900 + i:03d}_{folder.name}", args.vram)
+        print(folder.name, json.dumps(found[folder.name]), flush=True)
+    report = {**provenance("cpu"), "vram": args.vram, "fingerprints": found}
+    write(args.out, "planned", report, table(report))
+    print(table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
