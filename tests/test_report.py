@@ -71,8 +71,8 @@ def test_a_case_shows_labels_in_their_colours_and_the_slice_with_most_errors():
     prediction[4, 25:35, 25:35] = 0  # a whole label is missed here
     prediction[1, 5:7, 5:15] = 0  # and a little of the other there
     shown = case_pictures(prediction, reference, {"one": (1,), "two": (2,)}, (4, 1, 1), None)
-    assert (shown["slice"], shown["n_slices"]) == (4, 6) and [s["number"] for s in shown["slices"]] == list(range(6))
-    pixels = _pixels(shown["uri"])
+    assert (shown["shown"], shown["n_slices"], shown["numbers"]) == (4, 6, [1, 2, 3, 4, 5, 6])
+    pixels = np.split(_pixels(shown["uri"]), 6, axis=1)[shown["shown"]]
     first, second = (_near(pixels, colour) for colour in LABEL_COLOURS[:2])
     zoom = len(pixels) // 40
     outlines = [near[edge * zoom : edge * zoom + 3, (edge + 5) * zoom] for near, edge in ((first, 5), (second, 25))]
@@ -87,7 +87,7 @@ def test_thick_pixels_keep_their_shape():
     mask[5:15, 5:15] = 1
     shown = case_pictures(mask, mask, {"x": (1,)}, (3.0, 1.0), None)
     height, width = _pixels(shown["uri"]).shape[:2]
-    assert height / width == pytest.approx(20 * 3 / 40, rel=0.02) and shown["slices"] == []
+    assert height / width == pytest.approx(20 * 3 / 40, rel=0.02) and shown["numbers"] == []
 
 
 @pytest.fixture

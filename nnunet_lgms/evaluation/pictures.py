@@ -20,9 +20,12 @@ DPI = 160
 CSS_DPI = 96
 
 LARGEST, SMALLEST = 640, 160
-"""Pixels of the longer edge of a slice; small images are enlarged by a whole number."""
+"""Pixels of the longer edge of a flat image; small ones are enlarged by a whole number."""
 
-MAX_SLICES = 24
+LARGEST_OF_MANY = 400
+"""The same for the slices of a volume."""
+
+MAX_SLICES = 32
 """Of a volume, at even distances over all that hold something."""
 
 FILLED = 0.4
@@ -112,7 +115,7 @@ def case_pictures(
     spacing: Sequence[float],
     image: np.ndarray | None,
 ) -> dict:
-    """The slice with most wrong voxels, and the others of a volume.
+    """A flat image, or the slices of a volume that hold something, with both segmentations.
 
     Args:
         prediction: labels, (Y, X) or (Z, Y, X).
@@ -122,29 +125,30 @@ def case_pictures(
         image: (C, Z, Y, X) as nnU-Net's readers give it, or None.
 
     Returns:
-        `uri` of the slice; for volumes `slice`, its number from 0, `n_slices`, and `slices` with `number` and `uri`.
+        `uri` of the picture; for volumes of all slices side by side, with `numbers`, from 1, of these slices, `shown`,
+        the place among them of the one with most wrong voxels, and `n_slices` of the volume.
     """
     masks = [(np.isin(prediction, region), np.isin(reference, region)) for region in regions.values()]
     colours = list(label_colours(list(regions)).values())
     if prediction.ndim == 2:
-        uri = _slice(masks, colours, spacing, image, None, prediction.shape)
-        return {"uri": uri, "slice": None, "n_slices": 1, "slices": []}
+        picture = _slice(masks, colours, spacing, image, None, prediction.shape, LARGEST)
+        return {"uri": _jpeg(picture), "numbers": [], "shown": 0, "n_slices": 1}
     wrong = sum((p ^ r).sum(axis=(1, 2)) for p, r in masks)
     there = sum(r.sum(axis=(1, 2)) for _, r in masks)
     worst = int(np.argmax(wrong if wrong.any() else there))
     occupied = np.flatnonzero(wrong + there)
     n_shown = min(MAX_SLICES, len(occupied))
-    numbers = {int(occupied[round(i)]) for i in np.linspace(0, len(occupied) - 1, n_shown)} | {worst}
-
-    def uri_of(number: int, largest: int = LARGEST) -> str:
-        at = [(p[number], r[number]) for p, r in masks]
-        return _slice(at, colours, spacing[1:], image, number, prediction.shape[1:], largest)
-
+    chosen = sorted({int(occupied[round(i)]) for i in np.linspace(0, len(occupied) - 1, n_shown)} | {worst})
+    slices = []
+    for z in chosen:
+        at = [(p[z], r[z]) for p, r in masks]
+        slices.append(_slice(at, colours, spacing[1:], image, z, prediction.shape[1:], LARGEST_OF_MANY))
+    strip = Image.fromarray(np.concatenate([np.asarray(one) for one in slices], axis=1))
     return {
-        "uri": uri_of(worst),
-        "slice": worst,
+        "uri": _jpeg(strip),
+        "numbers": [z + 1 for z in chosen],
+        "shown": chosen.index(worst),
         "n_slices": len(prediction),
-        "slices": [{"number": n, "uri": uri_of(n, LARGEST // 2)} for n in sorted(numbers)] if len(numbers) > 1 else [],
     }
 
 
@@ -155,9 +159,9 @@ def _slice(
     image: np.ndarray | None,
     position: int | None,
     shape: tuple[int, ...],
-    largest: int = LARGEST,
-) -> str:
-    """Background, prediction filled, reference outlined on top, as a JPEG's data URI."""
+    largest: int,
+) -> Image.Image:
+    """Background, prediction filled, reference outlined on top."""
     zoom = max(1, SMALLEST * largest // LARGEST // max(shape))
     zoom = min(max(zoom, largest // max(shape)), 8) if max(shape) < largest else 1
     picture = np.repeat(_background(image, position or 0, shape)[..., :3] * 1.0, zoom, 0).repeat(zoom, 1)
@@ -176,8 +180,13 @@ def _slice(
     size = (width, round(height * ratio)) if ratio >= 1 else (round(width / ratio), height)
     scale = min(1, largest / max(size))
     size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    return shown if size == shown.size else shown.resize(size, Image.Resampling.BILINEAR)
+
+
+def _jpeg(picture: Image.Image) -> str:
+    """A data URI."""
     stream = io.BytesIO()
-    (shown if size == shown.size else shown.resize(size, Image.Resampling.BILINEAR)).save(stream, "JPEG", quality=82)
+    picture.save(stream, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
