@@ -3,16 +3,15 @@
 import base64
 import io
 import json
-import re
-import shutil
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from dataset_replicas import disc, picture, save
 from matplotlib.colors import to_rgb
+from pages import LAPTOP, PHONE, check_fits, opened
 from PIL import Image
 
 from nnunet_lgms.cli import main
@@ -26,8 +25,6 @@ from nnunet_lgms.evaluation.statistics import PairedTest, compare
 from nnunet_lgms.nnunet_files import Reader
 
 pytestmark = pytest.mark.skipif(find_spec("monai") is None, reason="needs the extra [evaluation]")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def test_a_winner_is_named_where_the_test_shows_one():
@@ -142,21 +139,36 @@ def test_the_report_has_curves_where_there_are_probabilities(predictions: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [1100, 500])
+@pytest.mark.parametrize("width", [LAPTOP, PHONE])
 def test_the_report_fits_into_a_browser(predictions: Path, width: int):
-    """Nothing but tables may be wider than the window, and on a laptop not even these."""
-    page = _report(predictions)
-    measure = "document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth, " + (
-        "[...document.querySelectorAll('.wide')].every(e => e.scrollWidth <= e.clientWidth), "
-        "[...document.images].every(i => i.complete && i.naturalWidth > 0 || i.loading == 'lazy')])"
-    )
-    page.write_text(
-        page.read_text("utf-8").replace("</body>", f"<script>onload = () => {{ {measure} }}</script></body>")
-    )
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
-    command = [CHROMIUM, *options, f"--window-size={width},900", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    inner, scrolled, tables_fit, pictures_there = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
-    assert scrolled <= inner and pictures_there
-    assert tables_fit or width < 1100
+    with opened(_report(predictions), width) as page:
+        check_fits(page, width)
+
+
+def test_the_keyboard_leads_through_the_slices_of_a_volume(tmp_path: Path):
+    """Each place of the slider shows its slice, as the picture of all has them side by side."""
+    reference = np.zeros((7, 30, 30), np.uint8)
+    for z in range(1, 6):
+        reference[z, 5:15, 3 * z : 3 * z + 6] = 1
+    wrong = reference.copy()
+    wrong[3] = 0
+    for name, labels in (("references", reference), ("ours", wrong)):
+        (tmp_path / name).mkdir()
+        sitk.WriteImage(sitk.GetImageFromArray(labels), tmp_path / name / "case.nii.gz")
+    words = ["evaluate", tmp_path / "ours", tmp_path / "references", "--labels", "organ=1", "--bootstrap", "9"]
+    assert main(list(map(str, words))) == 0
+    with opened(tmp_path / "ours/evaluation/report.html", LAPTOP) as page:
+        slider, view = page.get_by_label("slice of case"), page.locator(".slices")
+        left = "e => e.getBoundingClientRect().left"
+
+        def shown() -> tuple[str, float]:
+            window, picture = view.evaluate(left), view.locator("img").evaluate(left)
+            return page.locator("figure output").inner_text(), (window - picture) / view.evaluate("e => e.clientWidth")
+
+        assert shown() == ("4", pytest.approx(2, abs=0.01))  # slices 2 to 6 hold something, 4 has the errors
+        slider.focus()
+        page.keyboard.press("ArrowRight")
+        assert shown() == ("5", pytest.approx(3, abs=0.01)) and slider.get_attribute("aria-valuetext") == "slice 5"
+        for _ in range(9):
+            page.keyboard.press("ArrowLeft")
+        assert shown() == ("2", pytest.approx(0, abs=0.01))

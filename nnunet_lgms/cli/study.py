@@ -48,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
     print(describe(graph), flush=True)
     if args.action == "run":
         return _become_snakemake(graph, command)
-    print(f"\nTo run it: nnunet_lgms study run {shlex.quote(args.study)}, or {shlex.join(command)}")
+    own = ["nnunet_lgms", "study", "run", args.study]
+    own += ["--profile", args.profile] * (args.profile != "local")
+    own += [f"--snakemake={args.snakemake}"] * bool(args.snakemake)
+    print(f"\nTo run it: {shlex.join(own)}, or {shlex.join(command)}")
     return 0
 
 

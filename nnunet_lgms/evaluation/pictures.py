@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -70,12 +72,10 @@ def distribution(
     axes.set_xticks(range(len(labels)), labels, rotation=25 if max(map(len, labels)) * len(labels) > 40 else 0)
     axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.set_title(f"{metric} ({unit})" if unit else metric, fontsize="medium", loc="left")
-    axes.grid(axis="y", color="#e2e5e9", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, "y")
     if len(values) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    return {"uri": data_uri(figure), "width": _css_width(figure)}
+    return shown(figure)
 
 
 @plain_text
@@ -97,10 +97,9 @@ def lines(
     axes.set_title(title, fontsize="medium", loc="left")
     axes.set_xlabel(axis_names[0])
     axes.set_ylabel(axis_names[1])
-    axes.grid(color="#e2e5e9", lw=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(fontsize="small")
-    return {"uri": data_uri(figure), "width": _css_width(figure), "name": title}
+    return shown(figure) | {"name": title}
 
 
 def label_colours(labels: Sequence[str]) -> dict[str, str]:
@@ -174,13 +173,13 @@ def _slice(
         halo = ndimage.binary_dilation(at, iterations=1) & ~at
         picture[halo] *= 0.45
         picture[at & ~inner] = 255 * np.array(to_rgb(colour))
-    shown = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    drawn = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
     ratio = spacing[0] / spacing[1]
-    width, height = shown.size
+    width, height = drawn.size
     size = (width, round(height * ratio)) if ratio >= 1 else (round(width / ratio), height)
     scale = min(1, largest / max(size))
     size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    return shown if size == shown.size else shown.resize(size, Image.Resampling.BILINEAR)
+    return drawn if size == drawn.size else drawn.resize(size, Image.Resampling.BILINEAR)
 
 
 def _jpeg(picture: Image.Image) -> str:
@@ -206,14 +205,17 @@ def _background(image: np.ndarray | None, position: int, shape: tuple[int, ...])
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def data_uri(figure: Figure) -> str:
-    """A figure as PNG inside an HTML page."""
+def plain(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """The style of all charts: a quiet grid behind, two of the four edges."""
+    axes.grid(axis=grid, color="#e2e5e9", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def shown(figure: Figure) -> dict[str, str | int]:
+    """A figure as PNG inside an HTML page: its `uri`, and its `width` in pixels of the page."""
     stream = io.BytesIO()
+    width = round(CSS_DPI * figure.get_size_inches()[0])
     figure.set_dpi(DPI)
     FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def _css_width(figure: Figure) -> int:
-    """Pixels of the page that a figure is as wide as."""
-    return round(CSS_DPI * figure.get_size_inches()[0])
+    return {"uri": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode(), "width": width}

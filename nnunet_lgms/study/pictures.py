@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from nnunet_lgms.evaluation.evaluate import FOREGROUND
-from nnunet_lgms.evaluation.pictures import data_uri, plain_text
+from nnunet_lgms.evaluation.pictures import plain, plain_text, shown
 from nnunet_lgms.study.graph import Model
 from nnunet_lgms.study.results import Results
 
@@ -17,7 +17,7 @@ COSTS = {"gmac": "GMAC of one patch", "hours": "training hours of a fold"}
 
 
 @plain_text
-def pareto(results: Results) -> list[dict[str, str]]:
+def pareto(results: Results) -> list[dict[str, str | int]]:
     """Dice over cost, one picture a data set and configuration; what nothing beats in both is joined by a line."""
     means = {
         (row.dataset, row.configuration, row.variant): row.mean
@@ -28,24 +28,26 @@ def pareto(results: Results) -> list[dict[str, str]]:
     for title, models in _groups(results):
         known = [(m, means.get((m.dataset, m.configuration, m.variant)), results.cost(m)) for m in models]
         known = [(m, mean, cost) for m, mean, cost in known if mean and not np.isnan(mean.mean)]
-        shown = [c for c in COSTS if any(getattr(cost, c) for _, _, cost in known)]
-        if not shown:
+        costs = [c for c in COSTS if any(getattr(cost, c) for _, _, cost in known)]
+        if not costs:
             continue
-        figure = Figure(figsize=(5.2 * len(shown), 3.8), layout="constrained")
-        for axes, name in zip(np.ravel(figure.subplots(1, len(shown), sharey=True)), shown):
+        figure = Figure(figsize=(0.6 + 4.2 * len(costs), 3.6), layout="constrained")
+        for axes, name in zip(np.ravel(figure.subplots(1, len(costs), sharey=True)), costs):
             points = [(getattr(cost, name), mean, m) for m, mean, cost in known if getattr(cost, name)]
             for x, mean, model in points:
                 below, above = np.nan_to_num([mean.mean - mean.low, mean.high - mean.mean])
-                colour = _colour(results, model)
-                axes.errorbar(x, mean.mean, yerr=[[below], [above]], fmt="o", ms=5, lw=0.8, color=colour)
-                axes.annotate(model.variant, (x, mean.mean), (4, 4), textcoords="offset points", fontsize=8)
+                style = {"fmt": "o", "ms": 6, "lw": 1.2, "color": _colour(results, model), "label": model.variant}
+                axes.errorbar(x, mean.mean, yerr=[[below], [above]], **style)
             front = pareto_front([(x, mean.mean) for x, mean, _ in points])
             axes.plot(*zip(*front), color="#888888", lw=0.8, zorder=0)
             axes.set_xlabel(COSTS[name])
             axes.locator_params(axis="x", nbins=5)
-            axes.margins(x=0.2)  # room for the names
+            axes.margins(x=0.12)
+            plain(axes)
         figure.axes[0].set_ylabel("Dice")
-        pictures.append({"title": title, "uri": data_uri(figure)})
+        named = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize="small")
+        pictures.append({"title": title} | shown(figure))
     return pictures
 
 
@@ -59,14 +61,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 @plain_text
-def training_curves(results: Results) -> list[dict[str, str]]:
+def training_curves(results: Results) -> list[dict[str, str | int]]:
     """nnU-Net's moving average of the Dice, thin for each training, thick for a variant's mean."""
     pictures = []
     for title, models in _groups(results):
         curves = {m: [np.array(record["ema_fg_dice"]) for _, record in results.trainings(m)] for m in models}
         if not any(curves.values()):
             continue
-        figure = Figure(figsize=(7, 3.8), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for model, lines in curves.items():
             if not lines:
@@ -79,8 +81,9 @@ def training_curves(results: Results) -> list[dict[str, str]]:
             axes.plot(np.arange(1, shortest + 1), mean, color=colour, lw=1.6, label=model.variant)
         axes.set_xlabel("epoch")
         axes.set_ylabel("moving average of Dice")
-        axes.legend(fontsize=7, ncols=1 + len(models) // 12)
-        pictures.append({"title": title, "uri": data_uri(figure)})
+        plain(axes)
+        axes.legend(fontsize="small", ncols=1 + len(models) // 8)
+        pictures.append({"title": title} | shown(figure))
     return pictures
 
 
