@@ -27,7 +27,7 @@ from nnunet_lgms.ops.library import wrap_triton
 from nnunet_lgms.ops.triton.conv_kernels import Tiling, as_3d, place_of, results_of, runs_of
 
 BLOCK = 64  # tiles that a program multiplies at once
-PROGRAMS = 512  # that a map is spread over, about: each writes its sums
+PROGRAMS = 512  # that a map is spread over, at most twice as many: each writes its sums
 REDUCED = {"ROWS": 32, "COLUMNS": 64}  # programs and weights that are added up at once
 
 
@@ -53,13 +53,13 @@ def _launch(grad: Tensor, group: int, x: Tensor, x_part: int, out: Tensor, c_out
     t = Tiling.of(kernel, c_in, c_out, sweeps)._replace(ty=1)
     depth, height, width = as_3d(x.shape[2:], sweeps)
     tiles = height * triton.cdiv(width, t.tx)
-    blocks = triton.cdiv(tiles, BLOCK)
-    walks = min(depth, triton.cdiv(PROGRAMS, blocks * t.ky * x.shape[0]))
-    steps = triton.cdiv(depth, walks)
-    grid = blocks * triton.cdiv(depth, steps) * t.ky, x.shape[0]
+    blocks, rows = triton.cdiv(tiles, BLOCK), t.ky * x.shape[0]
+    steps = triton.cdiv(depth, min(depth, max(1, PROGRAMS // (blocks * rows))))
+    walks = blocks * triton.cdiv(depth, steps)  # of a row and sample
+    grid = triton.cdiv(walks, triton.cdiv(walks * rows, 2 * PROGRAMS)) * t.ky, x.shape[0]
     partial = torch.empty((math.prod(grid), t.kz, t.n, t.k), dtype=torch.float32, device=x.device)
     launch(wrap_triton(_conv_weight_gradient_kernel))[grid](
-        grad, group, x, x_part, partial, steps, tiles, depth, height, width, GRAD_STRIDE=grad.shape[1],
+        grad, group, x, x_part, partial, walks, steps, tiles, depth, height, width, GRAD_STRIDE=grad.shape[1],
         X_STRIDE=x.shape[1], BLOCK=BLOCK, **_of_gradient(t), num_warps=8 if t.n * t.k >= 4096 else 4, num_stages=2,
     )  # fmt: skip
     weights = c_out * c_in * math.prod(kernel)
@@ -83,47 +83,48 @@ def _gradients(grad, offset, in_plane, plane, D, plane_size):
     return tl.load(grad + plane * plane_size + offset, mask=in_plane & exists[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["grad_part", "x_part", "steps", "tiles", "D", "H", "W"])
+@triton.jit(do_not_specialize=["grad_part", "x_part", "walks", "steps", "tiles", "D", "H", "W"])
 def _conv_weight_gradient_kernel(
     grad,  # (B, D, H, W, GRAD_STRIDE), of which C_OUT channels are read, those of part grad_part
     grad_part,
     x,  # (B, D, H, W, X_STRIDE), of which C_IN channels are read, those of part x_part
     x_part,
-    partial,  # (B, walks, blocks, KY, KZ, N, K)
-    steps, tiles, D, H, W,  # planes of a walk, and tiles of a plane
+    partial,  # (B, programs / KY, KY, KZ, N, K)
+    walks, steps, tiles, D, H, W,  # walks of a sample, planes of each, and tiles of a plane
     GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr,
     KY: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of tiles in `steps` planes of a sample, and one of the rows that they read."""
-    dy, place, sample = tl.program_id(0) % KY, tl.program_id(0) // KY, tl.program_id(1)
+    """Some walks of a sample, each with a block of tiles through `steps` planes, and one of the rows that they read."""
+    dy, sample = tl.program_id(0) % KY, tl.program_id(1)
     blocks = (tiles + BLOCK - 1) // BLOCK
-    begin = place // blocks * steps
-    end = tl.minimum(begin + steps, D)
-    tile = place % blocks * BLOCK + tl.arange(0, BLOCK)
-    _, row, _ = place_of(tile, H, W, 1, TX)
-    row += dy - KY // 2
-    runs, in_row = runs_of(tile, tiles, H, W, X_STRIDE, C_IN, KX, 1, TX, K)
-    in_row = in_row & ((row >= 0) & (row < H))[:, None]
     x += sample * D * H * W * X_STRIDE + x_part * C_IN + (dy - KY // 2) * W * X_STRIDE
-    offset, in_plane = results_of(tile, tiles, H, W, GRAD_STRIDE, C_OUT, 1, TX, N, LANES)
     grad += sample * D * H * W * GRAD_STRIDE + grad_part * C_OUT
     plane_size = H * W * GRAD_STRIDE
 
     # An input plane belongs to the results of the plane behind it by its first tap, and so on.
     first, middle, last = (tl.zeros((N, K), tl.float32), tl.zeros((N, K), tl.float32), tl.zeros((N, K), tl.float32))
-    here = _gradients(grad, offset, in_plane, begin, D, plane_size)
-    before = here
-    if KZ == 3:
-        before = _gradients(grad, offset, in_plane, begin - 1, D, plane_size)
-    for plane in range(begin, end):
-        run = tl.load(x + plane * H * W * X_STRIDE + runs, mask=in_row, other=0.0)
-        behind = _gradients(grad, offset, in_plane, plane + 1, D, plane_size)
-        middle = tl.dot(tl.trans(here), run, middle)
+    for walk in range(tl.program_id(0) // KY, walks, tl.num_programs(0) // KY):
+        begin = walk // blocks * steps
+        end = tl.minimum(begin + steps, D)
+        tile = walk % blocks * BLOCK + tl.arange(0, BLOCK)
+        _, row, _ = place_of(tile, H, W, 1, TX)
+        row += dy - KY // 2
+        runs, in_row = runs_of(tile, tiles, H, W, X_STRIDE, C_IN, KX, 1, TX, K)
+        in_row = in_row & ((row >= 0) & (row < H))[:, None]
+        offset, in_plane = results_of(tile, tiles, H, W, GRAD_STRIDE, C_OUT, 1, TX, N, LANES)
+        here = _gradients(grad, offset, in_plane, begin, D, plane_size)
+        before = here
         if KZ == 3:
-            first = tl.dot(tl.trans(behind), run, first)
-            last = tl.dot(tl.trans(before), run, last)
-        before, here = here, behind
+            before = _gradients(grad, offset, in_plane, begin - 1, D, plane_size)
+        for plane in range(begin, end):
+            run = tl.load(x + plane * H * W * X_STRIDE + runs, mask=in_row, other=0.0)
+            behind = _gradients(grad, offset, in_plane, plane + 1, D, plane_size)
+            middle = tl.dot(tl.trans(here), run, middle)
+            if KZ == 3:
+                first = tl.dot(tl.trans(behind), run, first)
+                last = tl.dot(tl.trans(before), run, last)
+            before, here = here, behind
     matrix = tl.arange(0, N)[:, None] * K + tl.arange(0, K)[None, :]
     partial += (sample * tl.num_programs(0) + tl.program_id(0)) * KZ * N * K
     if KZ == 3:
