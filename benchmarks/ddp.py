@@ -1,7 +1,6 @@
 """LGMSNet on two GPUs of one host against one, through ``nnUNetv2_train -num_gpus 2``.
 
-    python benchmarks/ddp.py                          # or some of its --parts
-    python benchmarks/ddp.py --gloo --synthetic 24    # a rehearsal: two processes on the CPU, no times
+    python benchmarks/ddp.py    # or some of its --parts
 
 One training after the other, on noise with patches of ``--synthetic`` (128) voxels per axis and on the hippocampus
 cases of the demo:
@@ -16,7 +15,7 @@ Side by side, on the hippocampus cases:
 - kill: one of two processes is killed; the command ends, with an exit code that is not 0 and no process left, and
   ``--c`` goes on from its checkpoint.
 
-NVLink multicast stays off. Everything is written below ``--work``, the figures to OUTPUT/ddp.json (ddp_gloo.json).
+NVLink multicast stays off. Everything is written below ``--work``, the figures to OUTPUT/ddp.json.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from threading import Lock
 import numpy as np
 import torch
 from record import RESULTS, provenance, write
-from training_sets import CONFIGURATION, HIPPOCAMPUS_BATCH, TRAIN, prepare, timings
+from training_sets import CONFIGURATION, TRAIN, prepare, timings
 
 from nnunet_lgms.files import atomic_write
 
@@ -52,8 +51,8 @@ PATIENCE_AFTER_KILL = 120
 class Bench:
     """Trainings of one dataset, each in a results folder of its own."""
 
-    def __init__(self, dataset: str, work: Path, epochs: int, iterations: int, gloo: bool):
-        self.dataset, self.work, self.gloo = dataset, work, gloo
+    def __init__(self, dataset: str, work: Path, epochs: int, iterations: int):
+        self.dataset, self.work = dataset, work
         self.epochs, self.iterations = epochs, iterations
         folder = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(dataset):03d}_*"))
         plans = json.loads((folder / "nnUNetPlans.json").read_text())
@@ -73,27 +72,19 @@ class Bench:
         """A training on ``n`` GPUs; its output goes to ``work/run/log.txt``."""
         folder = self.work / self.name / run
         folder.mkdir(parents=True, exist_ok=True)
-        select = [self.dataset, CONFIGURATION, "0", "-tr", TRAINER, "-p", self.plans(batch), *args]
-        train = TRAIN
-        if self.gloo and n > 1:
-            train, select = [sys.executable, str(HERE / "gloo.py")], [*select, "-num_gpus", str(n)]
-        elif self.gloo:
-            select += ["-device", "cpu"]
-        else:
-            select += ["-num_gpus", str(n)]
+        select = [self.dataset, CONFIGURATION, "0", "-tr", TRAINER, "-p", self.plans(batch), "-num_gpus", str(n), *args]
         measured = {"MEASURED_EPOCHS": self.epochs, "MEASURED_ITERATIONS": self.iterations, **env}
         environment = {
             **os.environ,
             **NO_MULTICAST,
-            **({"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"} if self.gloo else {}),
             **{key: str(value) for key, value in measured.items()},
             "nnUNet_results": str(folder),
             "nnUNet_extTrainer": os.pathsep.join([str(HERE / "trainers"), os.environ.get("nnUNet_extTrainer", "")]),
         }
-        print(f"{self.name}: {run}", *train[-1:], *select, flush=True)
+        print(f"{self.name}: {run}", *select, flush=True)
         with (folder / "log.txt").open("a") as log:
             # a group of its own, so that nothing outlives the benchmark
-            return subprocess.Popen([*train, *select], env=environment, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen([*TRAIN, *select], env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def train(self, run: str, n: int, batch: int, *args: str, stops: bool = False, **env: object) -> dict:
         """Runs a training to its end; what its trainer measured.
@@ -140,8 +131,6 @@ def compare_speed(bench: Bench) -> dict:
         "mean_difference_one_two": mean_difference(runs["one"], runs["two"]),
         "first_epoch_and_start_s": {name: times[name]["first_epoch_s"] for name in ("one", "two")},
     }
-    if bench.gloo:  # two processes on the same cores: times mean nothing
-        return found
     return found | {
         "samples_per_second": {
             "one, planned batch": speed["one"],
@@ -247,7 +236,7 @@ SIDE_BY_SIDE = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--synthetic", type=int, default=128, metavar="SIZE", help="voxels per axis of the noise")
     names = [*ALONE, *SIDE_BY_SIDE]
@@ -256,22 +245,19 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
     parser.add_argument("--work", type=Path, default=Path("ddp_work"))
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--gloo", action="store_true", help="two processes on the CPU")
-    args = parser.parse_args()
-    if not args.gloo and torch.cuda.device_count() < 2:
-        parser.error(f"two GPUs are needed, {torch.cuda.device_count()} found; --gloo rehearses on the CPU")
+    args = parser.parse_args(arguments)
+    if torch.cuda.device_count() < 2:
+        parser.error(f"two GPUs are needed, {torch.cuda.device_count()} found")
     if args.epochs < 3:
         parser.error("--epochs must be 3 or more: the first one compiles, and half of them come before a stop")
     work = args.work.resolve()
     if work.exists() and any(work.iterdir()) and not (work / "data" / "prepared.json").is_file():
         parser.error(f"--work: {args.work} holds other things, some of which would be removed: name an empty folder")
     shutil.rmtree(work / "runs", ignore_errors=True)
-    datasets = prepare(work / "data", args.synthetic, 2 if args.gloo else HIPPOCAMPUS_BATCH)
-    about = {**provenance("cpu" if args.gloo else "cuda"), "epochs": args.epochs, "iterations": args.iterations}
-    results = {"backend": "gloo" if args.gloo else "nccl", "datasets": {}}
-    name = "ddp_gloo" if args.gloo else "ddp"
-    file = args.output / f"{name}.json"
-    benches = [Bench(dataset, work / "runs", args.epochs, args.iterations, args.gloo) for dataset in datasets]
+    datasets = prepare(work / "data", args.synthetic)
+    about = {**provenance(), "epochs": args.epochs, "iterations": args.iterations}
+    results, file = {"backend": "nccl", "datasets": {}}, args.output / "ddp.json"
+    benches = [Bench(dataset, work / "runs", args.epochs, args.iterations) for dataset in datasets]
     before = json.loads(file.read_text())["datasets"] if file.is_file() else {}
     found = results["datasets"] = {**before, **{bench.name: before.get(bench.name, {}) for bench in benches}}
     one_writes = Lock()
@@ -285,12 +271,12 @@ def main() -> int:
             result = {**found[bench.name].get(measure.__name__, {}), "failed": {"error": str(error), "run": about}}
         with one_writes:
             found[bench.name][measure.__name__] = result
-            write(args.output, name, results)
+            write(args.output, "ddp", results)
         print(f"{bench.name}: {measure.__name__}: {json.dumps(result)}", flush=True)
         return "failed" not in result
 
     good = [do(part) for name, part in ALONE.items() if name in args.parts]
-    with ThreadPoolExecutor(1 if args.gloo else None) as side_by_side:
+    with ThreadPoolExecutor() as side_by_side:
         good += side_by_side.map(do, [part for name, part in SIDE_BY_SIDE.items() if name in args.parts])
     return int(not all(good))
 
