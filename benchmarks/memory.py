@@ -15,25 +15,20 @@ there.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from record import RESULTS, write
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from record import RESULTS, provenance, write
 
 MODES = ("trained", "eager")
 MIB = 2**20
@@ -85,13 +80,11 @@ PLANS = [  # the most different ones first
 # --- one step, in a process of its own --------------------------------------------------------------------------------
 
 
-def measure(plan: Plan, mode: str, device: torch.device) -> dict:
+def measure(plan: Plan, mode: str) -> dict:
     """Bytes at the peak of each of the first steps; before the first, cuDNN's algorithms are tried and graphs recorded.
 
     ``allocated`` and ``reserved`` are PyTorch's counts, the former with what CUDA graphs hold. The peak is the most of
-    the steps but the first. ``recording`` is what tensors had at once while the step was recorded. ``beside`` is what
-    else the card holds: CUDA itself, where this process is alone. On a CPU, for a rehearsal, all are the process's
-    size.
+    the steps but the first.
     """
     from torch import nn
 
@@ -109,45 +102,17 @@ def measure(plan: Plan, mode: str, device: torch.device) -> dict:
         **network_kwargs(LGMSSettings.from_plan(plan.settings), topology),
     )
     shape = (plan.batch, plan.channels, *topology.patch_size)
-    allocated, reserved, seconds, step, recording = [], [], [], None, None
+    allocated, reserved, seconds, step = [], [], [], None
     for _ in range(4):
         begin = time.perf_counter()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step = step or planned_training_step(network, shape, plan.n_classes, device, fast=mode == "trained")
+        torch.cuda.reset_peak_memory_stats()
+        step = step or planned_training_step(network, shape, plan.n_classes, torch.device("cuda"), mode == "trained")
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            allocated.append(peak_memory() if seconds else torch.cuda.max_memory_allocated())
-            reserved.append(torch.cuda.max_memory_reserved())
-        else:
-            allocated.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            reserved.append(allocated[-1])
-        if len(seconds) == 1 and mode == "trained" and device.type == "cuda":
-            recording = _peak_of_recording(step)
+        torch.cuda.synchronize()
+        allocated.append(peak_memory() if seconds else torch.cuda.max_memory_allocated())
+        reserved.append(torch.cuda.max_memory_reserved())
         seconds.append(round(time.perf_counter() - begin, 3))
-    beside = None
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        beside = total - free - torch.cuda.memory_reserved()
-    return {
-        "peak": max(allocated[1:]),
-        "recording": recording,
-        "allocated": allocated,
-        "reserved": reserved,
-        "s": seconds,
-        "beside": beside,
-    }
-
-
-def _peak_of_recording(step) -> int:
-    """Bytes that tensors had at once while the step was recorded again: without what its graph cannot share."""
-    step.network.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
-    step.network.forget_graphs()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    step.make_fast()
-    return torch.cuda.max_memory_allocated()
+    return {"peak": max(allocated[1:]), "allocated": allocated, "reserved": reserved, "s": seconds}
 
 
 # --- many of them -----------------------------------------------------------------------------------------------------
@@ -161,36 +126,34 @@ def run_all(
     One that fails, takes more than ``each`` seconds, or is not done after ``seconds`` in all, gives
     ``{"failed": reason}``; with its children, it is stopped.
     """
-    begin = time.monotonic()
-    waiting, running = list(commands), {}
-    try:
-        while waiting or running:
-            now = time.monotonic()
-            while waiting and len(running) < workers and now - begin < seconds:
-                key = waiting.pop(0)
-                said = tempfile.TemporaryFile("w+", errors="replace")
-                process = subprocess.Popen(commands[key], stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-                running[key] = process, said, now
-            for key, (process, said, started) in list(running.items()):
-                late = now - begin >= seconds or now - started >= each
-                if process.poll() is None and not late:
-                    continue
-                del running[key]
-                result = {"failed": f"not done after {now - started:.0f} s"}
-                if process.poll() is None:
-                    _stop(process)
-                else:
-                    said.seek(0)
-                    result = _last_json(said.read(), process.returncode)
-                said.close()
-                yield key, result
-            if now - begin >= seconds and not running:
-                yield from ((key, {"failed": f"not begun within {seconds:.0f} s"}) for key in waiting)
-                return
-            time.sleep(0.1)
-    finally:
-        for process, _, _ in running.values():
-            _stop(process)
+    end, running = time.monotonic() + seconds, set()
+
+    def run(command: Sequence[str]) -> dict:
+        begin = time.monotonic()
+        if begin >= end:
+            return {"failed": f"not begun within {seconds:.0f} s"}
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+            running.add(process)
+            try:
+                process.wait(min(each, end - begin))
+            except subprocess.TimeoutExpired:
+                _stop(process)
+                return {"failed": f"not done after {time.monotonic() - begin:.0f} s"}
+            finally:
+                running.discard(process)
+            said.seek(0)
+            return _last_json(said.read(), process.returncode)
+
+    with ThreadPoolExecutor(workers) as pool:
+        keys = {pool.submit(run, command): key for key, command in commands.items()}
+        try:
+            for done in as_completed(keys):
+                yield keys[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                _stop(process)
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -214,8 +177,8 @@ def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> 
         for row in rows:
             steps = {mode: before.get(row["name"], {}).get(mode) for mode in MODES}
             row.update({mode: step for mode, step in steps.items() if step and "peak" in step})
-    report = {"date": datetime.date.today().isoformat(), **_machine(args.device), "rows": rows}
-    script = [sys.executable, str(Path(__file__).resolve()), "--device", args.device]
+    report = {**provenance(), "rows": rows}
+    script = [sys.executable, str(Path(__file__).resolve())]
     commands = {
         (i, mode): [*script, "--row", json.dumps(asdict(plan)), "--modes", mode]
         for mode in args.modes
@@ -235,21 +198,7 @@ def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> 
             f"[{done}/{len(commands)}, {time.monotonic() - begin:.0f} s] {rows[i]['name']}, {mode}: {said}", flush=True
         )
         write(file.parent, file.stem, report)
-    smallest = min(plans, key=lambda p: p.batch * p.channels * torch.Size(p.patch).numel())
-    alone = {"alone": [*script, "--row", json.dumps(asdict(smallest)), "--modes", "eager"]}
-    for _, result in run_all(alone, 1, 60, 60):
-        report["beside_mib"] = result["beside"] / MIB if result.get("beside") else None
-    write(file.parent, file.stem, report)
     return report
-
-
-def _machine(device: str) -> dict:
-    name, cudnn = platform.processor() or platform.machine(), None
-    if device == "cuda":  # asked by another process, so that this one takes no memory on the card
-        query = "import torch; print(torch.cuda.get_device_name(), torch.backends.cudnn.version(), sep='|')"
-        said = subprocess.run([sys.executable, "-c", query], capture_output=True, text=True).stdout
-        name, _, cudnn = said.strip().partition("|")
-    return {"device": name, "torch": torch.__version__, "cudnn": cudnn, "python": platform.python_version()}
 
 
 # --- beside the estimates ---------------------------------------------------------------------------------------------
@@ -270,9 +219,9 @@ def estimate(row: dict) -> dict:
 
 def table(report: dict) -> str:
     """The rows in Markdown, with the deviation of the estimate from the peak of a step as the trainer runs it."""
-    about = ", ".join(f"{k} {report[k]}" for k in ("date", "device", "torch", "cudnn", "python") if report.get(k))
     lines = [
-        f"Peak memory of a training step: {about}.",
+        f"Peak memory of a training step: {report['date']}, {report['device']}, "
+        f"torch {report.get('versions', report)['torch']}.",
         "",
         "All in MiB, and without what CUDA holds beside PyTorch. Estimate: `nnunet_lgms plan`. Trained: the most that "
         "PyTorch's tensors and CUDA graphs took in a step of the trainer's on one GPU, after the first; first: until "
@@ -337,7 +286,6 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
     parser.add_argument("--workers", type=int, default=12, help="steps at a time (12)")
     parser.add_argument("--seconds", type=float, default=420, help="after which what is not done is given up (420)")
     parser.add_argument("--row-seconds", type=float, default=420, help="after which one step is given up (420)")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal")
     parser.add_argument("--missing", action="store_true", help="only what memory.json has no measurement of")
     parser.add_argument("--estimate-only", action="store_true")
     parser.add_argument("--calibrate", action="store_true")
@@ -347,8 +295,7 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
 
     if args.row:
         torch.set_num_threads(1)
-        plan, device = Plan(**json.loads(args.row)), torch.device(args.device)
-        print(json.dumps(measure(plan, args.modes[0], device)))
+        print(json.dumps(measure(Plan(**json.loads(args.row)), args.modes[0])))
         return 0
     if args.estimate_only or args.calibrate:
         if not file.is_file():
@@ -361,8 +308,8 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
         if args.calibrate:
             calibrate(report["rows"])
         return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks/memory.py measures on a GPU and finds none: --device cpu rehearses it.", file=sys.stderr)
+    if not torch.cuda.is_available():
+        print("benchmarks/memory.py measures on a GPU and finds none.", file=sys.stderr)
         return 2
 
     report = measure_all(plans, args, file)
