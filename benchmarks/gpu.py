@@ -1,8 +1,8 @@
 """Time and memory of training and inference steps on a GPU, LGMSNet beside other networks.
 
-    python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md,png}
+    python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md}
     python benchmarks/gpu.py --networks lgmsnet plain --modes trained       each as its own trainer runs it
-    python benchmarks/gpu.py --sweep              how the cost grows with the size
+    python benchmarks/gpu.py --sweep              how the cost grows with the size, also as a picture
     python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
 
 A training step is that of the trainers: autocast to float16, loss, scaled backward pass, clipping at 12, and the SGD of
@@ -29,18 +29,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from compared import NETWORKS, build, loss_function, parameters
 from record import RESULTS, provenance, write
 from timing import median_ms, synchronize
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.graphs.step import autocast
@@ -251,64 +246,38 @@ def sweep_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def number(row: dict, key: str) -> float:
-    """A column of a row; of a median with its spread, the median."""
-    return row[key][0] if isinstance(row[key], (list, tuple)) else row[key] or 0
-
-
-@contextmanager
-def panels(rows: list[dict], height: float, path: Path) -> Iterator[list[tuple[list[dict], str, Any]]]:
-    """A picture with three panels, ``height`` inches high, for each case: its rows, a column of them, and the axes."""
+def draw_sweep(rows: list[dict], path: Path) -> None:
+    """Three panels for each case: lines over the size, a colour for each network."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if "failed" not in row]
     columns = {"train_ms": "training step, ms", "infer_ms": "inference, ms", "train_gib": "training, GiB"}
-    cases = {case: those for case in CASES if (those := [row for row in rows if row["case"] == case])}
-    figure, axes = plt.subplots(len(cases), len(columns), figsize=(12, height * len(cases)), squeeze=False)
-    found = []
-    for (case, those), line in zip(cases.items(), axes):
-        for (key, title), axis in zip(columns.items(), line):
+    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
+    figure, axes = plt.subplots(len(cases), len(columns), figsize=(12, 3 * len(cases)), squeeze=False)
+    for case, panels in zip(cases, axes):
+        those = sorted((row for row in rows if row["case"] == case), key=lambda row: row["size"])
+        sizes = sorted({row["size"] for row in those})
+        for (key, title), axis in zip(columns.items(), panels):
+            lines: dict[tuple, dict] = {}
+            for row in those:
+                if row[key]:
+                    value = row[key][0] if isinstance(row[key], (list, tuple)) else row[key]
+                    lines.setdefault((row["network"], row["mode"]), {})[row["size"]] = value
+            for (network, mode), points in lines.items():
+                colour = "C1" if network == "lgmsnet" else "C0"
+                axis.loglog(*zip(*points.items()), "o-", color=colour, label=f"{network}, {mode}")
             axis.set_title(f"{case}: {title}", fontsize=9)
+            axis.set_xlabel("voxels per axis", fontsize=8)
             axis.tick_params(labelsize=7)
-            found.append((those, key, axis))
-    yield found
+            axis.set_xticks(sizes, map(str, sizes))
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
-
-
-def colour(network: str) -> str:
-    return "C1" if network == "lgmsnet" else "C0"
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Bars of the three columns, a colour for each network."""
-    with panels(rows, 2.6, path) as found:
-        for those, key, axis in found:
-            labels = [f"{row['network']}, {row['mode']}" for row in those]
-            axis.barh(labels, [number(row, key) for row in those], color=[colour(row["network"]) for row in those])
-            axis.invert_yaxis()
-
-
-def draw_sweep(rows: list[dict], path: Path) -> None:
-    """Lines over the size, a colour for each network."""
-    with panels(rows, 3, path) as found:
-        for those, key, axis in found:
-            lines = {}
-            for row in sorted(those, key=lambda row: row["size"]):
-                if row[key]:
-                    lines.setdefault((row["network"], row["mode"]), {})[row["size"]] = number(row, key)
-            for (network, mode), points in lines.items():
-                axis.loglog(*zip(*points.items()), "o-", color=colour(network), label=f"{network}, {mode}")
-            sizes = sorted({row["size"] for row in those})
-            axis.set_xticks(sizes, map(str, sizes))
-            axis.minorticks_off()
-            axis.set_xlabel("voxels per axis", fontsize=8)
-            axis.grid(alpha=0.3)
-        found[0][-1].legend(fontsize=7)
 
 
 def write_rows(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
@@ -318,7 +287,7 @@ def write_rows(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
         f"{'; '.join(devices)}; float16 autocast; latest run {max(row['run'] for row in rows)}, × within a run\n\n"
     )
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
-    picture = (lambda file: (draw_sweep if sweep else draw)(rows, file)) if done else None
+    picture = (lambda file: draw_sweep(done, file)) if done and sweep else None
     write(out, name, rows, heading + (sweep_table if sweep else table)(rows), picture)
 
 

@@ -155,67 +155,34 @@ SETS = {
         103, "Kvasir", "kvasir", RGB, ("polyp",), seeded(0.8, 3), "Kvasir-SEG, polyps; 900 images, seeded 80/20", **JPEG
     ),
     "acdc": DataSet(
-        104,
-        "ACDC",
-        "acdc",
-        MRI,
-        ("RV", "myocardium", "LV"),
-        five_folds(lambda case: case.split("_")[0]),
-        "ACDC, cine MRI of the heart; 80 volumes of 40 patients, five folds of patients",
+        104, "ACDC", "acdc", MRI, ("RV", "myocardium", "LV"), five_folds(lambda case: case.split("_")[0]),
+        "ACDC, cine MRI of the heart; 80 volumes of 40 patients, five folds of patients"
     ),
     "isic": DataSet(
-        105,
-        "ISIC2017",
-        "isic2017",
-        RGB,
-        ("lesion",),
-        listed("train.txt", "val.txt"),
-        "ISIC 2017, dermoscopy; the official 2000 and 150 images",
-        **JPEG,
+        105, "ISIC2017", "isic2017", RGB, ("lesion",), listed("train.txt", "val.txt"),
+        "ISIC 2017, dermoscopy; the official 2000 and 150 images", **JPEG
     ),
     "busi": DataSet(
-        101,
-        "BUSI",
-        "busi_256",
-        GREY,
-        ("lesion",),
-        papers("paper_splits.json"),
-        "BUSI, breast ultrasound; the paper's splits",
-        **PNG,
+        101, "BUSI", "busi_256", GREY, ("lesion",), papers("paper_splits.json"),
+        "BUSI, breast ultrasound; the paper's splits", **PNG
     ),
     "hippocampus": DataSet(
-        4,
-        "Hippocampus",
-        "hippocampus",
-        MRI,
-        ("anterior", "posterior"),
-        five_folds(),
-        "hippocampus, MRI, Medical Segmentation Decathlon; 230 volumes, five folds",
-        **MSD,
+        4, "Hippocampus", "hippocampus", MRI, ("anterior", "posterior"), five_folds(),
+        "hippocampus, MRI, Medical Segmentation Decathlon; 230 volumes, five folds", **MSD
     ),
     "chaos": DataSet(
-        106,
-        "CHAOST2",
-        "chaos_t2",
-        MRI,
-        ("liver", "right_kidney", "left_kidney", "spleen"),
-        five_folds(),
-        "CHAOS, abdominal T2-SPIR MRI; 20 volumes, five folds",
+        106, "CHAOST2", "chaos_t2", MRI, ("liver", "right_kidney", "left_kidney", "spleen"), five_folds(),
+        "CHAOS, abdominal T2-SPIR MRI; 20 volumes, five folds"
     ),
     "la2018": DataSet(
-        107,
-        "LA2018",
-        "la2018",
-        MRI,
-        ("atrium",),
-        listed("train.list", "test.list"),
-        "left atrium, LGE MRI, 2018 challenge; 80 and 20 volumes",
+        107, "LA2018", "la2018", MRI, ("atrium",), listed("train.list", "test.list"),
+        "left atrium, LGE MRI, 2018 challenge; 80 and 20 volumes"
     ),
     "stu": DataSet(
         102, "STU", "stu_hospital", GREY, ("lesion",), None, "STU, breast ultrasound of another hospital", **HOSPITAL
     ),
     "ph2": DataSet(108, "PH2", "ph2", RGB, ("lesion",), None, "PH2, dermoscopy of another hospital", **JPEG),
-}
+}  # fmt: skip
 
 
 # ---- into nnU-Net's folders ------------------------------------------------------------------------------------------
