@@ -169,6 +169,7 @@ def test_a_conversion_is_tied_to_its_files(bus: Path, tmp_path: Path):
     assert "converted before" in _convert("bus", bus, tmp_path / "raw").remarks[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_of_other_files_starts_anew(bus: Path, tmp_path: Path, monkeypatch):
     real = natural_images.write
 

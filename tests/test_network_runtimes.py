@@ -90,6 +90,7 @@ def test_compiled_network_follows_the_switch(deep_supervision):
         assert isinstance(compiled(x), list) == enabled
 
 
+@pytest.mark.slow
 def test_exports_to_a_file_that_runs(dim, tmp_path):
     network = tiny_network(dim, 4).eval()
     x = torch.randn(1, 1, *ODD[dim])

@@ -523,6 +523,7 @@ print(stands is OptimizedModule, isinstance(linear, stands), isinstance(torch.co
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["U-Net", "LGMSNet"])
 def test_a_prediction_imports_neither_compiler_nor_trainer(network: str, volume: tuple[Path, Path], tmp_path: Path):
     """Half of the start of the command, and nnU-Net finds no trainer of ours without nnUNet_extTrainer."""

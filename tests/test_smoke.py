@@ -39,6 +39,7 @@ def test_voxels_to_predict(size, patch_size, windows):
     assert voxels_to_predict(size, patch_size) == windows * math.prod(patch_size)
 
 
+@pytest.mark.slow
 def test_it_goes_the_whole_way_and_says_what_is_smaller(tmp_path, monkeypatch):
     """Patches of 8 voxels as if the planned ones were large."""
     workshop = Workshop(tmp_path)

@@ -111,6 +111,7 @@ def test_a_training_that_diverged_stops():
         trainer.train_step(batch)
 
 
+@pytest.mark.slow
 def test_float16_may_skip_some_steps_but_not_all():
     """The scaler keeps the weights through steps that overflow, so a few of them are no reason to stop."""
     trainer = make_trainer()
@@ -232,6 +233,7 @@ def test_a_study_runs_no_code_of_a_checkpoint(tmp_path):
 # --- the benchmark that a GPU runs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rehearsal_of_the_benchmark_on_the_cpu(tmp_path, monkeypatch):
     """Two short steps on real MRI; 500 under float16 are run on a GPU and stand in benchmarks/results."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -171,6 +171,7 @@ def test_cascade_waits_for_all_folds_of_the_low_resolution(folders: Path) -> Non
     assert cascade.data_identifier == "nnUNetPlans_3d_fullres" and graph.previous_stage("unseeded", low) == []
 
 
+@pytest.mark.slow
 def test_graph_of_six_datasets_five_folds_and_twenty_variants_takes_less_than_10_seconds(folders: Path) -> None:
     """As a dry run; processor time, for a machine that has other work as well."""
     overrides = sorted(path.stem for path in (ROOT / "plans").glob("*.json"))[:20]
@@ -342,6 +343,7 @@ def test_trainers_are_those_that_nnunet_finds(folders: Path, refused, monkeypatc
     assert "No module named 'nothing_of_that_name'" in refused(ON_CPU + "trainer: nnUNetTrainer_own")
 
 
+@pytest.mark.slow
 def test_options_that_snakemake_refuses(folders: Path, refused) -> None:
     raw_data(folders)
     assert "every quotation mark needs its partner" in refused(ON_CPU, "--snakemake='-n")
@@ -366,6 +368,7 @@ printf 'cpu|(null)\\nv100|gpu:v100:4\\nmixed|(null)\\nmixed|gpu:1\\n'
 """
 
 
+@pytest.mark.slow
 def test_partitions_and_gpus_of_a_cluster_are_there(folders: Path, refused, monkeypatch, capsys) -> None:
     """Against a stand-in for SLURM's sinfo; `tests/slurm/run.sh` has a real one."""
     raw_data(folders)

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("nnunet_folders")
 # --- found and called by nnU-Net ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stock_finder_finds_every_trainer(clean_env):
     code = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find

@@ -57,6 +57,7 @@ def test_whole_2d_network_matches_the_authors_numbers():
     assert worst_error(output_train, vectors["output_train"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_whole_3d_network_matches_the_authors_numbers():
     weights, vectors = load("lgmsnet_3d")
     output_eval, grad_input, output_train = run(load_official(weights), vectors, torch.float64)

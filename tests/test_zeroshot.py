@@ -104,6 +104,9 @@ def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
     with pytest.raises(ValueError, match="The device xla is not on this machine: use cpu"):
         nnunet_lgms.predict(model, samples, device="xla")
     monkeypatch.delenv("nnUNet_extTrainer")
+    nnunet_lgms.predict(model, samples, device="cpu")  # this package's trainers need no variable
+    path = model / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(path, weights_only=False), "trainer_name": "nnUNetTrainerOfMine"}, path)
     with pytest.raises(ValueError, match="nnUNet_extTrainer must name the folder"):
         nnunet_lgms.predict(model, samples, device="cpu")
 
@@ -175,6 +178,7 @@ def _validation(model: Path, dataset: Path, cases, fold: int = 0) -> None:
         shutil.copy(dataset / f"labelsTr/case_{case}.png", folder)
 
 
+@pytest.mark.slow
 @needs_evaluation
 def test_zeroshot_table(tmp_path: Path, capsys):
     model = tiny_model.model_folder(tmp_path / "results", HOME, folds=(0, 1))
@@ -218,6 +222,7 @@ def _times(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / f"{AWAY}/fold_0").glob("case_*.png")}
 
 
+@pytest.mark.slow
 @needs_evaluation
 def test_kept_predictions_are_those_of_the_same_weights(model: Path, tmp_path: Path, capsys):
     """Another checkpoint, or the same name after training anew, is another model."""
@@ -236,6 +241,7 @@ def test_kept_predictions_are_those_of_the_same_weights(model: Path, tmp_path: P
     assert _zero_shot_dice(model, tmp_path / "out") != final
 
 
+@pytest.mark.slow
 @needs_evaluation
 def test_kept_predictions_are_those_of_the_same_images(model: Path, tmp_path: Path, capsys):
     away = tiny_model.raw_dataset(tmp_path / "raw" / AWAY, seeds=(5, 6, 7))
