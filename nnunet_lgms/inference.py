@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,16 +279,31 @@ def trained_folds(model_folder: Path, checkpoint: str = "checkpoint_final.pth") 
     Raises:
         ValueError: it is not a folder that nnU-Net trained, or there are no weights.
     """
+    folds = folds_among(model_files(model_folder), model_folder, checkpoint)
+    # as nnU-Net does: a model of all cases is asked for by name
+    return [fold for fold in folds if fold != "all"] or folds
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """Descriptions and weights of a model's folder, by their names in it."""
+    found = [folder / "plans.json", folder / "dataset.json", *folder.glob("fold_*/*.pth")]
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+
+
+def folds_among(names: Iterable[str], model: Path, checkpoint: str) -> list[str]:
+    """Folds with such weights among the files of a model, sorted; "all" is one of them.
+
+    Raises:
+        ValueError: it is no trained model, or has no such weights.
+    """
+    there = set(names)
     for name in ("dataset.json", "plans.json"):
-        if not (model_folder / name).is_file():
+        if name not in there:
             raise ValueError(
-                f"{model_folder} is not a trained model: it has no {name}. Expected is nnU-Net's folder "
+                f"{model} is not a trained model: it has no {name}. Expected is nnU-Net's folder "
                 f"nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION."
             )
-    folders = [path for path in model_folder.iterdir() if re.fullmatch(r"fold_(\d+|all)", path.name)]
-    folds = sorted(path.name.removeprefix("fold_") for path in folders if (path / checkpoint).is_file())
-    # as nnU-Net does: a model of all cases is asked for by name
-    folds = [fold for fold in folds if fold != "all"] or folds
+    folds = sorted(m[1] for n in there if (m := re.fullmatch(rf"fold_(\d+|all)/{re.escape(checkpoint)}", n)))
     if not folds:
-        raise ValueError(f"{model_folder} has no fold_*/{checkpoint}: the training is not finished.")
+        raise ValueError(f"{model} has no fold_*/{checkpoint}: the training is not finished.")
     return folds

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_lgms.files import read_json, shown
+from nnunet_lgms.inference import folds_among, model_files
 from nnunet_lgms.nnunet_folders import shipped_models
 
 if TYPE_CHECKING:
@@ -44,10 +44,7 @@ def load(model: str | Path, *, fold: int | str | None = None, checkpoint: str = 
     from nnunet_lgms.nnunet.builder import build_network
 
     path = model_path(model)
-    files = _zipped(path) if path.is_file() else _in_folder(path)
-    for name in ("plans.json", "dataset.json"):
-        if name not in files:
-            raise ValueError(f"{path} is not a trained model: it has no {name}.")
+    files = _zipped(path) if path.is_file() else model_files(path)
     weights = _weights(path, files, fold, checkpoint)
     content = read_checkpoint(weights if isinstance(weights, Path) else io.BytesIO(weights()))
     plans, dataset = (_json(path, files[name]) for name in ("plans.json", "dataset.json"))
@@ -89,11 +86,6 @@ def model_path(model: str | Path) -> Path:
     )
 
 
-def _in_folder(folder: Path) -> dict:
-    found = [folder / "plans.json", folder / "dataset.json", *folder.glob("fold_*/*.pth")]
-    return {str(path.relative_to(folder).as_posix()): path for path in found if path.is_file()}
-
-
 def _zipped(path: Path) -> dict:
     """The files of the one model in a zip, read where they are asked for; nothing is unpacked."""
     try:
@@ -114,15 +106,13 @@ def _zipped(path: Path) -> dict:
 
 
 def _weights(path: Path, files: dict, fold: int | str | None, checkpoint: str):
-    trained = {m[1]: name for name in files if (m := re.fullmatch(rf"fold_(\d+|all)/{re.escape(checkpoint)}", name))}
-    if not trained:
-        raise ValueError(f"{path} has no fold_*/{checkpoint}: the training is not finished.")
+    trained = folds_among(files, path, checkpoint)
     if fold is None and len(trained) > 1:
-        raise ValueError(f"{path} has the folds {', '.join(sorted(trained))}: name one, as in fold=0.")
-    chosen = next(iter(trained)) if fold is None else str(fold)
+        raise ValueError(f"{path} has the folds {', '.join(trained)}: name one, as in fold=0.")
+    chosen = trained[0] if fold is None else str(fold)
     if chosen not in trained:
-        raise ValueError(f"{path} has no fold {shown(fold)}; trained are: {', '.join(sorted(trained))}.")
-    return files[trained[chosen]]
+        raise ValueError(f"{path} has no fold {shown(fold)}; trained are: {', '.join(trained)}.")
+    return files[f"fold_{chosen}/{checkpoint}"]
 
 
 def _json(path: Path, file) -> dict:

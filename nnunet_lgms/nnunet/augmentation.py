@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
+import numpy as np
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
 from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
@@ -20,7 +21,6 @@ from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from torch import Tensor
 
-ROTATION_PROBABILITY = FLIP_PROBABILITY = 0.5
 #: spacings whose ratio is below this count as equal: a rotation between them distorts less than anatomy varies
 SPACING_TOLERANCE = 1.1
 
@@ -102,6 +102,45 @@ class CentreCrop(BasicTransform):
         return self._middle(segmentation)
 
 
+def training_transforms(rotation_probability: float, flip_probability: float) -> Callable[..., BasicTransform]:
+    """nnU-Net's ``get_training_transforms`` with nothing but rotations by 90 degrees and flips.
+
+    Neither changes an intensity or brings in voxels from outside, so an image that was normalised inside its mask
+    needs no second masking. What nnU-Net calls ``rotation_for_DA`` is axes here, not an angle.
+
+    Args:
+        rotation_probability: of a turn.
+        flip_probability: of each flip, at most 1/2.
+    """
+
+    def get_training_transforms(
+        patch_size: np.ndarray | tuple[int],
+        rotation_for_DA: tuple[int, ...],
+        deep_supervision_scales: list | tuple | None,
+        mirror_axes: tuple[int, ...],
+        do_dummy_2d_data_aug: bool,
+        use_mask_for_norm: list[bool] | None = None,
+        is_cascaded: bool = False,
+        foreground_labels: tuple[int, ...] | list[int] | None = None,
+        regions: list[list[int] | tuple[int, ...] | int] | None = None,
+        ignore_label: int | None = None,
+    ) -> BasicTransform:
+        return rotations_and_flips(
+            rotation_for_DA,
+            mirror_axes,
+            deep_supervision_scales,
+            is_cascaded,
+            foreground_labels,
+            regions,
+            ignore_label,
+            patch_size,
+            rotation_probability,
+            flip_probability,
+        )
+
+    return get_training_transforms
+
+
 def rotations_and_flips(
     rotation_axes: Sequence[int],
     mirror_axes: Sequence[int] | None,
@@ -111,13 +150,13 @@ def rotations_and_flips(
     regions: Sequence | None = None,
     ignore_label: int | None = None,
     patch_size: Sequence[int] | None = None,
-    rotation_probability: float = ROTATION_PROBABILITY,
-    flip_probability: float = FLIP_PROBABILITY,
+    rotation_probability: float = 0.5,
+    flip_probability: float = 0.5,
 ) -> BasicTransform:
     """Transforms of a training sample ``{"image": (C, *spatial), "segmentation": (1 or 2, *spatial)}``.
 
-    With probability 1/2 the sample turns by 90, 180 or 270 degrees in a random plane of ``rotation_axes``, the patch is
-    cut from its middle, and each axis of ``mirror_axes`` flips with probability 1/2. What follows is no augmentation of
+    The sample may turn by 90, 180 or 270 degrees in a random plane of ``rotation_axes``, the patch is cut from its
+    middle, and each axis of ``mirror_axes`` may flip. What follows is no augmentation of
     the image but what nnU-Net does to every segmentation. In a cascade that includes its distortions of the previous
     stage's segmentation, without which the second stage learns to copy the first; the paper has no cascade.
 
@@ -142,7 +181,7 @@ def rotations_and_flips(
         transforms.append(RandomTransform(rotation, apply_probability=rotation_probability))
         if patch_size is not None and patch_to_turn(patch_size, rotation_axes) != list(patch_size):
             transforms.append(CentreCrop(patch_size))
-    if mirror_axes and flip_probability == FLIP_PROBABILITY:
+    if mirror_axes and flip_probability == 0.5:
         transforms.append(MirrorTransform(allowed_axes=tuple(mirror_axes)))
     else:  # the transform itself flips one time in two
         transforms += [

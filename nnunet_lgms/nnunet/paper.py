@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
-from batchgeneratorsv2.helpers.scalar_type import RandomScalar
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunet_lgms.nnunet.augmentation import rotations_and_flips
+from nnunet_lgms.nnunet.augmentation import training_transforms
 from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 
 #: share of a training that warms up; the paper does not say how long its own does
@@ -66,32 +63,7 @@ class nnUNetTrainerLGMSNet_paper3D(nnUNetTrainerLGMSNet_paper2D):
         )
         return optimizer, WarmUpAndCosine(optimizer, self.initial_lr, self.num_epochs)
 
-    @staticmethod
-    def get_training_transforms(
-        patch_size: np.ndarray | tuple[int],
-        rotation_for_DA: RandomScalar,
-        deep_supervision_scales: list | tuple | None,
-        mirror_axes: tuple[int, ...],
-        do_dummy_2d_data_aug: bool,
-        use_mask_for_norm: list[bool] | None = None,
-        is_cascaded: bool = False,
-        foreground_labels: tuple[int, ...] | list[int] | None = None,
-        regions: list[list[int] | tuple[int, ...] | int] | None = None,
-        ignore_label: int | None = None,
-    ) -> BasicTransform:
-        """Rotations by 90 degrees and flips, each with probability 0.2 (see :func:`rotations_and_flips`)."""
-        return rotations_and_flips(
-            rotation_for_DA,
-            mirror_axes,
-            deep_supervision_scales,
-            is_cascaded,
-            foreground_labels,
-            regions,
-            ignore_label,
-            patch_size=patch_size,
-            rotation_probability=0.2,
-            flip_probability=0.2,
-        )
+    get_training_transforms = staticmethod(training_transforms(rotation_probability=0.2, flip_probability=0.2))
 
 
 class WarmUpAndCosine(PolyLRScheduler):

@@ -4,10 +4,7 @@ nnU-Net finds them through ``trainers/``, which only imports them: the modules o
 ``sys.modules`` after the search, and compilation and pickling need theirs to stay.
 """
 
-import numpy as np
 import torch
-from batchgeneratorsv2.helpers.scalar_type import RandomScalar
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -17,7 +14,7 @@ from torch import nn
 from nnunet_lgms.config import settings_of
 from nnunet_lgms.graphs.ahead import StepResult
 from nnunet_lgms.graphs.optimizer import FusedSGD
-from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, rotations_and_flips, said_of_rotations
+from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, said_of_rotations, training_transforms
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.errors import said_in_one_sentence
 from nnunet_lgms.nnunet.graphed import GraphedTrainer
@@ -129,34 +126,7 @@ class nnUNetTrainerLGMSNet(GraphedTrainer):
         self.print_to_log_file(said_of_rotations(patch_size, spacing, axes))
         return axes, False, initial_patch, mirror_axes
 
-    @staticmethod
-    def get_training_transforms(
-        patch_size: np.ndarray | tuple[int],
-        rotation_for_DA: RandomScalar,
-        deep_supervision_scales: list | tuple | None,
-        mirror_axes: tuple[int, ...],
-        do_dummy_2d_data_aug: bool,
-        use_mask_for_norm: list[bool] | None = None,
-        is_cascaded: bool = False,
-        foreground_labels: tuple[int, ...] | list[int] | None = None,
-        regions: list[list[int] | tuple[int, ...] | int] | None = None,
-        ignore_label: int | None = None,
-    ) -> BasicTransform:
-        """Rotations by 90 degrees and flips (see :func:`rotations_and_flips`).
-
-        Neither changes an intensity or brings in voxels from outside, so an image that was normalised inside its mask
-        needs no second masking.
-        """
-        return rotations_and_flips(
-            rotation_for_DA,
-            mirror_axes,
-            deep_supervision_scales,
-            is_cascaded,
-            foreground_labels,
-            regions,
-            ignore_label,
-            patch_size=patch_size,
-        )
+    get_training_transforms = staticmethod(training_transforms(rotation_probability=0.5, flip_probability=0.5))
 
 
 class nnUNetTrainerLGMSNet_nnUNetDA(nnUNetTrainerLGMSNet):
