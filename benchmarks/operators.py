@@ -9,8 +9,9 @@ plain copy would move the bytes that must move: inputs, results and gradients on
 its statistics before it can write. The bandwidth is measured in the same run, on a copy of 1 GiB. Convolutions and the
 bottleneck also multiply, so theirs is a bound that arithmetic may forbid.
 
-Attention is bound by arithmetic, so it stands beside PyTorch's fused attention: heads of 8 channels, the tokens of the
-highest level that has attention. Errors are relative to float64, the largest of result and gradients.
+Attention and the depthwise convolution also stand beside PyTorch's: heads of 8 channels, the tokens of the highest
+level that has attention; each kernel size alone, and the LMS blocks' at several levels. Errors are relative to float64,
+the largest of result and gradients.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from record import RESULTS, provenance, write
 from timing import bandwidth, graphed, median_ms
 from torch import Tensor, nn
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nnunet_lgms.blocks.norm import BATCH_NORM, INSTANCE_NORM
 from nnunet_lgms.ops import (
@@ -47,6 +46,12 @@ MAPS = {"3d": (2, (128, 128, 128)), "2d": (16, (256, 256))}
 ATTENTION = {"2d, 16 x 256^2": (64, 1024), "2d, 16 x 1024^2": (64, 16384), "3d, 2 x 128^3": (16, 4096)}
 HEADS, HEAD_DIM = 4, 8
 KERNELS = (3, 5, 7, 9)
+DEPTHWISE = {  # shape of x, kernels of equal channel groups
+    **{f"3d, 4 channels, 2 x 128^3, kernel {k}": ((2, 4, 128, 128, 128), (k,)) for k in KERNELS},
+    **{f"3d, {c} channels, 2 x {n}^3": ((2, c, n, n, n), KERNELS) for c, n in ((16, 128), (16, 64), (32, 32))},
+    **{f"2d, 4 channels, 16 x 256^2, kernel {k}": ((16, 4, 256, 256), (k,)) for k in KERNELS},
+    **{f"2d, {c} channels, 16 x {n}^2": ((16, c, n, n), KERNELS) for c, n in ((16, 256), (16, 128), (32, 64))},
+}
 REPEATS = 10  # calls in a graph, so that its launch does not count
 
 
@@ -149,32 +154,82 @@ def measure(operator: Operator, case: str, shrink: int, device: torch.device, by
     }
 
 
+def beside_pytorch(
+    run: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor, exact: Callable[[Tensor], list[Tensor]], repeats: int
+) -> dict:
+    """Times and errors of an operator with its kernels and with PyTorch's operators.
+
+    Args:
+        run: the operator on ``leaves``.
+        leaves: what has gradients.
+        grad: of the result.
+        exact: result -> differences to float64, relative, of the result and of the gradients in ``leaves``.
+        repeats: calls in a graph.
+    """
+    found, device = {}, grad.device
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        run().backward(grad)
+
+    for name, setting in (("kernels", "auto"), ("pytorch", "off")):
+        with kernels(setting):
+            with torch.no_grad():
+                found[f"{name}_forward_ms"] = median_ms(graphed(run, repeats), device, 0.1, 1, 3)[0] / repeats
+                out = run()
+            found[f"{name}_step_ms"] = median_ms(graphed(step, repeats), device, 0.1, 1, 3)[0] / repeats
+            found[f"{name}_error"] = max(exact(out))
+    return found
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+
 def measure_attention(case: str, shrink: int, device: torch.device) -> dict:
-    """Sequences and tokens of the highest level with attention, with the kernels and with PyTorch's attention."""
+    """Sequences and tokens of the highest level with attention; the errors are those of the first sequence."""
     sequences, tokens = ATTENTION[case]
     tokens //= shrink**2
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     qkv = torch.randn((1, sequences, tokens, 3, HEADS, HEAD_DIM), device=device, dtype=dtype).requires_grad_()
     grad = torch.randn((1, sequences, tokens, HEADS * HEAD_DIM), device=device, dtype=dtype)
-    exact = exact_attention(qkv[0, 0].detach(), grad[0, 0].unflatten(-1, (HEADS, HEAD_DIM)))
-    row = {"case": case, "sequences": sequences, "tokens": tokens}
-    repeats = 1 if tokens > 4096 else REPEATS
+    wanted = exact_attention(qkv[0, 0].detach(), grad[0, 0].unflatten(-1, (HEADS, HEAD_DIM)))
 
-    def step() -> None:
-        qkv.grad = None
-        attention(qkv).backward(grad)
+    def exact(out: Tensor) -> list[float]:
+        return errors([out[0, 0].view(tokens, HEADS, HEAD_DIM), *qkv.grad[0, 0].unbind(1)], wanted)
 
-    for name, setting in (("kernels", "auto"), ("pytorch", "off")):
-        with kernels(setting):
-            with torch.no_grad():
-                run = graphed(lambda: attention(qkv), repeats)
-                forward_ms = median_ms(run, device, 0.1, 1, 3)[0] / repeats
-                out = attention(qkv)[0, 0]
-            step_ms = median_ms(graphed(step, repeats), device, 0.1, 1, 3)[0] / repeats
-        found = [out.view(tokens, HEADS, HEAD_DIM), *qkv.grad[0, 0].unbind(1)]
-        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
-        row |= {f"{name}_forward_ms": forward_ms, f"{name}_step_ms": step_ms, f"{name}_error": max(errors)}
-    return row
+    times = beside_pytorch(lambda: attention(qkv), [qkv], grad, exact, 1 if tokens > 4096 else REPEATS)
+    return {"operator": "attention", "case": f"{case}, {sequences} x {tokens} tokens", **times}
+
+
+def measure_depthwise(case: str, shrink: int, device: torch.device) -> dict:
+    """The convolutions of an LMS block, or one of them; errors are those of a part of the map."""
+    shape, sizes = DEPTHWISE[case]
+    shape = (*shape[:2], *(n // shrink for n in shape[2:]))
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    random = {"device": device, "dtype": dtype}
+    axes, channels = len(shape) - 2, shape[1] // len(sizes)
+    x, grad = (torch.randn(shape, **random) for _ in range(2))  # contiguous, as PyTorch's convolution likes it
+    weights = [torch.randn(channels, 1, *[k] * axes, **random).div(k ** (axes / 2)).requires_grad_() for k in sizes]
+    biases = [torch.randn(channels, **random).requires_grad_() for _ in sizes]
+    leaves = [x.requires_grad_(), *weights, *biases]
+
+    def exact(out: Tensor) -> list[float]:
+        part = (slice(0, 1), slice(None), *(slice(48) for _ in range(axes)))
+        small = [x.detach()[part].contiguous(), *(t.detach() for t in leaves[1:])]
+        found = gradients(small, grad[part], sizes)
+        return errors(found, gradients([t.double() for t in small], grad[part].double(), sizes))
+
+    times = beside_pytorch(lambda: multi_kernel_depthwise(x, weights, biases), leaves, grad, exact, REPEATS)
+    return {"operator": "depthwise", "case": case, **times}
+
+
+def gradients(tensors: list[Tensor], grad: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Result and all gradients of the depthwise convolutions."""
+    x, *rest = leaves = [t.detach().requires_grad_() for t in tensors]
+    out = multi_kernel_depthwise(x, rest[: len(sizes)], rest[len(sizes) :])
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def exact_attention(qkv: Tensor, grad: Tensor) -> list[Tensor]:
@@ -192,14 +247,14 @@ def exact_attention(qkv: Tensor, grad: Tensor) -> list[Tensor]:
     return [t.transpose(0, 1) for t in (torch.cat(outs, 1), torch.cat(of_queries, 1), of_keys, of_values)]
 
 
-def attention_table(rows: list[dict]) -> str:
+def beside_table(rows: list[dict]) -> str:
     lines = [
-        "| attention | tokens | forward ms, PyTorch | kernels | ratio | with backward ms, PyTorch | kernels | ratio "
+        "| operator | case | forward ms, PyTorch | kernels | ratio | with backward ms, PyTorch | kernels | ratio "
         "| error, PyTorch | kernels |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        cells = [r["case"], f"{r['sequences']} x {r['tokens']}"]
+        cells = [r["operator"], r["case"]]
         for what in ("forward", "step"):
             theirs, ours = r[f"pytorch_{what}_ms"], r[f"kernels_{what}_ms"]
             cells += [f"{theirs:.3f}", f"{ours:.3f}", f"{theirs / ours:.2f}"]
@@ -234,17 +289,18 @@ def main() -> int:
         "terabytes_per_s": bytes_per_ms / 1e9,
     }
     jobs = [(case, operator) for case in MAPS for operator in operators(int(case[0]), device)]
-    rows, of_attention = [], []
+    rows, beside = [], []
     for case, operator in tqdm([job for job in jobs if args.only in job[1].name], desc="operators"):
         rows.append(measure(operator, case, args.shrink, device, bytes_per_ms))
         tqdm.write(json.dumps(rows[-1]))
-    for case in ATTENTION if args.only in "attention" else ():
-        of_attention.append(measure_attention(case, args.shrink, device))
-        print(json.dumps(of_attention[-1]), flush=True)
+    for name, cases, of in (("attention", ATTENTION, measure_attention), ("depthwise", DEPTHWISE, measure_depthwise)):
+        for case in tqdm(cases if args.only in name else (), desc=f"{name} beside PyTorch's"):
+            beside.append(of(case, args.shrink, device))
+            tqdm.write(json.dumps(beside[-1]))
     heading = "{date}, {device}, torch {versions[torch]}, a copy moves {terabytes_per_s:.2f} TB/s\n\n".format(**about)
-    tables = table(rows) + "\n" + attention_table(of_attention)
+    tables = table(rows) + "\n" + beside_table(beside)
     print(tables)
-    write(args.out, "operators", {**about, "rows": rows, "attention": of_attention}, heading + tables)
+    write(args.out, "operators", {**about, "rows": rows, "beside_pytorch": beside}, heading + tables)
     return 0
 
 
