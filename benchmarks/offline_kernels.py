@@ -2,6 +2,7 @@
 
     nice python benchmarks/offline_kernels.py          to benchmarks/results/offline_kernels.{json,md}, minutes
     python benchmarks/offline_kernels.py sm_86 --out FOLDER
+    python benchmarks/offline_kernels.py --missing     only what the table does not have: not after changes of a kernel
 
 Launches of training steps and predictions are noted on the meta device, where tensors have sizes and no numbers. The
 largest version of every kernel, by the numbers in its tiles, and the widest convolutions are then compiled for every
@@ -37,10 +38,19 @@ from triton.runtime.driver import driver
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.ops import backend, launch
-from nnunet_lgms.ops.triton import attention, attention_kernels, conv_kernels, depthwise, norm_act_kernels
+from nnunet_lgms.ops.triton import (
+    attention,
+    attention_kernels,
+    conv_kernels,
+    conv_weight_kernels,
+    depthwise,
+    norm_act_kernels,
+)
 from nnunet_lgms.planning.memory import OnGPU
 
 SMALL, LARGE = "99 KiB", "163 KiB and more"  # of shared memory: the depthwise weight gradient has tiles for either
+
+SMALL_KERNELS = ("_conv_band_kernel", "_conv_weight_reduce_kernel", "_depthwise_band_kernel")  # whatever is convolved
 
 
 class Card(NamedTuple):
@@ -178,6 +188,8 @@ def widest_versions(tiles: str) -> list[Version]:
                 x = torch.empty((2, *size, c_in), dtype=torch.float16, device="meta").movedim(-1, 1)
                 weight = torch.empty((c_out, c_in, *kernel), dtype=torch.float16, device="meta")
                 conv_kernels.convolve([x], weight, None, 1)
+                grad = torch.empty((2, *size, c_out), dtype=torch.float16, device="meta").movedim(-1, 1)
+                conv_weight_kernels.weight_gradient(grad, [x], weight, 1)
         with patch.object(depthwise, "_precision", lambda _: "tf32x3"):  # where PyTorch's users forbid tf32
             x = torch.empty((2, 16, 128, 128, 128), device="meta")
             depthwise.convolve(x, x.new_empty(16 * 9**3), [16], [9] * 3, False, False, False)
@@ -188,7 +200,7 @@ def widest_versions(tiles: str) -> list[Version]:
             out, lse = attention_kernels.forward(qkv, mask, "tf32x3")
             attention_kernels.backward(out, qkv, mask, out, lse, "tf32x3")
         norm_act_kernels.merge_processes(torch.empty((8, 3, 256), device="meta"), 0)
-    return [v for v in versions if v.name not in ("_conv_band_kernel", "_depthwise_band_kernel")]
+    return [v for v in versions if v.name not in SMALL_KERNELS]
 
 
 def largest(versions: list[Version]) -> list[Version]:
@@ -269,16 +281,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(CARDS)}; all, if none is named")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--missing", action="store_true", help="only versions that the table does not have")
     args = parser.parse_args()
     torch.set_num_threads(1)
     collected = {tiles: collect(tiles) for tiles in (SMALL, LARGE)}
     needed: dict[Version, dict[str, dict[str, int]]] = {}
+    if args.missing:
+        before = json.loads((args.out / "offline_kernels.json").read_text("utf-8"))["compiled"]
+        known = {(e["kernel"], e["call"]): e["needs"] for e in before}
+        every = dict.fromkeys(version for versions in collected.values() for version in versions)
+        needed = {v: dict(known[v.kernel, v.call]) for v in every if (v.kernel, v.call) in known}
     for target in args.targets or CARDS:
         began = time.monotonic()
         versions = collected[CARDS[target].tiles]
         with compiling_for(target):
             for version in versions:
-                needed.setdefault(version, {})[target] = needs(version)
+                if target not in needed.setdefault(version, {}):
+                    needed[version][target] = needs(version)
         print(f"{target}: {len(versions)} versions in {time.monotonic() - began:.0f} s", flush=True)
     entries = [{"kernel": v.kernel, "call": v.call, "needs": n} for v, n in needed.items()]
     write(args.out, "offline_kernels", {**provenance("cpu"), "compiled": entries}, markdown(entries))
