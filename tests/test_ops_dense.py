@@ -363,6 +363,7 @@ def network_errors():
                 out = network(x)
                 out.square().mean().backward()
                 assert bool(made) != keep
+                assert all(recipe._waiting >= 0 for recipe in made)  # nobody asks more often than was promised
                 gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
                 buffers = torch.cat([b.flatten().double() for b in network.buffers()])
                 with torch.no_grad():

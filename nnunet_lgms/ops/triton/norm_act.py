@@ -209,14 +209,17 @@ def _backward(ctx, grad, _grad_mean, _grad_variance):
     gradients = _norm_act_backward(
         to_channels_last(grad), x, None if ctx.cancels else bias, norm_weight, norm_bias, mean, variance, *ctx.spec
     )
-    return *_gradients(ctx, grad, *gradients), *[None] * len(ctx.spec)
+    return *_gradients(ctx, (bias, norm_weight, norm_bias), grad, *gradients), *[None] * len(ctx.spec)
 
 
 def _gradients(
-    ctx, grad: Tensor, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, of the bias in front, of the norm's weight and bias, and of the residual; None of what is not."""
-    _, bias, norm_weight, norm_bias, *_ = ctx.saved_tensors
+    ctx, parameters: tuple[Tensor | None, ...], grad: Tensor, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, of the bias in front, of the norm's weight and bias, and of the residual; None of what is not.
+
+    ``parameters`` are those in between; asking for them again would make x again, if it was not kept.
+    """
+    bias, norm_weight, norm_bias = parameters
     grad_in_front = None
     if bias is not None and ctx.needs_input_grad[1]:
         grad_in_front = torch.zeros_like(bias) if ctx.cancels else channel_sums(grad_x).to(bias.dtype)
@@ -268,4 +271,4 @@ class _Synced(torch.autograd.Function):
             to_channels_last(grad), x, Norm(mean, variance, norm_weight, norm_bias, ctx.eps), "batch", 1,
             ctx.activation, None if ctx.cancels else bias, average,
         )  # fmt: skip
-        return *_gradients(ctx, grad, *gradients), None, None, None
+        return *_gradients(ctx, (bias, norm_weight, norm_bias), grad, *gradients), None, None, None
