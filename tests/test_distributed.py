@@ -59,7 +59,7 @@ class SyncedBatchNorm(_BatchNorm):
         axes = [0, *range(2, x.ndim)]
         mean, square = x.mean(axes), x.square().mean(axes)  # every process has as many samples
         if dist.is_initialized():
-            mean, square = (all_reduce(value) / N_PROCESSES for value in (mean, square))
+            mean, square = (all_reduce(value) / dist.get_world_size() for value in (mean, square))
         shape = [1, -1, *[1] * (x.ndim - 2)]
         scale = torch.rsqrt(square - mean.square() + self.eps) * self.weight
         return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)

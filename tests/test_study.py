@@ -471,20 +471,38 @@ def take(folder: Path, visible: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", TAKE, str(folder)], env=env, **pipes)
 
 
-def test_no_two_jobs_hold_one_gpu_and_a_killed_job_gives_its_own_back(tmp_path: Path) -> None:
-    first, second = take(tmp_path, "GPU-a,GPU-b"), take(tmp_path, "GPU-a,GPU-b")
-    third = None
+@pytest.mark.parametrize("n_gpus", [1, 2, 3, 8])
+def test_no_two_jobs_hold_one_gpu_and_a_killed_job_gives_its_own_back(tmp_path: Path, n_gpus: int) -> None:
+    gpus = [f"GPU-{n}" for n in range(n_gpus)]
+    jobs = [take(tmp_path, ",".join(gpus)) for _ in gpus]
     try:
-        held = {first.stdout.readline().strip(): first, second.stdout.readline().strip(): second}
-        assert set(held) == {"GPU-a", "GPU-b"}
-        third = take(tmp_path, "GPU-a,GPU-b")
-        assert third.stdout.readline() == "Waiting for one of 2 GPU(s)\n"
-        held["GPU-b"].kill()
-        assert third.stdout.readline() == "GPU-b\n"
+        held = {job.stdout.readline().strip(): job for job in jobs}
+        assert set(held) == set(gpus)
+        jobs.append(take(tmp_path, ",".join(gpus)))
+        assert jobs[-1].stdout.readline() == f"Waiting for one of {n_gpus} GPU(s)\n"
+        held[gpus[-1]].kill()
+        assert jobs[-1].stdout.readline() == f"{gpus[-1]}\n"
     finally:
-        for process in filter(None, (first, second, third)):
-            process.kill()
-            process.communicate()
+        for job in jobs:
+            job.kill()
+            job.communicate()
+
+
+@pytest.mark.parametrize("n_gpus", [1, 2, 3, 8])
+def test_as_many_jobs_run_as_there_are_gpus(folders: Path, monkeypatch, n_gpus: int) -> None:
+    from argparse import Namespace
+
+    from nnunet_lgms.cli.study import snakemake_command
+    from nnunet_lgms.study.profiles import Profile
+
+    smi = folders / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo '{n}, GPU-{n}'\n" for n in range(n_gpus)))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folders}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    graph = Graph(written(folders, SMALLEST))
+    command = snakemake_command(graph, Profile.read("gpus"), Namespace(profile="gpus", snakemake=""))
+    assert command[-2:] == ["--resources", f"gpu={n_gpus}"]
 
 
 def test_gpus_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

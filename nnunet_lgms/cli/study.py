@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     graph = Graph(args.study)
     profile = Profile.read(args.profile)
-    command = _snakemake(graph, profile, args)
+    command = snakemake_command(graph, profile, args)
     check_study(graph, profile)
     check_command(command)
     print(describe(graph), flush=True)
@@ -82,7 +82,7 @@ def describe(graph: Graph) -> str:
     return "\n".join(lines)
 
 
-def _snakemake(graph: Graph, profile: Profile, args: argparse.Namespace) -> list[str]:
+def snakemake_command(graph: Graph, profile: Profile, args: argparse.Namespace) -> list[str]:
     """The command, which works as well when it is typed."""
     from nnunet_lgms.study.gpus import visible_gpus
     from nnunet_lgms.study.schema import packaged
