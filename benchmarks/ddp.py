@@ -1,21 +1,22 @@
-"""LGMSNet on two GPUs of one host against one, through ``nnUNetv2_train -num_gpus 2``.
+"""LGMSNet on several GPUs of one host against one, through ``nnUNetv2_train -num_gpus N``.
 
-    python benchmarks/ddp.py    # or some of its --parts
+    python benchmarks/ddp.py    # on all visible GPUs; or --gpus N, or some of its --parts
 
 One training after the other, on noise with patches of ``--synthetic`` (128) voxels per axis and on the hippocampus
 cases of the demo:
 
-- speed_synthetic, speed_hippocampus: throughput with the planned batch on one GPU, and with twice that batch on two
-  (the same for each GPU); the loss curves with the planned batch on one GPU and on two.
+- speed_synthetic, speed_hippocampus: throughput with the planned batch on one GPU and on each of all; the loss curves
+  of one GPU and of all with the same global batch, the planned one or, where that is less, a sample for each.
 
 Side by side, on the hippocampus cases:
 
 - losses: the same curves, beside that of another seed on one GPU;
-- continue: a training that was stopped on one GPU goes on with ``--c`` on two, and the other way round;
-- kill: one of two processes is killed; the command ends, with an exit code that is not 0 and no process left, and
+- continue: a training that was stopped on half of the GPUs goes on with ``--c`` on all, and the other way round;
+- kill: one of the processes is killed; the command ends, with an exit code that is not 0 and no process left, and
   ``--c`` goes on from its checkpoint.
 
-NVLink multicast stays off. Everything is written below ``--work``, the figures to OUTPUT/ddp.json.
+NVLink multicast stays off. Everything is written below ``--work``, the figures to OUTPUT/ddp.json, beside those of
+other numbers of GPUs.
 """
 
 from __future__ import annotations
@@ -49,17 +50,18 @@ PATIENCE_AFTER_KILL = 120
 
 
 class Bench:
-    """Trainings of one dataset, each in a results folder of its own."""
+    """Trainings of one dataset on one GPU and on ``n``, each in a results folder of its own."""
 
-    def __init__(self, dataset: str, work: Path, epochs: int, iterations: int):
-        self.dataset, self.work = dataset, work
+    def __init__(self, dataset: str, work: Path, n: int, epochs: int, iterations: int):
+        self.dataset, self.work, self.n = dataset, work, n
         self.epochs, self.iterations = epochs, iterations
         folder = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(dataset):03d}_*"))
         plans = json.loads((folder / "nnUNetPlans.json").read_text())
         self.name = folder.name
         self.batch = plans["configurations"][CONFIGURATION]["batch_size"]
         self.patch = plans["configurations"][CONFIGURATION]["patch_size"]
-        for batch in (self.batch, 2 * self.batch):  # the preprocessed data is the same
+        self.shared = max(self.batch, n)  # a global batch with a sample for each
+        for batch in {self.batch, self.shared, n * self.batch}:  # the preprocessed data is the same
             plans["plans_name"] = self.plans(batch)
             plans["configurations"][CONFIGURATION]["batch_size"] = batch
             with atomic_write(folder / f"{plans['plans_name']}.json") as temporary:
@@ -118,56 +120,58 @@ def mean_difference(first: dict, second: dict) -> float:
 
 def compare_speed(bench: Bench) -> dict:
     runs = {
-        "one": bench.train("one", 1, bench.batch),
-        "two": bench.train("two", 2, bench.batch),
-        "double": bench.train("two_twice_the_batch", 2, 2 * bench.batch),
+        "one": bench.train("one", 1, bench.shared),
+        "all": bench.train("all", bench.n, bench.shared),
+        "each": bench.train("all_planned_batch_each", bench.n, bench.n * bench.batch),
     }
+    runs["planned"] = runs["one"] if bench.shared == bench.batch else bench.train("one_planned", 1, bench.batch)
     times = {name: timings(run, run["started"]) for name, run in runs.items()}
     speed = {name: run["batch_size"] * bench.iterations / times[name]["epoch_s"] for name, run in runs.items()}
-    found = {
+    return {
         "patch_size": bench.patch,
         "planned_batch": bench.batch,
-        "losses": {name: runs[name]["losses"] for name in ("one", "two")},
-        "mean_difference_one_two": mean_difference(runs["one"], runs["two"]),
-        "first_epoch_and_start_s": {name: times[name]["first_epoch_s"] for name in ("one", "two")},
-    }
-    return found | {
+        "shared_batch": bench.shared,
+        "losses": {name: runs[name]["losses"] for name in ("one", "all")},
+        "mean_difference_one_all": mean_difference(runs["one"], runs["all"]),
+        "first_epoch_and_start_s": {name: times[name]["first_epoch_s"] for name in ("one", "all")},
         "samples_per_second": {
-            "one, planned batch": speed["one"],
-            "two, planned batch": speed["two"],
-            "two, planned batch each": speed["double"],
+            "one, planned batch": speed["planned"],
+            "one, shared batch": speed["one"],
+            "all, shared batch": speed["all"],
+            "all, planned batch each": speed["each"],
         },
-        "ratio_at_equal_batch_per_device": speed["double"] / speed["one"],
-        "ratio_at_equal_global_batch": speed["two"] / speed["one"],
-        "waiting_for_batches": {name: times[name]["waiting"] for name in ("one", "double")},
+        "ratio_at_equal_batch_per_device": speed["each"] / speed["planned"],
+        "ratio_at_equal_global_batch": speed["all"] / speed["one"],
+        "waiting_for_batches": {name: times[name]["waiting"] for name in ("planned", "each")},
     }
 
 
 def compare_losses(bench: Bench) -> dict:
-    """How far the loss curves of one GPU and of two are from each other, and those of two seeds on one GPU."""
+    """How far the loss curves of one GPU and of all are from each other, and those of two seeds on one GPU."""
     with ThreadPoolExecutor() as side_by_side:
         runs = {
-            "one": side_by_side.submit(bench.train, "losses_one", 1, bench.batch),
-            "two": side_by_side.submit(bench.train, "losses_two", 2, bench.batch),
-            "other seed": side_by_side.submit(bench.train, "losses_seed", 1, bench.batch, MEASURED_SEED=1),
+            "one": side_by_side.submit(bench.train, "losses_one", 1, bench.shared),
+            "all": side_by_side.submit(bench.train, "losses_all", bench.n, bench.shared),
+            "other seed": side_by_side.submit(bench.train, "losses_seed", 1, bench.shared, MEASURED_SEED=1),
         }
         done = {name: run.result() for name, run in runs.items()}
     return {
         "losses": {name: run["losses"] for name, run in done.items()},
-        "mean_difference_one_two": mean_difference(done["one"], done["two"]),
+        "mean_difference_one_all": mean_difference(done["one"], done["all"]),
         "mean_difference_one_other_seed": mean_difference(done["one"], done["other seed"]),
     }
 
 
 def continue_on_another_number(bench: Bench) -> dict:
-    """Stopped on one, continued on two, and the other way round, with the validation at the end of the former."""
-    stop = bench.epochs // 2
+    """Stopped on half, continued on all, and the other way round, with the validation at the end of the former."""
+    stop, half = bench.epochs // 2, bench.n // 2
 
     def continued(first: int, second: int) -> dict:
         run = f"from_{first}_to_{second}"
-        stopped = bench.train(run, first, bench.batch, stops=True, MEASURED_STOP=stop)
+        stopped = bench.train(run, first, bench.shared, stops=True, MEASURED_STOP=stop)
         latest = torch.load(bench.fold(run) / "checkpoint_latest.pth", map_location="cpu", weights_only=False)
-        done = bench.train(run, second, bench.batch, "--c", MEASURED_VALIDATION=int(second == 2))
+        validates = second == bench.n
+        done = bench.train(run, second, bench.shared, "--c", MEASURED_VALIDATION=int(validates))
         final = torch.load(bench.fold(run) / "checkpoint_final.pth", map_location="cpu", weights_only=False)
         result = {
             "stopped_after_epochs": stopped["epochs_done"],
@@ -176,19 +180,19 @@ def continue_on_another_number(bench: Bench) -> dict:
             "same_names_in_both_checkpoints": list(latest["network_weights"]) == list(final["network_weights"]),
             "losses_are_finite": all(math.isfinite(loss) for loss in done["losses"]),
         }
-        if second == 2:
+        if validates:
             result["validated_cases"] = len(list((bench.fold(run) / "validation").glob("*.nii.gz")))
         return result
 
     with ThreadPoolExecutor() as side_by_side:
-        there, back = side_by_side.map(continued, (1, 2), (2, 1))
-    return {"from_1_to_2": there, "from_2_to_1": back}
+        there, back = side_by_side.map(continued, (half, bench.n), (bench.n, half))
+    return {f"from_{half}_to_{bench.n}": there, f"from_{bench.n}_to_{half}": back}
 
 
 def kill_one_process(bench: Bench) -> dict:
-    """SIGKILL to the second of two processes in the middle of a training."""
+    """SIGKILL to the last of the processes in the middle of a training."""
     run = "killed"
-    process = bench.start(run, 2, bench.batch, MEASURED_ITERATIONS=10 * bench.iterations)
+    process = bench.start(run, bench.n, bench.shared, MEASURED_ITERATIONS=10 * bench.iterations)
     begin = time.monotonic()
     while not list((bench.work / bench.name / run).glob("*/*/fold_0/measured.json")):
         if process.poll() is not None or time.monotonic() - begin > PATIENCE:
@@ -207,7 +211,7 @@ def kill_one_process(bench: Bench) -> dict:
     time.sleep(5)  # workers that prepare batches notice that their parent is gone
     left = [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
     epochs = bench.measured(run)["epochs_done"]
-    continued = bench.train(run, 2, bench.batch, "--c")
+    continued = bench.train(run, bench.n, bench.shared, "--c")
     return {
         "ended": True,
         "processes": len(ranks),
@@ -245,9 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
     parser.add_argument("--work", type=Path, default=Path("ddp_work"))
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--gpus", type=int, metavar="N", help="(all that are visible)")
     args = parser.parse_args(arguments)
-    if torch.cuda.device_count() < 2:
-        parser.error(f"two GPUs are needed, {torch.cuda.device_count()} found")
+    there = torch.cuda.device_count()
+    n = there if args.gpus is None else args.gpus
+    if not 2 <= n <= there:
+        parser.error(f"--gpus {n}: give 2 to {there}, which are here" if there > 1 else f"{there} GPUs found, 2 needed")
     if args.epochs < 3:
         parser.error("--epochs must be 3 or more: the first one compiles, and half of them come before a stop")
     work = args.work.resolve()
@@ -257,9 +264,12 @@ def main(arguments: list[str] | None = None) -> int:
     datasets = prepare(work / "data", args.synthetic)
     about = {**provenance(), "epochs": args.epochs, "iterations": args.iterations}
     results, file = {"backend": "nccl", "datasets": {}}, args.output / "ddp.json"
-    benches = [Bench(dataset, work / "runs", args.epochs, args.iterations) for dataset in datasets]
-    before = json.loads(file.read_text())["datasets"] if file.is_file() else {}
-    found = results["datasets"] = {**before, **{bench.name: before.get(bench.name, {}) for bench in benches}}
+    benches = [Bench(dataset, work / "runs", n, args.epochs, args.iterations) for dataset in datasets]
+    if file.is_file():
+        results["datasets"] = json.loads(file.read_text())["datasets"]
+    found = {
+        bench.name: results["datasets"].setdefault(bench.name, {}).setdefault(f"{n} GPUs", {}) for bench in benches
+    }
     one_writes = Lock()
 
     def do(part: tuple[int, Callable[[Bench], dict]]) -> bool:

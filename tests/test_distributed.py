@@ -8,6 +8,7 @@ have batch norms.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -365,6 +366,50 @@ def test_the_benchmark_removes_nothing_that_is_not_its_own(tmp_path, monkeypatch
         ddp.main(["--work", str(tmp_path)])
     assert "holds other things" in capsys.readouterr().err
     assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        ddp.main(["--work", str(tmp_path), "--gpus", "3"])
+    assert "--gpus 3: give 2 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_gpus", [1, 2, 3, 8])
+def test_the_benchmark_knows_no_number_of_gpus(tmp_path, monkeypatch, capsys, n_gpus):
+    """Every training has a process a GPU, or one, or half of them, and a sample for each."""
+    import ddp
+
+    trained, plans = [], {"configurations": {ddp.CONFIGURATION: {"batch_size": 2, "patch_size": [8] * 3}}}
+    folder = tmp_path / "preprocessed" / "Dataset004_X"
+    folder.mkdir(parents=True)
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+
+    class Bench(ddp.Bench):
+        def train(self, run, n, batch, *args, **more):
+            assert (folder / f"{self.plans(batch)}.json").is_file()
+            trained.append((n, batch))
+            (self.work / self.name / run / "a" / "b" / "fold_0").mkdir(parents=True, exist_ok=True)
+            for name in ("latest", "final"):
+                torch.save({"network_weights": {}}, self.fold(run) / f"checkpoint_{name}.pth")
+            losses = [0.5] * (self.epochs // 2 if more.get("stops") else self.epochs)
+            times = {"seconds": [2.0] * 4, "waiting": [0.1] * 4, "times": [0.0] * 4, "started": 0.0}
+            return {"losses": losses, "batch_size": batch, "epochs_done": len(losses), **times}
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(ddp, "Bench", Bench)
+    monkeypatch.setattr(ddp, "prepare", lambda *_: ["4", "4"])
+    monkeypatch.setattr(ddp, "provenance", lambda: {})
+    words = ["--work", str(tmp_path / "work"), "--output", str(tmp_path), "--epochs", "4"]
+    words += ["--parts", "speed_hippocampus", "losses", "continue"]
+    if n_gpus == 1:
+        with pytest.raises(SystemExit):
+            ddp.main(words)
+        assert "1 GPUs found, 2 needed" in capsys.readouterr().err
+        return
+    assert ddp.main(words) == 0
+    assert {n for n, _ in trained} == {1, n_gpus // 2, n_gpus} and all(batch >= n for n, batch in trained)
+    assert (n_gpus, 2 * n_gpus) in trained and (1, 2) in trained  # the planned batch on each, and on one
+    found = json.loads((tmp_path / "ddp.json").read_text())["datasets"]["Dataset004_X"][f"{n_gpus} GPUs"]
+    assert found["compare_speed"]["ratio_at_equal_batch_per_device"] == pytest.approx(n_gpus)
+    assert found["continue_on_another_number"][f"from_{n_gpus}_to_{n_gpus // 2}"]["losses_go_on"]
 
 
 @pytest.mark.gpu
