@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pickle
+import platform
 import shutil
 import subprocess
 import sys
@@ -546,3 +547,23 @@ def test_the_trainers_whose_networks_are_known_are_those_there_are(monkeypatch):
     for name in trainers.__all__:
         build = getattr(trainers, name).build_network_architecture
         assert build is trainers.nnUNetTrainerLGMSNet.build_network_architecture
+
+
+FAULTS = """
+import resource, numpy
+from nnunet_lgms.cli.predict import keep_freed_memory
+keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    numpy.empty(1 << 26, numpy.uint8).fill(1)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another one")
+def test_memory_that_is_freed_is_used_again():
+    """64 MiB are 16 384 pages of 4 KiB, which the system would give anew."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    said = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    assert int(said.stdout) < 20
