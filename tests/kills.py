@@ -41,7 +41,6 @@ from workshop import Workshop, make_case, write
 
 from nnunet_lgms import cli
 from nnunet_lgms.evaluation.requirement import monai_metrics
-from nnunet_lgms.nnunet.aside import ProgressPicture
 from nnunet_lgms.nnunet.checks import check_cases
 from nnunet_lgms.nnunet.workers import PROCESS_ENDED
 
@@ -370,7 +369,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    ProgressPicture.draw = lambda self, folder, logging: None  # most of the time of such short epochs
     torch.set_num_threads(1)  # a forked process must not wait for threads that were not forked
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

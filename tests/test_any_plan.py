@@ -24,7 +24,7 @@ from nnunet_lgms.planning.memory import label_manager
 
 FOLDER = Path(make.__file__).parent
 STEP_VOXELS = 1500  # of a patch that a step on the CPU is taken with
-N_COMPILED = int(os.environ.get("NNUNET_LGMS_COMPILED_PLANS", "6"))
+N_COMPILED = int(os.environ.get("NNUNET_LGMS_COMPILED_PLANS", "3"))
 
 
 def smaller(patch: tuple[int, ...], voxels: int = STEP_VOXELS) -> tuple[int, ...]:

@@ -275,8 +275,8 @@ def test_preprocessed_data_that_is_read_only(workshop, organs, small_disk, monke
 
 
 @pytest.mark.slow
-def test_progress_picture_that_cannot_be_written(workshop, organs, model):
-    (model / "fold_0" / "progress.png").unlink()
+def test_progress_picture_that_cannot_be_written(workshop, organs, model, monkeypatch):
+    monkeypatch.setattr(workshop, "pictures", True)
     (model / "fold_0" / "progress.png" / "in the way").mkdir(parents=True)
     with pytest.raises(TrainingError, match="fold_0 cannot be written .*Is a directory.*continue with --c"):
         workshop.train(organs)

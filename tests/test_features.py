@@ -22,8 +22,6 @@ GPU = "cuda"
 STEADY = "nnUNetTrainerLGMSNet_steady"  # six steps on batches that are the same in every run
 REGIONS = {"background": 0, "whole": [1, 2], "lesion": 2}
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Workshop:
@@ -51,6 +49,7 @@ def losses(checkpoint: dict) -> list[float]:
 # --- kinds of data ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_regions(workshop, tmp_path):
     dataset = workshop.dataset(502, "Regions", labels=REGIONS, regions_class_order=[1, 2])
     workshop.train(dataset, "--npz")
@@ -97,6 +96,7 @@ def test_slices_of_5_mm(workshop, tmp_path):
     assert workshop.predict(dataset, tmp_path).shape == (6, 40, 40)
 
 
+@pytest.mark.slow
 def test_folds_of_one_case_and_all(workshop, organs):
     splits = workshop.preprocessed / organs / "splits_final.json"
     of_nnunet = splits.read_text()
@@ -149,6 +149,7 @@ def test_pretrained_weights(workshop, organs):
     assert np.isfinite(losses(workshop.checkpoint(organs, fold=2))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["t", "f"])
 def test_compilation_is_nnunets_choice(workshop, organs, switch, monkeypatch):
     """On the CPU nnU-Net compiles no training, whatever the variable says, but the validation at its end."""
@@ -158,6 +159,7 @@ def test_compilation_is_nnunets_choice(workshop, organs, switch, monkeypatch):
     assert np.isfinite(losses(workshop.checkpoint(organs, fold=3))).all()
 
 
+@pytest.mark.slow
 def test_compiled_training_leaves_an_ordinary_checkpoint(workshop, organs, monkeypatch):
     """What nnU-Net does on CUDA by default, with a compiler that needs no minutes: network and Dice loss compiled."""
     torch._dynamo.reset()
@@ -169,13 +171,14 @@ def test_compiled_training_leaves_an_ordinary_checkpoint(workshop, organs, monke
     assert np.isfinite(losses(compiled)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param(GPU, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_steps_under_autocast(workshop, dtype, device):
     """nnU-Net itself uses float16 on CUDA and float32 on the CPU; bfloat16 is what GPUs without loss scaling take."""
     torch.manual_seed(0)
     with workshop.environment():
-        trainer = make_trainer(patch_size=(16, 16, 16))
+        trainer = make_trainer(patch_size=(16, 16, 16) if device == GPU else (8, 12, 8))  # float16 is slow on a CPU
     batch = make_batch(trainer)
     if device == GPU:  # nnU-Net's own autocast, inside of this one, takes its type
         trainer.device = torch.device(GPU)
@@ -242,6 +245,7 @@ def test_trained_on_the_gpu_predicted_on_the_cpu(workshop, organs, trained_on_gp
 # --- prediction ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ensemble_with_nnunets_own_network(workshop, organs, tmp_path):
     """--npz, find_best_configuration, apply_postprocessing and ensemble, with nnU-Net's U-Net as the other member."""
     other = "nnUNetTrainer_once"
@@ -318,6 +322,7 @@ def test_tile_step_and_mirroring(workshop, organs, step, mirrored):
     assert len(passes) == tiles * (8 if mirrored else 1)
 
 
+@pytest.mark.slow
 def test_predictor_takes_a_list_of_arrays(workshop, organs, tmp_path):
     """nnU-Net's own Python interface, with one process for reading; images of two sizes."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -334,6 +339,7 @@ def test_predictor_takes_a_list_of_arrays(workshop, organs, tmp_path):
         np.testing.assert_array_equal(labels, expected)
 
 
+@pytest.mark.slow
 def test_compiled_prediction(workshop, organs, tmp_path, monkeypatch):
     expected = workshop.predict(organs, tmp_path / "plain")
     torch._dynamo.reset()

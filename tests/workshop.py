@@ -3,7 +3,8 @@
 A command of nnU-Net needs seconds to be imported and its worker processes seconds more, and a test of a feature needs
 many of them. Here each console script of nnunetv2 is called as the function that it is, its process pools are pools of
 threads, it takes as many threads for PyTorch as this process has (more of them wait for each other where tests share
-the cores), and its fingerprint samples 1,000 voxels a case, not millions. Nothing else of nnU-Net is changed.
+the cores), and its fingerprint samples 1,000 voxels a case, not millions. Trainings draw no progress picture, whose
+process would cost more than they do. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ import SimpleITK as sitk
 import torch
 from conftest import ROOT
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.utilities import utils
 from PIL import Image
+
+from nnunet_lgms.nnunet.aside import ProgressPicture
 
 LABELS = {"background": 0, "organ": 1, "lesion": 2}
 TRAINER = "nnUNetTrainerLGMSNet_once"
@@ -50,6 +54,8 @@ class Workshop:
         folder: where everything goes.
     """
 
+    pictures = False  # whether trainings draw their progress
+
     def __init__(self, folder: Path):
         self.raw, self.preprocessed, self.results = (
             folder / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -71,7 +77,10 @@ class Workshop:
             for name, value in {**self.env, **env}.items():
                 patch.setenv(name, value)
             patch.setattr(multiprocessing, "get_context", lambda method=None: _Threads(get_context(method)))
+            patch.setattr(utils, "Pool", ThreadPool)
             patch.setattr(multiprocessing, "cpu_count", lambda: n_threads)
+            if not self.pictures:
+                patch.setattr(ProgressPicture, "draw", lambda picture, folder, logging: None)
             # a command sets it for CUDA, which PyTorch allows once in a process
             patch.setattr(torch, "set_num_interop_threads", lambda n: None)
             sample = DatasetFingerprintExtractor.collect_foreground_intensities

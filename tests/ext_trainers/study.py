@@ -21,6 +21,10 @@ class nnUNetTrainerLGMSNet_2epochs(nnUNetTrainerLGMSNet):
         self.num_val_iterations_per_epoch = 1
         self.save_every = 1
 
+    def on_train_start(self):
+        super().on_train_start()
+        self.logger.plot_progress_png = lambda folder: None  # its process would cost more than these steps
+
     def on_epoch_end(self):
         super().on_epoch_end()
         hold = Path(os.environ.get("STUDY_TEST_HOLDS", "nothing"))
