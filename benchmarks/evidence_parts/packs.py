@@ -163,8 +163,7 @@ def bundle(runs: Path, results: Path, out: Path, piece: int, pieces: int, models
         finished = [run.name for run in sorted(runs.iterdir()) if (run / "record.json").is_file()]
         models = {name: _model_files(results / name) for name in finished}
         sizes = {name: sum(f.stat().st_size + 4096 for f in files) for name, files in models.items() if files}
-        # the more of them the better, those of the ablations last
-        for name in sorted(sizes, key=lambda name: (name.startswith("ablations"), sizes[name])):
+        for name in sorted(sizes, key=sizes.get):  # the more of them the better
             if sizes[name] <= room:
                 room -= sizes[name]
                 chosen += models[name]

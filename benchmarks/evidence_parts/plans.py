@@ -1,4 +1,4 @@
-"""The plans of the evidence: nnU-Net's, with the paper's batch and Dice in 2D, and the overrides of the ablations."""
+"""The plans of the evidence: nnU-Net's, with the paper's batch and Dice in 2D, and the overrides."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nnunet_lgms.planning.auto_kernels import components_of
 from nnunet_lgms.planning.override import override_plans
 from nnunet_lgms.planning.plans_files import read_override, read_plans
 
-from .runs import PLANNED, PUBLISHED, RESENC, STAGES
-from .sets import SETS, splits_of
+from .runs import PLANNED, PUBLISHED, RESENC, models_of
+from .sets import SETS, DataSet, splits_of
 
 PAPER_BATCH = 16  # of the paper's 2D script
 PAPER_LEVELS = 5
@@ -45,12 +45,11 @@ def published_levels(plans: dict[str, Any], configuration: str) -> dict[str, Any
 
 def write_plans(preprocessed: Path, dataset: str) -> list[str]:
     """All plans that the stages need of a dataset, beside nnU-Net's own; their names."""
-    stages = [stage for stage in STAGES.values() if stage.dataset == dataset]
-    models, configuration = [m for stage in stages for m in stage.models.values()], stages[0].configuration
+    row = _row(dataset)
+    models, configuration = models_of(row).values(), row.configuration
     planned = evidence_plans(read_plans(dataset, "nnUNetPlans"), configuration)
-    bases = {PLANNED: planned, PUBLISHED: published_levels(planned, configuration)}
-    if any(model.plans == RESENC for model in models):
-        bases[RESENC] = evidence_plans(read_plans(dataset, "nnUNetResEncUNetMPlans"), configuration, RESENC)
+    residual = evidence_plans(read_plans(dataset, "nnUNetResEncUNetMPlans"), configuration, RESENC)
+    bases = {PLANNED: planned, PUBLISHED: published_levels(planned, configuration), RESENC: residual}
     written = {}
     for model in models:
         plans = bases[model.plans]
@@ -71,6 +70,9 @@ def write_splits(preprocessed: Path, dataset: str, data: Path | None) -> None:
         if not file.is_file():
             raise ValueError(f"There is no {file}: name the folder of the data (--data), from which it is made.")
         return
-    row = next(row for row in SETS.values() if row.name == dataset)
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(splits_of(row, data), indent=1) + "\n")
+        temporary.write_text(json.dumps(splits_of(_row(dataset), data), indent=1) + "\n")
+
+
+def _row(dataset: str) -> DataSet:
+    return next(row for row in SETS.values() if row.name == dataset)

@@ -10,7 +10,7 @@ import numpy as np
 from nnunet_lgms.evaluation.statistics import bootstrap_mean
 from nnunet_lgms.files import atomic_write, read_json
 
-from .runs import MODELS, STAGES
+from .runs import MODELS, STAGES, models_of
 from .sets import SETS
 
 BEGIN, END = "<!-- evidence: made by benchmarks/evidence.py report; a test compares -->", "<!-- end of evidence -->"
@@ -19,11 +19,13 @@ MIRRORED = "validation-mirrored"
 REFERENCES = Path(__file__).with_name("references.json")
 MINUS = "\N{MINUS SIGN}"
 STU = SETS["stu"].name
-#: trainings of before there was a table of sets: what they are about, and what they were tested on
+#: trainings of other stages, which are made no more: what they are about, and what they were tested on
 OLDER = {
     "busi": ("BUSI, the paper's split 1, epochs of one pass", [STU]),
     "hippocampus": ("Hippocampus, fold 0 of nnU-Net's five, epochs of one pass", []),
     "hippocampus_equal_time": ("Hippocampus, longer trainings of LGMSNet alone, among them the shipped model", []),
+    "ablations_busi": ("Ablations, BUSI, the published levels", []),
+    "ablations_hippocampus": ("Ablations, hippocampus, the planned levels", []),
 }
 # rows of the README's table: title, stages that measure it (the first that was run counts), scores
 README_SETS = [
@@ -65,9 +67,9 @@ class Results:
     def titles(self, stage: str) -> dict[str, str]:
         """Model → what the tables call it; of stages that are trained no more, the models that were."""
         if stage in STAGES:
-            return {name: model.title for name, model in STAGES[stage].models.items()}
+            return {name: model.title for name, model in models_of(STAGES[stage]).items()}
         found = {r["run"]["model"]: r["title"] for r in self.runs if r["run"]["stage"] == stage}
-        return {name: found[name] for name in MODELS if name in found}
+        return {name: found[name] for name in ("default", *MODELS, *found) if name in found}
 
 
 def per_case(runs: Sequence[dict], scores: str, metric: str) -> dict[str, float]:
@@ -131,13 +133,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 
-def scores_table(
-    results: Results, stage: str, epochs: int, scores: str, baseline: str = "nnunet", distances: bool = True
-) -> list[str]:
-    """A line a model: scores without mirroring, Dice with it, and the differences to the baseline."""
+def scores_table(results: Results, stage: str, epochs: int, scores: str, distances: bool = True) -> list[str]:
+    """A line a model: scores without mirroring, Dice with it, and differences to nnU-Net's U-Net or the default."""
     titles, models = results.titles(stage), {}
     for name in titles:
         models[name] = results.of(stage, name, epochs)
+    baseline = "default" if "default" in titles else "nnunet"
     done = [run for runs in models.values() for run in runs]
     unit = next((run["scores"][scores]["unit"] for run in done), "")
     ways = [way for way in (scores, f"{scores}-mirrored") if any(way in run["scores"] for run in done)]
@@ -183,15 +184,15 @@ def against(ours: Sequence[dict], theirs: Sequence[dict], scores: str) -> list[s
     return [signed(diff), verdict]
 
 
-def stage_lines(results: Results, stage: str, unseen: Sequence[str], **options) -> list[str]:
+def stage_lines(results: Results, stage: str, unseen: Sequence[str], distances: bool = True) -> list[str]:
     """The tables of a stage: its validation cases, and what its models were tested on without further training."""
     lines = []
     for epochs in results.schedules(stage):
-        lines += [*scores_table(results, stage, epochs, "validation", **options), ""]
+        lines += [*scores_table(results, stage, epochs, "validation", distances), ""]
         for name in unseen:
             about = next(row.about for row in SETS.values() if row.name == name)
             lines += [f"The same models, without further training, on {about}:", ""]
-            lines += [*scores_table(results, stage, epochs, name, **options), ""]
+            lines += [*scores_table(results, stage, epochs, name, distances), ""]
     return lines or [f"{NOT_RUN.capitalize()}.", ""]
 
 
@@ -273,8 +274,6 @@ def evidence_md(results: Results) -> str:
     for stage, (title, unseen) in OLDER.items():
         lines += [f"## {title}", "", *stage_lines(results, stage, unseen)]
     lines += ["## The authors' own figures", "", *reference_lines(results)]
-    for stage in ("ablations_busi", "ablations_hippocampus"):
-        lines += [f"## Ablations, {STAGES[stage].dataset}", "", *stage_lines(results, stage, (), baseline="default")]
     lines += ["## Cost", "", *costs_table(results), "", "On a GPU:", "", *gpu_table(results), ""]
     lines += ["## What was run, and what was left", "", *_runs_table(results), ""]
     return "\n".join(lines)

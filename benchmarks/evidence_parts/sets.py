@@ -91,6 +91,8 @@ class DataSet:
         images: pattern of the image files in ``source``, with the case's name as its group.
         masks: the mask of a case, with ``{}`` for what the group holds.
         about: what the tables say of it.
+        folds: how many splits the rule gives.
+        unseen: sets that its models are tested on without further training.
     """
 
     number: int
@@ -102,6 +104,8 @@ class DataSet:
     about: str
     images: str = r"images/(.+)\.nii\.gz"
     masks: str = "masks/{}.nii.gz"
+    folds: int = 1
+    unseen: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -152,27 +156,28 @@ MSD = {"images": r"imagesTr/(.+)_0000\.nii\.gz", "masks": "labelsTr/{}.nii.gz"}
 
 SETS = {
     "kvasir": DataSet(
-        103, "Kvasir", "kvasir", RGB, ("polyp",), seeded(0.8, 3), "Kvasir-SEG, polyps; 900 images, seeded 80/20", **JPEG
+        103, "Kvasir", "kvasir", RGB, ("polyp",), seeded(0.8, 3), "Kvasir-SEG, polyps; 900 images, seeded 80/20",
+        folds=3, **JPEG
     ),
     "acdc": DataSet(
         104, "ACDC", "acdc", MRI, ("RV", "myocardium", "LV"), five_folds(lambda case: case.split("_")[0]),
-        "ACDC, cine MRI of the heart; 80 volumes of 40 patients, five folds of patients"
+        "ACDC, cine MRI of the heart; 80 volumes of 40 patients, five folds of patients", folds=5
     ),
     "isic": DataSet(
         105, "ISIC2017", "isic2017", RGB, ("lesion",), listed("train.txt", "val.txt"),
-        "ISIC 2017, dermoscopy; the official 2000 and 150 images", **JPEG
+        "ISIC 2017, dermoscopy; the official 2000 and 150 images", unseen=("ph2",), **JPEG
     ),
     "busi": DataSet(
         101, "BUSI", "busi_256", GREY, ("lesion",), papers("paper_splits.json"),
-        "BUSI, breast ultrasound; the paper's splits", **PNG
+        "BUSI, breast ultrasound; the paper's splits", folds=3, unseen=("stu",), **PNG
     ),
     "hippocampus": DataSet(
         4, "Hippocampus", "hippocampus", MRI, ("anterior", "posterior"), five_folds(),
-        "hippocampus, MRI, Medical Segmentation Decathlon; 230 volumes, five folds", **MSD
+        "hippocampus, MRI, Medical Segmentation Decathlon; 230 volumes, five folds", folds=5, **MSD
     ),
     "chaos": DataSet(
         106, "CHAOST2", "chaos_t2", MRI, ("liver", "right_kidney", "left_kidney", "spleen"), five_folds(),
-        "CHAOS, abdominal T2-SPIR MRI; 20 volumes, five folds"
+        "CHAOS, abdominal T2-SPIR MRI; 20 volumes, five folds", folds=5
     ),
     "la2018": DataSet(
         107, "LA2018", "la2018", MRI, ("atrium",), listed("train.list", "test.list"),

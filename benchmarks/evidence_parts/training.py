@@ -3,8 +3,8 @@
 The trainers are the plugin's and nnU-Net's as they are, so a model folder that comes out is predicted with by
 ``nnUNetv2_predict`` like any other. What differs from ``nnUNetv2_train``:
 
-- an epoch has the stage's steps in place of 250, with one batch of validation after it, uncompiled;
-- no "best" checkpoint is kept, as only the last epoch is evaluated, and the progress plot is drawn once;
+- an epoch has 100 steps in place of 250, with one batch of validation after it, uncompiled;
+- no "best" checkpoint is kept, as only the last epoch is evaluated, and no progress plot is drawn;
 - the weights are seeded. nnU-Net's worker processes draw their samples unseeded, and it offers no way to seed them, so
   a training does not repeat exactly.
 """
@@ -60,6 +60,7 @@ class Watch:
 
     def on_train_epoch_start(self) -> None:
         self.original["on_train_epoch_start"]()
+        self.trainer.logger.plot_progress_png = lambda folder: None  # once the trainer has set its own
         self.last = time.perf_counter()
 
     def train_step(self, batch: dict) -> dict:
@@ -104,19 +105,16 @@ def make_trainer(run: Run, preprocessed: Path, device: str, continued: bool = Fa
         seed(run.seed)
     os.environ["nnUNet_extTrainer"] = str(TRAINERS)  # the plugin is not installed where there is only a checkout
     cls = recursive_find_trainer_class_by_name(run.settings.trainer)
-    folder = preprocessed / run.of.dataset
+    folder = preprocessed / run.of.name
     plans = read_json(folder / f"{run.settings.plans_name}.json") | {"continue_training": continued}
     trainer = cls(plans, run.of.configuration, run.fold, read_json(folder / "dataset.json"), torch.device(device))
     trainer.num_epochs = run.epochs
-    n_training = len(read_json(folder / "splits_final.json")[run.fold]["train"])
-    passing = max(1, round(n_training / trainer.configuration_manager.batch_size))
-    trainer.num_iterations_per_epoch = run.iterations or passing
+    trainer.num_iterations_per_epoch = run.iterations
     trainer.num_val_iterations_per_epoch = 1
     if isinstance(trainer, nnUNetTrainerLGMSNet_paper2D):  # its epochs are passes, set when it gets the data
         trainer.get_tr_and_val_datasets = super(nnUNetTrainerLGMSNet_paper2D, trainer).get_tr_and_val_datasets
     trainer.save_every = run.epochs + 1
     trainer._best_ema = float("inf")
-    trainer.logger.plot_progress_png = lambda folder: None
     return trainer
 
 
@@ -150,7 +148,7 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
         "title": run.settings.title,
         "trainer": run.settings.trainer,
         "plans": run.settings.plans_name,
-        "dataset": run.of.dataset,
+        "dataset": run.of.name,
         "configuration": run.of.configuration,
         "fold": run.fold,
         "batch_size": trainer.configuration_manager.batch_size,

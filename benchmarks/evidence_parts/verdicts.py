@@ -8,13 +8,12 @@ import numpy as np
 
 from nnunet_lgms.evaluation.statistics import holm
 
-from .report import NOT_RUN, Results, difference, per_case, scores_table, signed, table
-from .runs import SEVEN
+from .report import MIRRORED, NOT_RUN, Results, difference, per_case, signed, stage_lines, table
+from .runs import MODELS, STAGES
 from .sets import SETS
 
 NETWORKS = ("lgmsnet", "lgmsnet_nnunetda", "published")  # ours, each against both of
 RIVALS = {"nnunet": "nnU-Net's U-Net", "resenc_m": "ResEnc M"}
-MIRRORED = "validation-mirrored"
 LEVEL = 0.05
 
 HOW = """All networks of a set take equally many steps, in 2D with equal batches; the last epoch is evaluated. LGMSNet,
@@ -29,16 +28,9 @@ Where there is one training, what another would give is in neither."""
 def seven_lines(results: Results) -> list[str]:
     """The section of ``evidence.md``."""
     lines = ["## Seven data sets", "", " ".join(HOW.split()), "", *verdicts(results), ""]
-    for stage, of in SEVEN.items():
-        row = SETS[stage.removeprefix("sets_")]
-        lines += [f"### {row.about}", ""]
-        for epochs in results.schedules(stage):
-            lines += [*scores_table(results, stage, epochs, "validation", distances=row.title != "ACDC"), ""]
-            for unseen in of.zero_shot:
-                about = next(other.about for other in SETS.values() if other.name == unseen)
-                lines += [f"The same models, without further training, on {about}:", ""]
-                lines += [*scores_table(results, stage, epochs, unseen), ""]
-        lines += [] if results.schedules(stage) else [f"{NOT_RUN.capitalize()}.", ""]
+    for stage, row in STAGES.items():
+        unseen = [SETS[name].name for name in row.unseen]
+        lines += [f"### {row.about}", "", *stage_lines(results, stage, unseen, distances=row.title != "ACDC")]
     return lines
 
 
@@ -58,21 +50,20 @@ def verdicts(results: Results) -> list[str]:
     for name in NETWORKS:
         for rival, called in RIVALS.items():
             there, cells = {}, []
-            for stage in SEVEN:
+            for stage in STAGES:
                 for epochs in results.schedules(stage)[:1]:
                     pair = results.of(stage, name, epochs), results.of(stage, rival, epochs)
                     if all(pair) and all(MIRRORED in run["scores"] for runs in pair for run in runs):
                         there[stage] = difference(*pair, MIRRORED, "Dice"), p_value(*pair)
             adjusted = dict(zip(there, holm([p for _, p in there.values()])))
             won = {stage: adjusted[stage] < LEVEL and np.sign(there[stage][0][0]) for stage in there}
-            for stage in SEVEN:
+            for stage in STAGES:
                 said = f"{signed(there[stage][0])}, p {adjusted[stage]:.2g}" if stage in there else NOT_RUN
                 cells.append(said)
             counts = [sum(w == sign for w in won.values()) for sign in (1, 0, -1)]
             if there:
-                title = next(of.models[name].title for of in SEVEN.values() if name in of.models)
-                rows.append([title, called, *cells, " / ".join(map(str, counts))])
+                rows.append([MODELS[name].title, called, *cells, " / ".join(map(str, counts))])
     if not rows:
         return [f"{NOT_RUN.capitalize()}."]
-    heads = ["", "against", *(SETS[stage.removeprefix("sets_")].title for stage in SEVEN), "ahead / level / behind"]
+    heads = ["", "against", *(row.title for row in STAGES.values()), "ahead / level / behind"]
     return [*table(heads, rows), "", " ".join(TESTED.split())]

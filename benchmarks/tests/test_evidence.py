@@ -135,8 +135,8 @@ def test_seeds_count_as_noise(tmp_path):
     other = [result("kernels_3", list(values + 0.02), seed, "ablations_busi", 60) for seed in (0, 1, 2)]
     assert report.noise(report.difference(other, runs, "validation", "IoU")) == "better"
     results = write_results(tmp_path, *runs, *other)
-    table = report.scores_table(results, "ablations_busi", 60, "validation", baseline="default")
-    (line,) = [line for line in table if line.startswith("| kernel 3 alone")]
+    table = report.scores_table(results, "ablations_busi", 60, "validation")
+    (line,) = [line for line in table if line.startswith("| kernels_3")]
     assert "within noise" in line and "| 0, 1, 2 |" in line and "| 0.0" in line
     assert "SD of seeds" in table[0] and "Dice against the default" in table[0]
 
@@ -182,11 +182,11 @@ def test_readme_needs_its_markers(tmp_path):
 def test_words_name_runs():
     names = [run.name for run in runs_of("sets_busi:published,nnunet:50")]
     assert names == ["sets_busi-published-50x100-s0", "sets_busi-nnunet-50x100-s0"]
-    assert [(r.model, r.seed) for r in runs_of("ablations_busi:default,kernels_3::0,1")] == [
-        ("default", 0),
-        ("kernels_3", 0),
-        ("default", 1),
-        ("kernels_3", 1),
+    assert [(r.model, r.seed) for r in runs_of("sets_acdc:lgmsnet,nnunet::0,1")] == [
+        ("lgmsnet", 0),
+        ("nnunet", 0),
+        ("lgmsnet", 1),
+        ("nnunet", 1),
     ]
     assert {r.epochs for r in runs_of("sets_busi")} == {100}
 
@@ -205,7 +205,7 @@ def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
         "run = json.loads(sys.argv[2]); work = pathlib.Path(sys.argv[sys.argv.index('--work') + 1])\n"
         "if run['seed'] == 1: sys.exit('no such data')\n"
         "if run['seed'] == 2: time.sleep(60)\n"
-        "name = f\"{run['stage']}-{run['model']}-{run['epochs']}-s{run['seed']}\"\n"
+        "name = f\"{run['stage']}-{run['model']}-{run['epochs']}x{run['iterations']}-s{run['seed']}\"\n"
         "for file in json.loads((work / 'files.json').read_text()):\n"
         "    (work / 'runs' / name / file).write_text('{}')\n"
     )
@@ -214,12 +214,12 @@ def test_scheduler_runs_stops_and_goes_on(tmp_path, monkeypatch):
     runs = [Run("sets_busi", "nnunet", 5, seed) for seed in range(4)]
     (tmp_path / "files.json").write_text(json.dumps(["record.json", *(file_of(*p) for p in runs[0].predictions)]))
     state = scheduler.train_all(runs, tmp_path, "cpu", 1, 8)
-    assert state["sets_busi-nnunet-5-s0"] == "finished" and "no such data" in state["sets_busi-nnunet-5-s1"]
+    assert state["sets_busi-nnunet-5x100-s0"] == "finished" and "no such data" in state["sets_busi-nnunet-5x100-s1"]
     assert (
-        "goes on when called again" in state["sets_busi-nnunet-5-s2"]
-        and state["sets_busi-nnunet-5-s3"] == "not started"
+        "goes on when called again" in state["sets_busi-nnunet-5x100-s2"]
+        and state["sets_busi-nnunet-5x100-s3"] == "not started"
     )
-    assert scheduler.train_all(runs[:1], tmp_path, "cpu", 1, 4) == {"sets_busi-nnunet-5-s0": "finished before"}
+    assert scheduler.train_all(runs[:1], tmp_path, "cpu", 1, 4) == {"sets_busi-nnunet-5x100-s0": "finished before"}
 
 
 def test_trainings_are_spread_over_the_gpus(tmp_path, monkeypatch):
@@ -311,7 +311,7 @@ def test_a_packed_dataset_arrives_as_nnunet_wrote_it(tmp_path):
 
 def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path):
     random = np.random.default_rng(0)
-    for name, size in (("small", 40_000), ("large", 4_000_000), ("ablations_busi-small", 39_000)):
+    for name, size in (("small", 40_000), ("large", 4_000_000), ("smaller", 39_000)):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "record.json").write_text("{}")
         (tmp_path / "runs" / name / "validation.npz").write_bytes(random.bytes(300_000))
@@ -329,10 +329,10 @@ def test_results_come_back_in_pieces_and_models_as_far_as_there_is_room(tmp_path
         file = f"runs/{name}/validation.npz"
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / file).read_bytes()
     assert not list((tmp_path / "back").rglob(".*"))  # what is still being written
-    weights = sorted((tmp_path / "back").glob("models/**/weights.pth"))
-    assert [file.stat().st_size for file in weights] == [39_000, 40_000]
+    weights = (tmp_path / "back").glob("models/**/weights.pth")
+    assert sorted(file.stat().st_size for file in weights) == [39_000, 40_000]
     left_out = packs.bundle(tmp_path / "runs", tmp_path / "results", tmp_path / "tight", piece=2**20 + 50_000, pieces=2)
-    assert left_out == ["large", "ablations_busi-small"]  # the latter would be the smallest
+    assert left_out == ["small", "large"]
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from evidence_parts import packs, verdicts
 from evidence_parts.report import Results
-from evidence_parts.runs import SEVEN, Run, runs_of
+from evidence_parts.runs import STAGES, Run, models_of, runs_of
 from evidence_parts.sets import PIXELS, SETS, gather, pixels, splits_of
 from PIL import Image
 
@@ -80,7 +80,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path, wrong, said):
 def test_every_set_is_trained_on_its_splits():
     assert [run.fold for run in runs_of("sets_acdc:lgmsnet:5:0,1,2,6")] == [0, 1, 2, 1]
     assert {run.fold for run in runs_of("sets_isic:lgmsnet:5:0,1,2")} == {0}
-    assert {"lgmsnet", "lgmsnet_nnunetda", "nnunet", "resenc_m", "plain"} <= set(SEVEN["sets_la2018"].models)
+    assert {"lgmsnet", "lgmsnet_nnunetda", "nnunet", "resenc_m", "plain"} <= set(models_of(STAGES["sets_la2018"]))
     assert runs_of("sets_kvasir:nnunet:50")[0].name == "sets_kvasir-nnunet-50x100-s0"
 
 

@@ -1,6 +1,6 @@
 """Patch and batch that fill a card: what `nnunet_lgms plan` gives LGMSNet, and nnU-Net's own planner its U-Net.
 
-    python benchmarks/planned.py [--vram 8]       to benchmarks/results/planned.{json,md}
+    python benchmarks/planners.py [--vram 8]       to benchmarks/results/planned.{json,md}
 
 The fingerprints are those of tests/planned_by_nnunet; nnU-Net's plans are made by its own planner with the same memory.
 Nothing is measured: LGMSNet's memory is counted on PyTorch's meta device (see nnunet_lgms/planning/memory.py).
