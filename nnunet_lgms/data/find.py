@@ -83,7 +83,8 @@ def find_cases(description: DatasetDescription, source: Path, wanted_groups: Ite
     layout = description.layouts[matches.index((images, masks))]
     if not images.keys() & masks.keys():
         raise ValueError(
-            f"{source} does not look like {description.title}: {_expected(description)}, {_found(source, paths)}"
+            f"{source} does not look like {description.title}: {_expected(description)}, {_found(source, paths)} Pairs "
+            "with other names: nnunet_lgms convert folder IMAGES MASKS --id N."
         )
     return _pair(description, layout, images, masks, wanted_groups)
 

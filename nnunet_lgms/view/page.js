@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const KEPT = 64; // slices that are kept of each plane
-const state = { session: null, files: [], image: null, planes: [], rows: [], hidden: new Set(), active: 0, busy: false };
+const state = { session: null, files: [], image: null, planes: [], rows: [], colours: new Map(), hidden: new Set(), active: 0, busy: false };
 
 if (location.search) history.replaceState(null, "", "/"); // the token is a cookie from now on
 
@@ -174,6 +174,7 @@ function said({ amount, unit }) {
 function clear() {
   state.planes = [];
   state.rows = [];
+  state.colours.clear();
   $("planes").replaceChildren();
   $("legend").replaceChildren();
 }
