@@ -148,7 +148,6 @@ def test_a_training_does_not_wait_for_ever_for_a_killed_process(clean_env, train
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == said, result.stderr
 
 
-@pytest.mark.slow
 def test_datasets_go_to_processes_that_are_spawned(workshop, organs):
     """Pickled, as on systems without fork."""
     with workshop.environment():
@@ -231,7 +230,6 @@ def test_disk_full_at_the_start(workshop, organs, model, monkeypatch):
     assert (model / "plans.json").read_bytes() == plans
 
 
-@pytest.mark.slow
 def test_shared_memory_of_a_container(workshop, organs, model, monkeypatch):
     """Processes that prepare batches would fail one batch after the other, and the training wait for ever."""
     usage = shutil.disk_usage
@@ -501,7 +499,6 @@ def test_weights_are_not_left_with_the_plans_of_others(workshop, organs, model, 
     assert {file: file.read_bytes() for file in before} == before
 
 
-@pytest.mark.slow
 def test_the_only_fold_may_be_trained_anew_with_other_plans(workshop, organs, model, data):
     edit(data / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(spacing=[2.0, 1.0, 1.0]))
     workshop.train(organs)
