@@ -59,7 +59,7 @@ class Picture:
             values = samples.astype(np.uint8)
         else:
             values = self._quantised(samples[0])[None]
-        self.flat, self.spacing_known = case.flat, has_spacing(case)
+        self.flat = case.flat
         self._order, self._flips, self.edges = orientation(case)
         self.values = self._turned(values)
         self.spacing = tuple(case.spacing[axis] for axis in self._order)
