@@ -6,7 +6,6 @@
     python benchmarks/evidence.py train sets_busi:lgmsnet,nnunet:50 --jobs 2 --seconds 500 --work WORK
     python benchmarks/evidence.py bundle --work WORK --out OUT
     python benchmarks/evidence.py scores OUT...               # writes benchmarks/results/evidence/*.json
-    python benchmarks/evidence.py costs                       # parameters and GMAC
     python benchmarks/evidence.py report                      # benchmarks/results/evidence.{md,png}, the README
 
 Every step can be called again: finished trainings are not repeated, and those that ran out of time go on where they
@@ -28,7 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from evidence_parts.runs import STAGES, Run, runs_of  # noqa: E402
 from evidence_parts.sets import SETS  # noqa: E402
-from record import RESULTS, provenance, write  # noqa: E402
+from record import RESULTS  # noqa: E402
 
 MIB = 2**20
 
@@ -139,13 +138,6 @@ def _add_to(file: Path, new: dict) -> None:
         temporary.write_text(json.dumps(before | new, indent=1) + "\n")
 
 
-def costs(args: argparse.Namespace) -> int:
-    from evidence_parts.costs import count_costs
-
-    write(args.results / "evidence", "costs", count_costs() | provenance())
-    return 0
-
-
 def report(args: argparse.Namespace) -> int:
     from evidence_parts.pictures import draw
     from evidence_parts.report import readme_with, write_report
@@ -194,9 +186,8 @@ def main() -> int:
     sub = command(scores)
     sub.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     sub.add_argument("--unpacked", type=Path, metavar="FOLDER", help="where its files go (BUNDLE/unpacked)")
-    command(costs)
     command(report)
-    for sub in (commands.choices[name] for name in ("scores", "costs", "report")):
+    for sub in (commands.choices[name] for name in ("scores", "report")):
         sub.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="(benchmarks/results)")
     args = parser.parse_args()
     if hasattr(args, "work"):

@@ -25,14 +25,14 @@ READER = {"overwrite_image_reader_writer": "NibabelIO"}
 HIPPOCAMPUS_BATCH = 9  # what nnU-Net plans for all 260 cases of the set; for the demo's 24 it plans 2
 
 
-def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> list[str]:
+def prepare(folder: Path, synthetic: int) -> list[str]:
     """nnU-Net's folders, below ``folder``, and the two datasets, planned and preprocessed; their numbers.
 
     A folder where the same was prepared is used as it is.
     """
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[name] = str(folder / name)
-    prepared, wanted = folder / "prepared.json", {"synthetic": synthetic, "batch": batch}
+    prepared, wanted = folder / "prepared.json", {"synthetic": synthetic}
     if prepared.is_file() and json.loads(prepared.read_text()) == wanted:
         return ["4", str(SYNTHETIC_ID)]
     shutil.rmtree(folder, ignore_errors=True)
@@ -46,7 +46,7 @@ def prepare(folder: Path, synthetic: int, batch: int = HIPPOCAMPUS_BATCH) -> lis
     subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
     file = folder / "nnUNet_preprocessed" / HIPPOCAMPUS / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
-    plans["configurations"][CONFIGURATION]["batch_size"] = batch
+    plans["configurations"][CONFIGURATION]["batch_size"] = HIPPOCAMPUS_BATCH
     file.write_text(json.dumps(plans))
     make_synthetic(synthetic)
     prepared.write_text(json.dumps(wanted))

@@ -50,7 +50,6 @@ class Results:
         contents = [read_json(file) | {"name": file.stem} for file in sorted((folder / "evidence").glob("*.json"))]
         self.runs = [content for content in contents if "scores" in content]
         self.state = self.read("evidence/state.json") or {}
-        self.references = read_json(REFERENCES)
 
     def read(self, name: str):
         return read_json(self.folder / name) if (self.folder / name).is_file() else None
@@ -198,7 +197,7 @@ def stage_lines(results: Results, stage: str, unseen: Sequence[str], distances: 
 
 def reference_lines(results: Results) -> list[str]:
     """The authors' figures for the paper's first split of BUSI and for STU, and ours."""
-    authors, lines = results.references["authors"], []
+    authors, lines = read_json(REFERENCES), []
     for data, title, scores in (("busi", "BUSI, split 1", "validation"), ("stu", "STU", STU)):
         ranges = (f"{m} {' to '.join(f'{v:.3f}' for v in authors[data][m])}" for m in ("IoU", "Dice"))
         line = f"- {title}: {', '.join(ranges)}"
@@ -208,43 +207,6 @@ def reference_lines(results: Results) -> list[str]:
                 line += f"; ours, {MODELS['published'].title}: {', '.join(ours)}"
         lines.append(line)
     return [f"Of {authors['what']} ({authors['source']}):", "", *lines, ""]
-
-
-NETWORK_NAMES = {
-    "lgmsnet": "LGMSNet",
-    "plain": "nnU-Net's PlainConvUNet",
-    "resenc_m": "nnU-Net's ResEnc M",
-    "mednext_s": "MedNeXt-S-like",
-}
-
-
-def costs_table(results: Results) -> list[str]:
-    """Parameters and GMAC, and the time on two CPU threads where `cpu.py` measured it."""
-    cpu = (results.read("cpu.json") or {"rows": {}})["rows"]
-    rows = []
-    for size, networks in (results.read("evidence/costs.json") or {"sizes": {}})["sizes"].items():
-        key = f"inference, {size.replace('²', '^2').replace('³', '^3')}"
-        for name, cost in networks.items():
-            seconds = cpu.get(key, {"median": {}})["median"].get(name)
-            cells = [NETWORK_NAMES[name], size, millions(cost["parameters"]), f"{cost['gmac']:.2f}"]
-            rows.append([*cells, NOT_RUN if seconds is None else f"{1e3 * seconds:.0f}"])
-    for other in results.references["published"]:
-        cells = [f"{other['network']}, not measured here", other["source"], millions(other["parameters"])]
-        rows.append([*cells, f"{other['gflops']} GFLOPs as published", ""])
-    return table(["network", "input", "parameters", "GMAC", "CPU inference, ms"], rows)
-
-
-def gpu_table(results: Results) -> list[str]:
-    """Steps on a GPU, compiled as each network's trainer compiles it, where `gpu.py` measured them."""
-    rows = []
-    for row in results.read("gpu.json") or []:
-        if "failed" in row or row["mode"] != ("graphs" if row["network"] == "lgmsnet" else "compiled"):
-            continue
-        cells = [NETWORK_NAMES[row["network"]], " × ".join(map(str, row["input"]))]
-        cells += [f"{row[key][0]:.1f}" for key in ("train_ms", "infer_ms")]
-        rows.append([*cells, f"{row['train_gib']:.2f}" if row["train_gib"] else "", row["device"]])
-    heads = ["network", "input", "training step, ms", "inference, ms", "training, GiB", "device"]
-    return table(heads, rows) if rows else [f"{NOT_RUN.capitalize()}."]
 
 
 # ---- the texts -------------------------------------------------------------------------------------------------------
@@ -274,7 +236,7 @@ def evidence_md(results: Results) -> str:
     for stage, (title, unseen) in OLDER.items():
         lines += [f"## {title}", "", *stage_lines(results, stage, unseen)]
     lines += ["## The authors' own figures", "", *reference_lines(results)]
-    lines += ["## Cost", "", *costs_table(results), "", "On a GPU:", "", *gpu_table(results), ""]
+    lines += ["Steps are timed on a [GPU](gpu.md) and on a [CPU](cpu.md).", ""]
     lines += ["## What was run, and what was left", "", *_runs_table(results), ""]
     return "\n".join(lines)
 

@@ -84,7 +84,7 @@ def write_results(folder: Path, *results: dict) -> report.Results:
 
 def test_without_results_everything_is_not_run(tmp_path):
     text = report.evidence_md(report.Results(tmp_path))
-    assert text.count("Not run.") == 15 and "IoU 0.673 to 0.681" in text
+    assert text.count("Not run.") == 14 and "IoU 0.673 to 0.681" in text
     section = report.readme_section(report.Results(tmp_path))
     assert "Accuracy is **not measured yet**" in section and "Cost on a GPU is **not measured yet**" in section
     assert not pictures.draw(tmp_path)
@@ -112,17 +112,6 @@ def test_tables_hold_means_intervals_and_what_is_within_noise(tmp_path):
     section = report.readme_section(results)
     assert "| BUSI, breast ultrasound | 0.719 (+0.000 [+0.000, +0.000]) | not run | 0.719 |" in section
     assert "One training each of 280 to 280 steps" in section and "Cost on a GPU is **not measured yet**" in section
-
-
-def test_gpu_rows_are_those_that_the_trainers_use(tmp_path):
-    row = {"input": [16, 3, 256, 256], "infer_ms": [3.0, 2, 4], "train_gib": 1.5, "device": "made up"}
-    rows = [
-        row | {"network": network, "mode": mode, "train_ms": [step, step, step]}
-        for network, mode, step in (("lgmsnet", "graphs", 18), ("lgmsnet", "compiled", 65), ("plain", "compiled", 24))
-    ] + [{"network": "resenc_m", "mode": "compiled", "failed": "no memory"}]
-    (tmp_path / "gpu.json").write_text(json.dumps(rows))
-    table = report.gpu_table(report.Results(tmp_path))
-    assert len(table) == 4 and "| 18.0 |" in table[2] and "| 24.0 |" in table[3]
 
 
 def test_seeds_count_as_noise(tmp_path):
