@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -39,14 +40,16 @@ from nnunet_lgms.ops.launch import launch
 
 EXTRA = 4  # channels beside those of the head
 SAMPLE = 256  # keys from which the largest logit is estimated
-MARGIN = -7.0  # from there to m: the largest weight of the sample is 2^7, and float16 ends at 2^16 and, here, at 2^-14
+# From there to m: the largest weight of the sample is 2^5, where float16 ends at 2^16 and, here, at 2^-14. A higher one
+# would have more weights in the range, with fewer digits of their exponents.
+MARGIN = -5.0
 LOG2_E = 1 / math.log(2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tiles(NamedTuple):
-    """Tokens of a program, tokens that it takes at a time, warps, stages; whether logits are summed in float16, and how
-    many of 4 powers are computed by polynomials.
+    """Tokens of a program, tokens that it takes at a time, warps, stages; whether logits may be summed in float16, and
+    how many of 4 powers are computed by polynomials. As they were fastest on an H200.
     """
 
     rows: int = 128
@@ -57,7 +60,7 @@ class Tiles(NamedTuple):
     polynomials: int = 2
 
 
-FORWARD, KEYS, QUERIES = Tiles(), Tiles(columns=32), Tiles()
+FORWARD, GRADIENTS = Tiles(half_logits=False), Tiles(rows=64, columns=128, stages=4)
 FLOAT32 = Tiles(rows=64, columns=16, stages=2)  # of all three
 BLOCK = 128  # tokens are padded to a multiple, or to a power of two below
 
@@ -94,12 +97,21 @@ def lanes(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels + EXTRA))
 
 
+@cache
+def _sums_in_one_go(device: torch.device) -> bool:
+    """Whether 16 products are summed before they are rounded to float16, as Hopper was seen to do.
+
+    A logit is a small difference of large numbers, which must not be rounded on the way.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _options(tiles: Tiles, sizes: Sizes, like: Tensor, precision: str) -> dict:
-    half = like.dtype == torch.float16
+    half = tiles.half_logits and like.dtype == torch.float16 and sizes.lanes == 16 and _sums_in_one_go(like.device)
     return {
         "ROWS": min(tiles.rows, sizes.padded),
         "COLUMNS": min(tiles.columns, sizes.padded),
-        "HALF": half and tiles.half_logits,
+        "HALF": half,
         "POLYNOMIALS": -1 if INTERPRETED else tiles.polynomials,
         "PRECISION": precision,
         "num_warps": tiles.warps,
@@ -145,19 +157,18 @@ def forward(qkv: Tensor, mask: Tensor | None, precision: str, tiles: Tiles | Non
 
 def backward(
     grad: Tensor, qkv: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, precision: str,
-    tiles: tuple[Tiles, Tiles] | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient of qkv."""
     sizes = Sizes.of(qkv)
-    of_keys, of_queries = tiles or ((FLOAT32, FLOAT32) if qkv.dtype == torch.float32 else (KEYS, QUERIES))
+    tiles = tiles or (FLOAT32 if qkv.dtype == torch.float32 else GRADIENTS)
     grad_qkv = torch.empty_like(qkv)
     keys, values, queries, gradients = _pack(qkv, mask, sizes, (out, grad, lse))
     unit = 2.0 ** -_shift(sizes)
-    options = _options(of_keys, sizes, qkv, precision)
+    options = _options(tiles, sizes, qkv, precision)
     launch(wrap_triton(_attention_key_gradient_kernel))[sizes.grid(options["ROWS"])](
         keys, values, queries, gradients, grad_qkv, sizes.tokens, sizes.padded, unit / LOG2_E, unit, **options
     )
-    options = _options(of_queries, sizes, qkv, precision)
     launch(wrap_triton(_attention_query_gradient_kernel))[sizes.grid(options["ROWS"])](
         keys, values, queries, gradients, grad_qkv, sizes.tokens, sizes.padded, unit / math.sqrt(sizes.channels),
         **options,
