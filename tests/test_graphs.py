@@ -304,7 +304,8 @@ def test_only_compiling_leaves_nothing_to_compile():
     JITFunction._do_compile = lambda self, *a, **k: compiled.append(self) or do_compile(self, *a, **k)
     try:
         with torch.autocast("cuda"):
-            network._with_converted_weights(x).float().sum().backward()
+            out = network._with_converted_weights(x)
+            out.backward(torch.ones_like(out))  # in the memory format that a loss gives it
             network.eval()
             with torch.no_grad():
                 network._with_converted_weights(x)
