@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nnunet_lgms.ops.backend import use_kernels
 
-LEAST = 1 << 20  # bytes of a map that is worth the launch of a kernel
+LEAST = 1 << 23  # bytes of a map that is worth the launches of a kernel
 
 Result = TypeVar("Result")
 # Recipes of the maps that are alive, by their storage: what autograd keeps may be a view of what an operator returned.

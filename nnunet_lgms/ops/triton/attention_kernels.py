@@ -203,7 +203,10 @@ def _two_halves(value: float) -> str:
 
 
 def _powers(polynomials: int, factor: bool) -> str:
-    """PTX for 2^x of eight float16, so many of four pairs by polynomials; times a factor beside them."""
+    """PTX for 2^x of eight float16, so many of four pairs by polynomials; times a factor beside them.
+
+    In one line, as torch.compile writes the kernels' constants into a string of its own.
+    """
     lines = ["{", ".reg .b32 y, t, n;", f".reg .b32 {', '.join(_CONSTANTS)};"]
     lines += [f"mov.b32 {name}, {_two_halves(value)};" for name, value in _CONSTANTS.items()]
     results = 8 if factor else 4
@@ -216,7 +219,7 @@ def _powers(polynomials: int, factor: bool) -> str:
             lines.append(f"ex2.approx.f16x2 {y}, {x};")
         if factor:
             lines.append(f"mul.rn.f16x2 ${4 + i}, {y}, ${results + 4 + i};")
-    return "\n".join([*lines, "}"])
+    return " ".join(" ".join([*lines, "}"]).split())
 
 
 _POWERS_0, _POWERS_1, _POWERS_2, _POWERS_3, _POWERS_4 = (tl.constexpr(_powers(i, False)) for i in range(5))
