@@ -14,10 +14,12 @@ import pytest
 pytest.importorskip("snakemake", reason="the extra [study] needs Python 3.11")
 
 from nnunet_lgms.cli import main
+from nnunet_lgms.cli.study import describe
 from nnunet_lgms.study import gpus
 from nnunet_lgms.study.estimate import epochs_of, estimate_hours
 from nnunet_lgms.study.graph import Graph
 from nnunet_lgms.study.pictures import pareto_front
+from nnunet_lgms.study.profiles import Profile, check_profile
 from nnunet_lgms.study.schema import OWN_PLANS, PLANNERS, Study, find_study, packaged, schema_table
 from nnunet_lgms.study.steps import _readable
 
@@ -211,6 +213,14 @@ def refused(folders: Path, capsys) -> Callable[..., str]:
     return both
 
 
+def accepted(text: str, folders: Path) -> bool:
+    """Whether a study passes all checks but Snakemake's own, which takes seconds."""
+    from nnunet_lgms.study.checks import check_study
+
+    check_study(Graph(written(folders, text)), Profile.read("local"))
+    return True
+
+
 def step(folders: Path, capsys, *words: str) -> str:
     """What the job itself says, when it is started all the same."""
     from nnunet_lgms.study.__main__ import main as job
@@ -265,8 +275,7 @@ def test_data_that_was_converted_otherwise_is_refused_as_the_job_would(
     assert "Dataset101_BUSI exists and was made otherwise" in said
     assert said.partition(": ")[2] == step(folders, capsys, "convert", "Dataset101_BUSI")
     text = text.replace(", size: 64", "")
-    assert main(["study", "check", str(written(folders, text))]) == 0
-    capsys.readouterr()
+    assert accepted(text, folders)
     (folders / "x/benign/benign (7).png").write_bytes((folders / "x/benign/benign (6).png").read_bytes())
     (folders / "x/benign/benign (7)_mask.png").write_bytes((folders / "x/benign/benign (6)_mask.png").read_bytes())
     assert "was made from files" in refused(text)
@@ -319,8 +328,7 @@ def test_folds_plans_and_overrides_are_checked_as_their_jobs_do(folders: Path, r
     said = refused(overridden)
     assert said.partition(": ")[2] == step(folders, capsys, "override", "Dataset101_B", "nnUNetPlans_flat")
     (folders / "flat.json").write_text('{"lgmsnet": {"lms_kernels": [3]}}')
-    assert main(["study", "check", str(written(folders, overridden))]) == 0
-    capsys.readouterr()
+    assert accepted(overridden, folders)
     (preprocessed / "nnUNetPlans_flat.json").write_text(json.dumps(planned | {"plans_name": "nnUNetPlans_flat"}))
     said = refused(overridden)
     assert "exists and says something else than nnUNetPlans with flat.json" in said
@@ -332,8 +340,7 @@ def test_trainers_are_those_that_nnunet_finds(folders: Path, refused, monkeypatc
     missing = refused(ON_CPU.replace("a: {}", "a: {trainer: nnUNetTrainer_25epochs}"))
     assert "variants.a.trainer is nnUNetTrainer_25epochs, which is neither nnU-Net's nor in a folder" in missing
     assert "did you mean 'nnUNetTrainer_250epochs', " in missing
-    assert main(["study", "check", str(written(folders, ON_CPU + "trainer: nnUNetTrainer_250epochs"))]) == 0
-    capsys.readouterr()
+    assert accepted(ON_CPU + "trainer: nnUNetTrainer_250epochs", folders)
     mine = folders / "mine"
     mine.mkdir()
     monkeypatch.setenv("nnUNet_extTrainer", str(mine))
@@ -352,6 +359,23 @@ def test_options_that_snakemake_refuses(folders: Path, refused) -> None:
     )
     assert "Snakemake refuses its options: unrecognized arguments: --fast" in refused(ON_CPU, "--snakemake=--fast")
     assert "--profile gpu is no profile: give one of local, gpus, slurm" in refused(ON_CPU, "--profile", "gpu")
+
+
+def test_a_run_is_refused_while_another_one_goes_on_and_a_check_says_so(folders: Path, capsys) -> None:
+    from nnunet_lgms.locks import locked
+
+    raw_data(folders)
+    path = str(written(folders, ON_CPU))
+    lock = Graph(path).folder / ".study.lock"
+    with locked(lock, "run of the study a"):
+        assert main(["study", "run", path]) == 2
+        assert f"Another run of the study a is running (process {os.getpid()})" in capsys.readouterr().err
+        assert main(["study", "check", path]) == 0
+        assert f"It is running now (process {os.getpid()})" in capsys.readouterr().out
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text("4711 elsewhere\n")  # of a run that was killed
+    assert main(["study", "check", path]) == 0
+    assert "To run it: nnunet_lgms study run" in capsys.readouterr().out and not lock.exists()
 
 
 def test_a_study_on_gpus_needs_one(folders: Path, refused, monkeypatch) -> None:
@@ -399,7 +423,7 @@ def test_partitions_and_gpus_of_a_cluster_are_there(folders: Path, refused, monk
     own.write_text(shipped.replace("slurm_partition: gpu", "slurm_partition: 'v100,mixed'"))
     assert main(["study", "check", str(written(folders, SMALLEST)), *options]) == 0
     own.write_text(shipped.replace("slurm_partition: gpu", "slurm_partition: cpu"))
-    assert main(["study", "check", str(written(folders, ON_CPU)), *options]) == 0  # no GPU is asked for
+    check_profile(Graph(written(folders, ON_CPU)), Profile.read(str(own.parent)))  # no GPU is asked for
 
 
 def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders: Path, capsys, monkeypatch) -> None:
@@ -432,8 +456,7 @@ def test_gpu_hours_are_the_measured_steps_of_the_trainings_that_are_left(folders
     out = capsys.readouterr().out
     assert f"{expected / 3.6e6:.1f} GPU hours of training steps for 9 trainings" in out
     graph.path.write_text(text + "device: cpu\n")
-    assert main(["study", "check", str(graph.path)]) == 0
-    assert f"{expected / 3.6e6:.1f} hours on the CPU of training steps for 9 trainings" in capsys.readouterr().out
+    assert f"{expected / 3.6e6:.1f} hours on the CPU of training steps for 9 trainings" in describe(Graph(graph.path))
     assert "No estimate for 5 trainings (mine on Dataset101_B 2d)" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3}
     assert rows["train"] == ["15", "14"] and rows["report"] == ["1", "1"]
@@ -493,7 +516,6 @@ def test_as_many_jobs_run_as_there_are_gpus(folders: Path, monkeypatch, n_gpus: 
     from argparse import Namespace
 
     from nnunet_lgms.cli.study import snakemake_command
-    from nnunet_lgms.study.profiles import Profile
 
     smi = folders / "nvidia-smi"
     smi.write_text("#!/bin/sh\n" + "".join(f"echo '{n}, GPU-{n}'\n" for n in range(n_gpus)))

@@ -190,6 +190,26 @@ def test_level_window_opacity_and_single_labels(tab, case):
     assert not (tab.pixels("coronal")[..., :3] == (230, 159, 0)).all(-1).any()
 
 
+def test_slices_that_come_with_labels_before_their_names_do(tab, server, case, monkeypatch):
+    """The server has labels a moment before it has counted them, and a slice may be asked for in between."""
+    from nnunet_lgms.view import session
+
+    counted, amounts = threading.Event(), session.amounts
+    monkeypatch.setattr(session, "amounts", lambda *words: counted.wait(30) and amounts(*words))
+    tab.open(case)
+    drawn = tab.drawn("axial")
+    tab["#segment:not([disabled])"].click()
+    _until(lambda: any(one.shown and one.shown.labels is not None for one in server.page.sessions.values()))
+    tab["h1"].click()
+    tab.page.keyboard.press("ArrowDown")
+    drawn = tab.drawn("axial", drawn + 1)
+    assert (tab.pixels("axial")[..., 0] == tab.pixels("axial")[..., 2]).all()
+    counted.set()
+    tab["#download:not([disabled])"].wait_for()
+    tab.drawn("axial", drawn + 1)
+    assert (tab.pixels("axial")[..., 0] != tab.pixels("axial")[..., 2]).any()
+
+
 def test_wrong_and_large_files_are_refused_on_the_page(tab, case, tmp_path):
     (tmp_path / f"{SCRIPT[:9]}.nii.gz").write_bytes(b"no image")
     tab.open(tmp_path / f"{SCRIPT[:9]}.nii.gz")

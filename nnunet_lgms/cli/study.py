@@ -7,6 +7,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+LOCK = ".study.lock"
+
 if TYPE_CHECKING:
     from nnunet_lgms.study.graph import Graph
     from nnunet_lgms.study.profiles import Profile
@@ -48,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     print(describe(graph), flush=True)
     if args.action == "run":
         return _become_snakemake(graph, command)
+    if running := _owner_of_run(graph):
+        print(f"\nIt is running now ({running}); until that has ended, another run is refused.")
+        return 0
     own = ["nnunet_lgms", "study", "run", args.study]
     own += ["--profile", args.profile] * (args.profile != "local")
     own += [f"--snakemake={args.snakemake}"] * bool(args.snakemake)
@@ -103,6 +108,22 @@ def snakemake_command(graph: Graph, profile: Profile, args: argparse.Namespace) 
         ) from None
 
 
+def _owner_of_run(graph: Graph) -> str:
+    """Who runs the study now; empty if nobody does."""
+    from nnunet_lgms.locks import acquired, file_lock, owner
+
+    path = graph.folder / LOCK
+    if not path.is_file():
+        return ""
+    lock = file_lock(path)
+    said = owner(path)
+    if not acquired(lock):
+        return said
+    path.unlink(missing_ok=True)  # a killed run left it
+    lock.release()
+    return ""
+
+
 def _become_snakemake(graph: Graph, command: list[str]) -> int:
     """Snakemake takes this process over, once a study at a time.
 
@@ -113,7 +134,7 @@ def _become_snakemake(graph: Graph, command: list[str]) -> int:
 
     from nnunet_lgms.locks import locked
 
-    with locked(graph.folder / ".study.lock", f"run of the study {graph.study.name}", survives_exec=True):
+    with locked(graph.folder / LOCK, f"run of the study {graph.study.name}", survives_exec=True):
         print(f"\n+ {shlex.join(command)}\n", flush=True)
         os.chdir(graph.folder)  # where Snakemake keeps its own log
         os.execv(sys.executable, [sys.executable, "-m", *command, "--nolock"])
