@@ -310,9 +310,7 @@ def main() -> int:
         print(json.dumps(measure(*args.row, args.size, args.profile, turn)))
         return 0
     if args.sweep:
-        # compiling the others takes a minute a size
-        modes = {n: "graphs" if as_trained(n) == "graphs" else "eager" for n in args.networks}
-        jobs = [(c, n, modes[n], size) for c in args.cases for size in SIZES[c] for n in args.networks]
+        jobs = [(c, n, as_trained(n), size) for c in args.cases for size in SIZES[c] for n in args.networks]
     else:
         jobs = [
             (c, n, as_trained(n) if m == "trained" else m, None)
