@@ -28,9 +28,10 @@ MOST_STACK = {
     "_bottleneck_backward_kernel": 160,
     "_layer_norm_backward_kernel": 16,
     "_conv_flat_kernel": 16,
-    "_conv_weight_gradient_kernel": 16,
+    "_conv_weight_gradient_kernel": 8,
+    "_conv_weight_reduce_kernel": 8,
 }
-MOST_STACK_ON_B200 = {"_bottleneck_backward_kernel": 896, "_conv_weight_gradient_kernel": 72}
+MOST_STACK_ON_B200 = {"_bottleneck_backward_kernel": 896}
 
 
 def _largest(kernel: str, target: str) -> dict:

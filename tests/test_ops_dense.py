@@ -42,6 +42,13 @@ CONVOLUTIONS = {  # input shape, output channels, kernel, groups
     "2d_along_x": ((2, 8, 5, 7), 4, (1, 3), 1),
     "2d_three_groups": ((2, 9, 6, 7), 12, (3, 3), 3),
 }
+WEIGHT_GRADIENTS = {  # likewise; what is left of the last parts of channels, and of the last blocks
+    **CONVOLUTIONS,
+    "parts": ((1, 36, 3, 4, 9), 20, (3, 3, 3), 2),
+    "parts_2d": ((1, 19, 6, 35), 34, (3, 3), 1),
+    "blocks_2d": ((2, 2, 21, 70), 4, (3, 3), 2),
+    "point_3d": ((2, 16, 5, 6, 20), 3, (1, 1, 1), 1),
+}
 EPILOGUES = {  # input shape, output channels, kernel, groups, activation, scale and shift, residual
     "relu": ((2, 6, 4, 5, 7), 16, (3, 3, 3), 1, "relu", True, True),
     "gelu_before_two_groups": ((1, 8, 3, 5, 6), 6, (3, 3, 3), 2, "gelu_first", True, False),
@@ -112,15 +119,13 @@ def half(device):
 
 
 def convolution_errors(shape, out_channels, kernel, groups, device):
-    from nnunet_lgms.ops.triton import conv_weight_kernels
-
     x = draw(shape, device).to(half(device)).requires_grad_()
-    weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device).requires_grad_()
+    weight = torch.randn(out_channels, shape[1] // groups, *kernel).to(device)
     bias, padding = torch.randn(out_channels).to(device), [k // 2 for k in kernel]
     expected = CONV[len(kernel)](x.double(), weight.double(), bias.double(), padding=padding, groups=groups)
     grad = draw(expected.shape, device).to(x.dtype)
-    grad_x, grad_weight = torch.autograd.grad(expected, (x, weight), grad.double())
-    x, weight, expected = x.detach(), weight.detach(), expected.detach()
+    (grad_x,) = torch.autograd.grad(expected, x, grad.double())
+    x, expected = x.detach(), expected.detach()
     parts = [part.contiguous(memory_format=LAYOUT[x.ndim]) for part in x.chunk(groups, 1)]
 
     def errors(kernels):
@@ -132,11 +137,26 @@ def convolution_errors(shape, out_channels, kernel, groups, device):
             relative(torch.cat(grad_parts, 1), grad_x),
         ]
 
-    weight_gradients = []
-    for programs in (512, 1):  # a walk of few planes, and of all
-        with patch.object(conv_weight_kernels, "PROGRAMS", programs):
-            weight_gradients += [conv_weight_kernels.weight_gradient(grad, xs, weight, groups) for xs in ([x], parts)]
-    return both_ways(errors) + [relative(actual, grad_weight) for actual in weight_gradients]
+    return both_ways(errors)
+
+
+def weight_gradient_errors(shape, out_channels, kernel, groups, device):
+    from nnunet_lgms.ops.triton import conv_weight_kernels as kernels
+
+    found = []
+    weight = torch.empty(out_channels, shape[1] // groups, *kernel, device=device)
+    for dtype in (torch.float16, torch.bfloat16) if device == "cuda" else (torch.float16,):
+        x = draw(shape, device).to(dtype)
+        grad = draw((shape[0], out_channels, *shape[2:]), device).to(dtype)
+        exact = torch.zeros_like(weight, dtype=torch.float64).requires_grad_()
+        out = CONV[len(kernel)](x.double(), exact, padding=[k // 2 for k in kernel], groups=groups)
+        (expected,) = torch.autograd.grad(out, exact, grad.double())
+        parts = [part.contiguous(memory_format=LAYOUT[x.ndim]) for part in x.chunk(groups, 1)]
+        with patch.object(kernels, "WEIGHTS", 2048 if device == "cpu" else kernels.WEIGHTS):  # fewer programs
+            apart, again, together = (kernels.weight_gradient(grad, xs, weight, groups) for xs in (parts, parts, [x]))
+        assert torch.equal(apart, again)
+        found += [relative(apart, expected), relative(together, expected)]
+    return found
 
 
 def epilogue_errors(shape, out_channels, kernel, groups, activation, affine, residual, device):
@@ -312,6 +332,7 @@ GROUPS = {
     "channels": (CHANNELS, channels_errors),
     "layout": (LAYOUTS, layout_errors),
     "convolution": (CONVOLUTIONS, convolution_errors),
+    "weight_gradient": (WEIGHT_GRADIENTS, weight_gradient_errors),
     "epilogue": (EPILOGUES, epilogue_errors),
     "norm": (NORMS, norm_errors),
     "biased": (BIASED, biased_errors),
@@ -336,10 +357,11 @@ def network_errors():
     from nnunet_lgms import LGMSNet
     from nnunet_lgms.architecture import lgmsnet
     from nnunet_lgms.ops import depthwise, recompute
-    from nnunet_lgms.ops.triton import bottleneck, conv, conv_kernels
+    from nnunet_lgms.ops.triton import bottleneck, conv, conv_kernels, conv_weight_kernels
 
     found, same = [], []
     conv_kernels.LEAST_FULL = recompute.LEAST = 0
+    conv_weight_kernels.WEIGHTS = 2048  # fewer programs
     made = []  # again
     keeping_little, make_again = lgmsnet.keeping_little, recompute._Recipe.__call__
     recompute._Recipe.__call__ = lambda recipe: made.append(recipe) or make_again(recipe)
@@ -424,6 +446,12 @@ def test_what_is_made_again_is_what_was(interpreted):
 def test_compiled_kernels_match_float64(group, case):
     limit = {"convolution": 2e-3, "epilogue": 2e-3, "bottleneck": 5e-3}.get(group, 2e-5)  # float16
     assert max(errors(group, case, "cuda")) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [((2, 32, 40, 52, 72), 32, (3, 3, 3), 2), ((8, 4, 250, 190), 16, (3, 3), 1)])
+def test_weight_gradients_of_programs_with_many_places_match_float64(case):
+    assert max(weight_gradient_errors(*case, "cuda")) < 2e-5
 
 
 if __name__ == "__main__":

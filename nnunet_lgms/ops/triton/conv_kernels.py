@@ -261,17 +261,17 @@ def _conv_band_kernel(
 
 
 @triton.jit
-def place_of(tile, H, W, TY: tl.constexpr, TX: tl.constexpr):
+def _place(tile, H, W, TY: tl.constexpr, TX: tl.constexpr):
     """Plane, first row and first column of a tile."""
     columns, rows = (W + TX - 1) // TX, (H + TY - 1) // TY
     return tile // (columns * rows), (tile // columns) % rows * TY, tile % columns * TX
 
 
 @triton.jit
-def runs_of(tile, tiles, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr,
+def _runs(tile, tiles, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr,
           TX: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """(BLOCK, K) offsets of the inputs in the first row of every tile, and which of them lie inside that row."""
-    plane, row, column = place_of(tile, H, W, TY, TX)
+    plane, row, column = _place(tile, H, W, TY, TX)
     k = tl.arange(0, K)
     columns = column[:, None] + (k // C_IN)[None, :] - KX // 2
     inside = (tile < tiles)[:, None] & (columns >= 0) & (columns < W) & (k < (TX + KX - 1) * C_IN)[None, :]
@@ -289,10 +289,10 @@ def _band(band, row, C_IN: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr, K: 
 
 
 @triton.jit
-def results_of(tile, tiles, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+def _results(tile, tiles, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
              N: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """(BLOCK, N) offsets of the results of every tile, and which of them lie inside the map."""
-    plane, row, column = place_of(tile, H, W, TY, TX)
+    plane, row, column = _place(tile, H, W, TY, TX)
     n = tl.arange(0, N)
     oy, ox = n // (TX * LANES), n // LANES % TX
     y, columns = row[:, None] + oy[None, :], column[:, None] + ox[None, :]
@@ -337,15 +337,15 @@ def _conv_flat_kernel(
     sample, out_first = tl.program_id(1), out_part * C_OUT
     x += sample * D * H * W * X_STRIDE + x_part * C_IN
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    plane, row, _ = place_of(tile, H, W, TY, TX)
-    runs, in_row = runs_of(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
+    plane, row, _ = _place(tile, H, W, TY, TX)
+    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
     total = tl.zeros((BLOCK, N), tl.float32)
     for i in range(KZ * (TY + KY - 1)):
         dz, dy = i // (TY + KY - 1) - KZ // 2, i % (TY + KY - 1) - KY // 2
         exists = (row + dy >= 0) & (row + dy < H) & (plane + dz >= 0) & (plane + dz < D)
         run = tl.load(x + (dz * H + dy) * W * X_STRIDE + runs, mask=in_row & exists[:, None], other=0.0)
         total = tl.dot(run, _band(band, i, C_IN, KX, TX, K, N), total)
-    offset, inside = results_of(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
+    offset, inside = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
     offset += sample * D * H * W * OUT_STRIDE + out_first
     total = _epilogue(
         total, offset, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE, BIAS,
@@ -376,9 +376,9 @@ def _conv_sweep_kernel(
     end = tl.minimum(begin + steps, D)
     x += sample * D * H * W * X_STRIDE + x_part * C_IN
     tile = tl.program_id(0) % places * BLOCK + tl.arange(0, BLOCK)
-    _, row, _ = place_of(tile, H, W, TY, TX)
-    runs, in_row = runs_of(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
-    offset, in_plane = results_of(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
+    _, row, _ = _place(tile, H, W, TY, TX)
+    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
+    offset, in_plane = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
     offset += sample * D * H * W * OUT_STRIDE + out_first
     bands = ()
     for i in tl.static_range(3 * ROWS):

@@ -1,21 +1,24 @@
 """Triton kernels of the weight gradient of the narrow dense convolution, over channels-last maps.
 
 It is the product of `conv_kernels.py` turned round: there, a tile of TX neighbouring results is the product of its run
-of inputs and a band matrix of the weights; here, the tiles' gradients times their runs, summed over all tiles, are the
-gradient of that band matrix, in which a weight stands TX times, along a diagonal. cuDNN takes two to five times as long
-(4 to 32 channels, 128^3 on an H100), computes groups as if all were connected, and wants the maps of the groups copied
-into one.
+of inputs and a band matrix of the weights, for each of the KZ * KY rows that it reads; here, the runs times the tiles'
+gradients, summed over all tiles, are the gradients of those matrices, in which a weight stands TX times, along a
+diagonal. cuDNN computes groups as if all were connected, and wants the maps of the groups copied into one.
 
-`_conv_weight_gradient_kernel` walks through the planes of a map, for one of the KY rows that a tile reads: a run is
-loaded once for the three planes of results that it belongs to, whose gradients wait in registers. Every program writes
-its sums, in float32, and `_conv_weight_reduce_kernel` adds them and the diagonals up in a fixed order, so gradients
-repeat bit for bit.
+A tile has KZ * KY pairs of a run and of gradients. A program that holds the runs of one plane, KY of them, and the
+gradients of the KZ planes that they belong to, loads KZ + KY and multiplies each with each. So a program of
+`_conv_weight_gradient_kernel` goes from place to place of a map, a block of tiles of a plane at a time, and keeps the
+KZ * KY sums in registers, in float32. Of more channels than registers hold, it takes a part; the programs of the other
+parts run beside it and find its loads in the L2 cache. All have as many places, and `_conv_weight_reduce_kernel` adds
+their sums and the diagonals up in a fixed order, so gradients repeat bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,11 +27,68 @@ from torch import Tensor
 
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import wrap_triton
-from nnunet_lgms.ops.triton.conv_kernels import Tiling, as_3d, place_of, results_of, runs_of
+from nnunet_lgms.ops.triton.conv_kernels import Tiling, as_3d
 
-BLOCK = 64  # tiles that a program multiplies at once
-PROGRAMS = 512  # that a map is spread over, at most twice as many: each writes its sums
-REDUCED = {"ROWS": 32, "COLUMNS": 64}  # programs and weights that are added up at once
+MAX_K = 64  # numbers of a run, beyond that its channels are summed in parts
+MAX_SUMS = 9 * 64 * 32  # numbers that a program keeps
+WEIGHTS, TOGETHER = 64, 32  # of which a program adds up the sums, and those of how many programs at once
+
+
+class _Product(NamedTuple):
+    """What a program sums: bands of some input and output channels of a group."""
+
+    tiling: Tiling  # for a part of the channels
+    in_parts: int  # of a group, as out_parts
+    out_parts: int
+
+    @classmethod
+    def of(cls, weight: Tensor, groups: int) -> _Product:
+        kz, ky, kx = as_3d(weight.shape[2:], False)
+        c_in, c_out = weight.shape[1], weight.shape[0] // groups
+        tx = 1 if kx == 1 else 2
+        while kx > 1 and (2 * tx + kx - 1) * c_in <= 16:  # a product has no fewer numbers
+            tx *= 2
+        in_parts = triton.cdiv(c_in * (tx + kx - 1), MAX_K)
+        t = Tiling(kz, ky, kx, 1, tx, triton.cdiv(c_in, in_parts), c_out)
+        most = MAX_SUMS // (t.rows * t.k * tx)
+        out_parts = triton.cdiv(c_out, 1 << most.bit_length() - 1)
+        return cls(t._replace(c_out=triton.cdiv(c_out, out_parts)), in_parts, out_parts)
+
+    def constants(self) -> dict[str, int]:
+        constants = {**self.tiling.constants(), "IN_PARTS": self.in_parts, "OUT_PARTS": self.out_parts}
+        del constants["TY"]
+        return constants
+
+
+class _Options(NamedTuple):
+    """Of a launch."""
+
+    block: int  # tiles that a program holds at once
+    occupancy: int  # programs for every processor
+    compiler: dict[str, int]
+
+    @classmethod
+    def of(cls, t: Tiling) -> _Options:
+        if t.rows == 1:
+            return cls(128, 8, {"num_warps": 4 if t.k * t.n > 1024 else 2, "num_stages": 3})
+        if t.rows * t.k * t.n > MAX_SUMS // 2:  # more tiles at once would not fit the registers
+            return cls(32, 4, {"num_warps": 4, "num_stages": 3})
+        return cls(64, 4, {"num_warps": 4, "num_stages": 2})
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Of a GPU; the interpreter and the meta device count as a small one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _across(height: int, width: int, block: int) -> int:
+    """Tiles of a block along x, so that blocks of so many tiles cover a plane of height x width tiles with fewest."""
+
+    def blocks(across: int) -> tuple[int, int]:
+        return triton.cdiv(width, across) * triton.cdiv(height, block // across), -across
+
+    return min((1 << i for i in range(block.bit_length())), key=blocks)
 
 
 def weight_gradient(grad: Tensor, xs: Sequence[Tensor], weight: Tensor, groups: int) -> Tensor:
@@ -40,123 +100,126 @@ def weight_gradient(grad: Tensor, xs: Sequence[Tensor], weight: Tensor, groups: 
         weight: with kernels of 1 and 3; only its shape is read.
         groups: groups of the convolution.
     """
+    p = _Product.of(weight, groups)
+    t, options = p.tiling, _Options.of(p.tiling)
+    depth, height, width = as_3d(grad.shape[2:], False)
+    columns = triton.cdiv(width, t.tx)
+    across = _across(height, columns, options.block)
+    columns, rows = triton.cdiv(columns, across), triton.cdiv(height, options.block // across)
+    places = grad.shape[0] * columns * rows * depth
+    products = groups // len(xs) * p.in_parts * p.out_parts
+    programs = min(places, triton.cdiv(options.occupancy * _processors(grad.device), products))
+    steps = triton.cdiv(places, programs)
+    programs = triton.cdiv(places, steps)
+    group_in, group_out = weight.shape[1], weight.shape[0] // groups
+    sums = grad.new_empty((len(xs) * products, programs, t.rows, t.k, t.n), dtype=torch.float32)
+    for i, x in enumerate(xs):
+        launch(wrap_triton(_conv_weight_gradient_kernel))[(programs * products,)](
+            x, grad, sums, i * products, products, steps, places, columns, rows, across, depth, height, width,
+            X_STRIDE=x.shape[1], GRAD_STRIDE=grad.shape[1], GROUP_IN=group_in, GROUP_OUT=group_out,
+            BLOCK=options.block, **p.constants(), **options.compiler,
+        )  # fmt: skip
     out = torch.empty(tuple(weight.shape), dtype=torch.float32, device=grad.device)
-    for group in range(groups):
-        x, part = (xs[0], group) if len(xs) == 1 else (xs[group], 0)
-        _launch(grad, group, x, part, out, weight.shape[0] // groups)
+    launch(wrap_triton(_conv_weight_reduce_kernel))[(triton.cdiv(out.numel(), WEIGHTS),)](
+        sums, out, out.numel(), programs, group_in, group_out, t.c_in, t.c_out, p.in_parts, p.out_parts,
+        math.prod(weight.shape[2:]), t.kx, t.tx, t.rows, t.k, t.n, t.lanes, WEIGHTS=WEIGHTS, TOGETHER=TOGETHER,
+    )  # fmt: skip
     return out
-
-
-def _launch(grad: Tensor, group: int, x: Tensor, x_part: int, out: Tensor, c_out: int) -> None:
-    kernel, c_in = out.shape[2:], out.shape[1]
-    sweeps = kernel[0] == 3  # a 2D map counts as planes of one row, so that its rows are walked
-    t = Tiling.of(kernel, c_in, c_out, sweeps)._replace(ty=1)
-    depth, height, width = as_3d(x.shape[2:], sweeps)
-    tiles = height * triton.cdiv(width, t.tx)
-    blocks, rows = triton.cdiv(tiles, BLOCK), t.ky * x.shape[0]
-    steps = triton.cdiv(depth, min(depth, max(1, PROGRAMS // (blocks * rows))))
-    walks = blocks * triton.cdiv(depth, steps)  # of a row and sample
-    grid = triton.cdiv(walks, triton.cdiv(walks * rows, 2 * PROGRAMS)) * t.ky, x.shape[0]
-    partial = torch.empty((math.prod(grid), t.kz, t.n, t.k), dtype=torch.float32, device=x.device)
-    launch(wrap_triton(_conv_weight_gradient_kernel))[grid](
-        grad, group, x, x_part, partial, walks, steps, tiles, depth, height, width, GRAD_STRIDE=grad.shape[1],
-        X_STRIDE=x.shape[1], BLOCK=BLOCK, **_of_gradient(t), num_warps=8 if t.n * t.k >= 4096 else 4, num_stages=2,
-    )  # fmt: skip
-    weights = c_out * c_in * math.prod(kernel)
-    launch(wrap_triton(_conv_weight_reduce_kernel))[(triton.cdiv(weights, REDUCED["COLUMNS"]),)](
-        partial, out, group * weights, weights, math.prod(grid) // t.ky, t.c_in, t.c_out, t.kz, t.ky, t.kx, t.k, t.n,
-        t.lanes, TX=t.tx, **REDUCED,
-    )  # fmt: skip
-
-
-def _of_gradient(t: Tiling) -> dict[str, int]:
-    constants = t.constants()
-    del constants["TY"]
-    return constants
-
-
-@triton.jit
-def _gradients(grad, offset, in_plane, plane, D, plane_size):
-    """(BLOCK, N) gradients of the tiles in a plane, zero outside of the map."""
-    planes = tl.zeros((offset.shape[0],), tl.int32) + plane  # the interpreter has no masks of single numbers
-    exists = (planes >= 0) & (planes < D)
-    return tl.load(grad + plane * plane_size + offset, mask=in_plane & exists[:, None], other=0.0)
-
-
-@triton.jit(do_not_specialize=["grad_part", "x_part", "walks", "steps", "tiles", "D", "H", "W"])
-def _conv_weight_gradient_kernel(
-    grad,  # (B, D, H, W, GRAD_STRIDE), of which C_OUT channels are read, those of part grad_part
-    grad_part,
-    x,  # (B, D, H, W, X_STRIDE), of which C_IN channels are read, those of part x_part
-    x_part,
-    partial,  # (B, programs / KY, KY, KZ, N, K)
-    walks, steps, tiles, D, H, W,  # walks of a sample, planes of each, and tiles of a plane
-    GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, KZ: tl.constexpr,
-    KY: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Some walks of a sample, each with a block of tiles through `steps` planes, and one of the rows that they read."""
-    dy, sample = tl.program_id(0) % KY, tl.program_id(1)
-    blocks = (tiles + BLOCK - 1) // BLOCK
-    x += sample * D * H * W * X_STRIDE + x_part * C_IN + (dy - KY // 2) * W * X_STRIDE
-    grad += sample * D * H * W * GRAD_STRIDE + grad_part * C_OUT
-    plane_size = H * W * GRAD_STRIDE
-
-    # An input plane belongs to the results of the plane behind it by its first tap, and so on.
-    first, middle, last = (tl.zeros((N, K), tl.float32), tl.zeros((N, K), tl.float32), tl.zeros((N, K), tl.float32))
-    for walk in range(tl.program_id(0) // KY, walks, tl.num_programs(0) // KY):
-        begin = walk // blocks * steps
-        end = tl.minimum(begin + steps, D)
-        tile = walk % blocks * BLOCK + tl.arange(0, BLOCK)
-        _, row, _ = place_of(tile, H, W, 1, TX)
-        row += dy - KY // 2
-        runs, in_row = runs_of(tile, tiles, H, W, X_STRIDE, C_IN, KX, 1, TX, K)
-        in_row = in_row & ((row >= 0) & (row < H))[:, None]
-        offset, in_plane = results_of(tile, tiles, H, W, GRAD_STRIDE, C_OUT, 1, TX, N, LANES)
-        here = _gradients(grad, offset, in_plane, begin, D, plane_size)
-        before = here
-        if KZ == 3:
-            before = _gradients(grad, offset, in_plane, begin - 1, D, plane_size)
-        for plane in range(begin, end):
-            run = tl.load(x + plane * H * W * X_STRIDE + runs, mask=in_row, other=0.0)
-            behind = _gradients(grad, offset, in_plane, plane + 1, D, plane_size)
-            middle = tl.dot(tl.trans(here), run, middle)
-            if KZ == 3:
-                first = tl.dot(tl.trans(behind), run, first)
-                last = tl.dot(tl.trans(before), run, last)
-            before, here = here, behind
-    matrix = tl.arange(0, N)[:, None] * K + tl.arange(0, K)[None, :]
-    partial += (sample * tl.num_programs(0) + tl.program_id(0)) * KZ * N * K
-    if KZ == 3:
-        tl.store(partial + matrix, first)
-        tl.store(partial + N * K + matrix, middle)
-        tl.store(partial + 2 * N * K + matrix, last)
-    else:
-        tl.store(partial + matrix, middle)
 
 
 @triton.jit(
     do_not_specialize=[
-        "out_first", "weights", "programs", "c_in", "c_out", "kz", "ky", "kx", "k_results", "n_results", "lanes",
+        "first_product", "products", "steps", "places", "columns", "rows", "across", "D", "H", "W",
+    ]
+)  # fmt: skip
+def _conv_weight_gradient_kernel(
+    x,  # (B, D, H, W, X_STRIDE)
+    grad,  # (B, D, H, W, GRAD_STRIDE)
+    sums,  # (all products, programs, KZ * KY, K, N), those of the products of x from first_product on
+    first_product,
+    products,  # of x: groups, parts of C_IN and parts of C_OUT channels
+    steps,  # places of a program
+    places,  # of the batch: blocks of tiles, in rows and columns of a plane
+    columns, rows,
+    across,  # tiles of a block along x
+    D, H, W, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr, KZ: tl.constexpr,
+    KY: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of a product over some places."""
+    PARTS: tl.constexpr = IN_PARTS * OUT_PARTS
+    product, program = tl.program_id(0) % products, tl.program_id(0) // products
+    in_first, out_first = product // OUT_PARTS % IN_PARTS * C_IN, product % OUT_PARTS * C_OUT  # in the group
+    x += product // PARTS * GROUP_IN + in_first
+    grad += (first_product + product) // PARTS * GROUP_OUT + out_first
+    tile = tl.arange(0, BLOCK)
+    down, right = tile // across, tile % across * TX  # from the first output of a block
+    k, n = tl.arange(0, K), tl.arange(0, N)
+    # (K, BLOCK) inputs and (BLOCK, N) results
+    run_right = right[None, :] + (k // C_IN - KX // 2)[:, None]
+    result_right = right[:, None] + (n // LANES)[None, :]
+    within = k if X_STRIDE == C_IN else k // C_IN * X_STRIDE + k % C_IN
+    run_offset = (down * W + right - KX // 2)[None, :] * X_STRIDE + within[:, None]
+    result_offset = (down * W + right)[:, None] * GRAD_STRIDE + (n // LANES * GRAD_STRIDE + n % LANES)[None, :]
+    is_input = (k < (TX + KX - 1) * C_IN) & (in_first + k % C_IN < GROUP_IN)
+    is_result = (n % LANES < C_OUT) & (out_first + n % LANES < GROUP_OUT)
+    total = ()
+    for _ in tl.static_range(KZ * KY):
+        total = total + (tl.zeros((K, N), tl.float32),)
+    begin = program * steps
+    for place in range(begin, tl.minimum(begin + steps, places)):
+        plane, block = place % D, place // D
+        column, row = block % columns * across * TX, block // columns % rows * (BLOCK // across)
+        voxel = ((block // (columns * rows) * D + plane) * H + row) * W + column
+        y, planes = row + down, tl.zeros((BLOCK,), tl.int32) + plane  # the interpreter has no masks of single numbers
+        in_row = is_input[:, None] & (column + run_right >= 0) & (column + run_right < W)
+        in_map = is_result[None, :] & (y < H)[:, None] & (column + result_right < W)
+        runs = ()
+        for dy in tl.static_range(KY):
+            up = y + (dy - KY // 2)
+            offset = (voxel + (dy - KY // 2) * W) * X_STRIDE + run_offset
+            runs = runs + (tl.load(x + offset, mask=in_row & ((up >= 0) & (up < H))[None, :], other=0.0),)
+        so_far = total
+        total = ()
+        for dz in tl.static_range(KZ):
+            z = planes + (KZ // 2 - dz)
+            offset = (voxel + (KZ // 2 - dz) * H * W) * GRAD_STRIDE + result_offset
+            result = tl.load(grad + offset, mask=in_map & ((z >= 0) & (z < D))[:, None], other=0.0)
+            for dy in tl.static_range(KY):
+                total = total + (tl.dot(runs[dy], result, so_far[dz * KY + dy]),)
+    programs = tl.num_programs(0) // products
+    sums += ((first_product + product) * programs + program) * KZ * KY * K * N
+    for row in tl.static_range(KZ * KY):
+        tl.store(sums + row * K * N + k[:, None] * N + n[None, :], total[row])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "numbers", "programs", "group_in", "group_out", "c_in", "c_out", "in_parts", "out_parts", "taps", "kx", "tx",
+        "rows", "k", "n", "lanes",
     ]
 )  # fmt: skip
 def _conv_weight_reduce_kernel(
-    partial,  # (programs, ky, kz, n_results, k_results)
-    out,  # (groups * c_out, c_in, kz, ky, kx)
-    out_first, weights, programs, c_in, c_out, kz, ky, kx, k_results, n_results, lanes,
-    TX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    sums,  # (products, programs, rows, k, n), as `_conv_weight_gradient_kernel` writes it
+    out,  # (groups * group_out, group_in, taps)
+    numbers,  # of out
+    programs, group_in, group_out, c_in, c_out, in_parts, out_parts, taps, kx, tx, rows, k, n, lanes,
+    WEIGHTS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Sums of COLUMNS weights: over the programs, and over the results of a tile."""
-    weight = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    i, o, tap = weight % c_in, weight // c_in % c_out, weight // (c_in * c_out)
-    dx, dy, dz = tap % kx, tap // kx % ky, tap // (kx * ky)
-    matrix = n_results * k_results
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, programs, ROWS):
-        program = start + tl.arange(0, ROWS)
-        inside = (program < programs)[:, None] & (weight < weights)[None, :]
-        first = (program[:, None] * ky + dy[None, :]) * kz * matrix + dz[None, :] * matrix
-        for ox in tl.static_range(TX):
-            place = (ox * lanes + o) * k_results + (ox + dx) * c_in + i
-            total += tl.load(partial + first + place[None, :], mask=inside, other=0.0)
-    tl.store(out + out_first + (o * c_in + i) * kz * ky * kx + tap, tl.sum(total, 0), mask=weight < weights)
+    """The sums of all programs, and of the places of a weight in a band: input (ox + dx) and output ox of a tile."""
+    place = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
+    o, i, tap, group = (place % group_out, place // group_out % group_in, place // (group_out * group_in) % taps,
+                        place // (group_out * group_in * taps))  # fmt: skip
+    product = (group * in_parts + i // c_in) * out_parts + o // c_out
+    band = rows * k * n
+    source = product * programs * band + (tap // kx * k + tap % kx * c_in + i % c_in) * n + o % c_out
+    total = tl.zeros((TOGETHER, WEIGHTS), tl.float32)
+    for first in range(0, programs, TOGETHER):
+        program = first + tl.arange(0, TOGETHER)
+        exists = (program < programs)[:, None] & (place < numbers)[None, :]
+        for ox in range(tx):
+            offset = program[:, None] * band + (source + ox * (c_in * n + lanes))[None, :]
+            total += tl.load(sums + offset, mask=exists, other=0.0)
+    weight = ((group * group_out + o) * group_in + i) * taps + tap
+    tl.store(out + weight, tl.sum(total, 0), mask=place < numbers)
