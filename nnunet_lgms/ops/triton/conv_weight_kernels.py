@@ -31,7 +31,7 @@ from nnunet_lgms.ops.triton.conv_kernels import Tiling, as_3d
 
 MAX_K = 64  # numbers of a run, beyond that its channels are summed in parts
 MAX_SUMS = 9 * 64 * 32  # numbers that a program keeps
-WEIGHTS, TOGETHER = 64, 32  # of which a program adds up the sums, and those of how many programs at once
+WEIGHTS, TOGETHER = 16, 128  # of which a program adds up the sums, and how many of each at once
 
 
 class _Product(NamedTuple):
@@ -72,7 +72,7 @@ class _Options(NamedTuple):
         if t.rows == 1:
             return cls(128, 8, {"num_warps": 4 if t.k * t.n > 1024 else 2, "num_stages": 3})
         if t.rows * t.k * t.n > MAX_SUMS // 2:  # more tiles at once would not fit the registers
-            return cls(32, 4, {"num_warps": 4, "num_stages": 3})
+            return cls(32, 2, {"num_warps": 4, "num_stages": 3})
         return cls(64, 4, {"num_warps": 4, "num_stages": 2})
 
 
@@ -215,11 +215,11 @@ def _conv_weight_reduce_kernel(
     band = rows * k * n
     source = product * programs * band + (tap // kx * k + tap % kx * c_in + i % c_in) * n + o % c_out
     total = tl.zeros((TOGETHER, WEIGHTS), tl.float32)
-    for first in range(0, programs, TOGETHER):
-        program = first + tl.arange(0, TOGETHER)
+    for first in range(0, programs * tx, TOGETHER):
+        addend = first + tl.arange(0, TOGETHER)
+        program, ox = addend // tx, addend % tx
         exists = (program < programs)[:, None] & (place < numbers)[None, :]
-        for ox in range(tx):
-            offset = program[:, None] * band + (source + ox * (c_in * n + lanes))[None, :]
-            total += tl.load(sums + offset, mask=exists, other=0.0)
+        offset = (program * band + ox * (c_in * n + lanes))[:, None] + source[None, :]
+        total += tl.load(sums + offset, mask=exists, other=0.0)
     weight = ((group * group_out + o) * group_in + i) * taps + tap
     tl.store(out + weight, tl.sum(total, 0), mask=place < numbers)
