@@ -123,11 +123,19 @@ def test_wheel_holds_the_package_the_trainers_the_plans_and_nothing_else(wheels:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("origin", ["checkout", "sdist"])
+def test_the_sdist_makes_the_same_wheel(wheels: dict[str, Path]) -> None:
+    contents = [
+        {member.filename: member.CRC for member in zipfile.ZipFile(wheels[origin]).infolist()}
+        for origin in ("checkout", "sdist")
+    ]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.slow
 def test_installed_trainer_is_found_without_any_variable_and_uninstall_leaves_nothing(
-    wheels: dict[str, Path], installed: Environment, origin: str
+    wheels: dict[str, Path], installed: Environment
 ) -> None:
-    installed.install(wheels[origin])
+    installed.install(wheels["sdist"])
     name, module, package, variable = json.loads(installed.run(FIND).splitlines()[-1])
     assert name == "nnUNetTrainerLGMSNet"
     assert Path(package) == installed.site / "nnunet_lgms" / "__init__.py"
