@@ -160,15 +160,6 @@ def test_editable_install_finds_the_trainer_and_uninstall_leaves_nothing(source:
 
 
 @pytest.mark.slow
-def test_checkout_works_through_the_variable_alone(environment: dict[str, str]) -> None:
-    path = os.pathsep.join([str(ROOT), *filter(holds_distributions, sys.path)])
-    env = {**environment, "nnUNet_extTrainer": str(ROOT / "trainers"), "PYTHONPATH": path}
-    out = run(sys.executable, "-c", FIND, env=env)
-    name, _, package, _ = json.loads(out.splitlines()[-1])
-    assert (name, Path(package)) == ("nnUNetTrainerLGMSNet", ROOT / "nnunet_lgms" / "__init__.py")
-
-
-@pytest.mark.slow
 def test_pth_keeps_the_users_own_paths_first_and_adds_nothing_twice(
     wheels: dict[str, Path], installed: Environment
 ) -> None:

@@ -40,8 +40,9 @@ pytestmark = pytest.mark.usefixtures("nnunet_folders")
 def test_stock_finder_finds_every_trainer(clean_env):
     code = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
-import sys
-for name in {IN_TRAINERS[1:4]}:
+import nnunet_lgms, sys
+assert nnunet_lgms.__file__ == {str(ROOT / "nnunet_lgms" / "__init__.py")!r}, nnunet_lgms.__file__  # the checkout's
+for name in {[IN_TRAINERS[0], *IN_TRAINERS[2:4]]}:
     found = find(name)
     assert found.__name__ == name, found
     assert found.__module__ in ("nnunet_lgms.nnunet.trainer", "nnunet_lgms.nnunet.smoke"), found.__module__
