@@ -167,10 +167,11 @@ def test_rate_of_a_continued_training_goes_on():
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**0.9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("LGMSNet", "DA", "smoke", "3D", "demo"))])
 @pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
 @pytest.mark.parametrize("dim", [2, 3])
 def test_steps_on_one_batch_lower_its_loss(name, labels, dim):
+    """Of every recipe; the others differ in their epochs alone."""
     torch.manual_seed(0)
     trainer = make_trainer(name, labels, patch_size=PATCH[dim])
     batch = make_batch(trainer)
