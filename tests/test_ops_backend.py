@@ -32,7 +32,8 @@ class Card:
         self._properties = SimpleNamespace(**{**H100, **properties})
         monkeypatch.setattr(torch.cuda, "get_device_properties", self._get)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        pytest.importorskip("triton")
+        triton = pytest.importorskip("triton")
+        monkeypatch.setattr(triton.language, "tuple", tuple, raising=False)  # Triton 3.2 has none, see below
         monkeypatch.setattr(backend, "_failed", {})
 
     def _get(self, device):
@@ -59,6 +60,13 @@ def test_kernels_run_on_the_cards_that_they_are_made_for(card, monkeypatch):
         assert decision.path == ("kernels" if refused is None else "pytorch")
         assert (refused or card._properties.name) in decision.reason and decision.reason.endswith(".")
     assert card.asked == asked
+
+
+def test_a_triton_without_tuples_is_too_old(monkeypatch):
+    Card(monkeypatch)
+    monkeypatch.delattr(sys.modules["triton"].language, "tuple")
+    decision = kernels_for("cuda")
+    assert decision.path == "pytorch" and "Triton 3.3, which comes with PyTorch 2.7, and this is" in decision.reason
 
 
 def test_every_reason_is_one_sentence(monkeypatch):
