@@ -13,6 +13,8 @@ import shlex
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -360,10 +362,15 @@ def _evaluate(
     print(*evaluation.remarks, terminal_table(evaluation), sep="\n")
 
 
-def _gpu(device: str):
-    from contextlib import nullcontext
-
-    return one_gpu() if device == "cuda" else nullcontext()
+@contextmanager
+def _gpu(device: str) -> Iterator[None]:
+    """A GPU that no other job has, named in the log; nothing on the CPU."""
+    if device == "cpu":
+        yield
+        return
+    with one_gpu() as gpu:
+        print(f"On {gpu or 'the only GPU'}", flush=True)
+        yield
 
 
 def _use_results_of(run: str) -> None:
