@@ -197,52 +197,32 @@ def earlier_rows(path: Path, jobs: list[tuple]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, with ratios to nnU-Net's own U-Net, compiled."""
+    """Markdown, with ratios to nnU-Net's own U-Net, compiled, of the same size and run."""
     lines = [
-        "| case | network | | parameters | train ms (5 to 95 %) | × | infer ms (5 to 95 %) | × | GiB | × | first s "
-        "| run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | network | | parameters | voxels per axis | train ms (5 to 95 %) | × | infer ms (5 to 95 %) | × | GiB "
+        "| × | first s | run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+
+    def same(row: dict) -> tuple:
+        return row["case"], row["run"], row["size"]
+
+    references = {same(row): row for row in rows if "failed" not in row and (row["network"], row["mode"]) == REFERENCE}
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['failed']} |" + " |" * 8)
+            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['failed']} |" + " |" * 9)
             continue
-        peers = [r for r in rows if (r["network"], r["mode"]) == REFERENCE and "failed" not in r]
-        peers = [r for r in peers if (r["case"], r["run"]) == (row["case"], row["run"])]
-        reference = peers[0] if peers else None
-        cells = [row["case"], row["network"], row["mode"], f"{row['parameters'] / 1e6:.2f} M"]
+        reference = references.get(same(row))
+        cells = [row["case"], row["network"], row["mode"], f"{row['parameters'] / 1e6:.2f} M", str(row["input"][-1])]
         for key in ("train_ms", "infer_ms"):
             median, low, high = row[key]
             cells += [
                 f"{median:.1f} ({low:.1f} to {high:.1f})",
                 f"{median / reference[key][0]:.2f}" if reference else "",
             ]
-        cells += [f"{row['train_gib']:.2f}" if row["train_gib"] else ""]
-        cells += [f"{row['train_gib'] / reference['train_gib']:.2f}" if reference and row["train_gib"] else ""]
+        gib = row["train_gib"]
+        cells += [f"{gib:.2f}", f"{gib / reference['train_gib']:.2f}" if reference else ""] if gib else ["", ""]
         lines.append("| " + " | ".join([*cells, f"{row['first_step_s']:.0f}", row["run"]]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def sweep_table(rows: list[dict]) -> str:
-    lines = [
-        "| case | network | | voxels per axis | train ms | infer ms | train GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if "failed" in row:
-            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['size']} | {row['failed']} | | |")
-            continue
-        gib = f"{row['train_gib']:.2f}" if row["train_gib"] else ""
-        cells = [
-            row["case"],
-            row["network"],
-            row["mode"],
-            row["size"],
-            f"{row['train_ms'][0]:.1f}",
-            f"{row['infer_ms'][0]:.1f}",
-            gib,
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -288,7 +268,7 @@ def write_rows(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     )
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
     picture = (lambda file: draw_sweep(done, file)) if done and sweep else None
-    write(out, name, rows, heading + (sweep_table if sweep else table)(rows), picture)
+    write(out, name, rows, heading + table(rows), picture)
 
 
 def main() -> int:
