@@ -62,6 +62,7 @@ class Tiles(NamedTuple):
 
 FORWARD, GRADIENTS = Tiles(half_logits=False), Tiles(rows=64, columns=128, stages=4)
 FLOAT32 = Tiles(rows=64, columns=16, stages=2)  # of all three
+NUMBERS = 128 * 16  # of tokens taken at a time: more would not fit the registers of every card
 BLOCK = 128  # tokens are padded to a multiple, or to a power of two below
 
 
@@ -110,7 +111,7 @@ def _options(tiles: Tiles, sizes: Sizes, like: Tensor, precision: str) -> dict:
     half = tiles.half_logits and like.dtype == torch.float16 and sizes.lanes == 16 and _sums_in_one_go(like.device)
     return {
         "ROWS": min(tiles.rows, sizes.padded),
-        "COLUMNS": min(tiles.columns, sizes.padded),
+        "COLUMNS": min(tiles.columns, sizes.padded, NUMBERS // sizes.lanes),
         "HALF": half,
         "POLYNOMIALS": -1 if INTERPRETED else tiles.polynomials,
         "PRECISION": precision,
