@@ -172,6 +172,7 @@ def test_settings(given_settings):
         network_kwargs(LGMSSettings.from_plan(given_settings), topology)
 
 
+@pytest.mark.slow
 @fuzz(400)
 @given(st.dictionaries(st.sampled_from([*SETTINGS, "x"]), values, max_size=3))
 def test_values_of_settings(given_settings):

@@ -85,6 +85,7 @@ def interpreted():
     return run_interpreted(__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_kernels_match_float64(interpreted, case):
     assert max(interpreted[case]) < LIMIT[CASES[case][-1]]
