@@ -177,7 +177,7 @@ def load_predictor(
         import torch
 
         # The driver takes a second for its first tensor: meanwhile the rest is imported.
-        ThreadPoolExecutor(1).submit(torch.zeros, 1, device=device)
+        ThreadPoolExecutor(1).submit(lambda: torch.zeros(1, device=device))
     from nnunet_lgms.prediction.predictor import Predictor
 
     options = {"known_networks": known_network, **options}

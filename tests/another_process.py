@@ -16,8 +16,12 @@ import os, sys, time
 from pathlib import Path
 from nnunet_lgms.locks import locked
 with locked(Path(sys.argv[1]), "test"):
-    if len(sys.argv) > 2 and os.fork() == 0:
-        time.sleep(60)
+    if len(sys.argv) > 2:
+        begun, begins = os.pipe()
+        if os.fork() == 0:
+            os.write(begins, b".")  # what is done after a fork is done
+            time.sleep(60)
+        os.read(begun, 1)
     print("held", flush=True)
     sys.stdin.read()
 """

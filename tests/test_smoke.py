@@ -43,6 +43,7 @@ def test_voxels_to_predict(size, patch_size, windows):
 def test_it_goes_the_whole_way_and_says_what_is_smaller(tmp_path, monkeypatch):
     """Patches of 8 voxels as if the planned ones were large."""
     workshop = Workshop(tmp_path)
+    workshop.pictures = True
     name = workshop.dataset(601, "Smoke", n_cases=5)
     monkeypatch.setattr(smoke, "STEP_VOXELS", 2 * 8**3)
     monkeypatch.setattr(smoke, "VALIDATION_VOXELS", 8**3)

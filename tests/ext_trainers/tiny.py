@@ -1,6 +1,7 @@
 """A trainer folder as a user would have one: the recipe, cut down to seconds."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,8 @@ class nnUNetTrainerLGMSNet_tiny(nnUNetTrainerLGMSNet):
 
     def on_train_start(self):
         super().on_train_start()
-        self.logger.plot_progress_png = lambda folder: None  # its process would cost more than these steps
+        # the process that draws would cost more than these steps; an exported model takes the picture along
+        self.logger.plot_progress_png = lambda folder: Path(folder, "progress.png").touch()
 
     def on_epoch_end(self):
         super().on_epoch_end()
