@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiny_model import raw_dataset
@@ -28,13 +29,11 @@ datasets:
 unseen:
   Dataset802_Unseen: {{}}
 variants:
-  kernels_3: {{override: kernels_3}}
-  kernels_5: {{override: kernels_5}}
 """
 
 
-def make_study(folder: Path) -> dict[str, str]:
-    """Writes the raw data and ``study.yaml``; the variables that nnU-Net needs."""
+def make_study(folder: Path, overrides: Sequence[str] = ("kernels_3", "kernels_5")) -> dict[str, str]:
+    """Writes the raw data and ``study.yaml`` with a variant for each override; the variables that nnU-Net needs."""
     variables = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     for path in variables.values():
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -42,7 +41,8 @@ def make_study(folder: Path) -> dict[str, str]:
     for kind in ("images", "labels"):
         shutil.copytree(disc / f"{kind}Tr", disc / f"{kind}Ts", dirs_exist_ok=True)
     raw_dataset(folder / "nnUNet_raw" / "Dataset802_Unseen", seeds=(11, 12))
-    (folder / "study.yaml").write_text(STUDY)
+    variants = "".join(f"  {name}: {{override: {name}}}\n" for name in overrides)
+    (folder / "study.yaml").write_text(STUDY + variants)
     trainers = os.pathsep.join([str(ROOT / "tests" / "ext_trainers"), str(ROOT / "trainers")])
     # one process each: the cores are few, and a process costs more than what it would do here
     return variables | {"nnUNet_extTrainer": trainers, "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}

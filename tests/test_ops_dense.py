@@ -436,6 +436,7 @@ def test_interpreted_kernels_leave_the_network_as_it_is(interpreted, dim):
     assert max(errors[dim - 2]) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_is_made_again_is_what_was(interpreted):
     _, same = interpreted["network"]
     assert all(same)

@@ -361,6 +361,7 @@ def test_options_that_snakemake_refuses(folders: Path, refused) -> None:
     assert "--profile gpu is no profile: give one of local, gpus, slurm" in refused(ON_CPU, "--profile", "gpu")
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_while_another_one_goes_on_and_a_check_says_so(folders: Path, capsys) -> None:
     from nnunet_lgms.locks import locked
 

@@ -74,6 +74,7 @@ def written(tmp_path_factory) -> Path:
     return graph.folder / "report.html"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [LAPTOP, PHONE])
 def test_a_report_with_results_fits_into_a_browser(written: Path, width: int) -> None:
     with opened(written, width) as page:
