@@ -13,35 +13,23 @@ import contextlib
 import io
 import json
 import math
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from record import RESULTS, ROOT, provenance, write
 
-sys.path.insert(0, str(ROOT))
-FOLDER = ROOT / "tests" / "planned_by_nnunet"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from planned_by_nnunet.make import FOLDER, preprocessed_folder  # noqa: E402
+
 CONFIGURATIONS = ("2d", "3d_fullres")
 
 
 def planned(fingerprint: dict[str, Any], dataset_json: dict[str, Any], name: str, vram: float) -> dict[str, Any]:
     """Patch and batch of both planners by configuration, and what LGMSNet's step needs, in GiB."""
-    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
-        folders = {variable: Path(temporary) / variable for variable in ("nnUNet_raw", "nnUNet_preprocessed")}
-        for variable, folder in folders.items():
-            (folder / name).mkdir(parents=True)
-            stack.enter_context(mock.patch.dict(os.environ, {variable: str(folder)}))
-        raw, preprocessed = (folder / name for folder in folders.values())
-        for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
-            (raw / folder).mkdir()
-            (raw / folder / f"case{ending}{dataset_json['file_ending']}").touch()
-        (raw / "dataset.json").write_text(json.dumps(dataset_json))
-        (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
-
+    with preprocessed_folder(fingerprint, dataset_json, name):
         from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
         from nnunet_lgms.planning.planner import GIB, LGMSNetPlanner

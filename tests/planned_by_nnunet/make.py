@@ -17,6 +17,7 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,15 @@ def plan(fingerprint: dict[str, Any], dataset_json: dict[str, Any], name: str) -
 
     module = "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner"
     planner_module = import_module(module)
+    with preprocessed_folder(fingerprint, dataset_json, name) as preprocessed:
+        with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
+            planner_module.ExperimentPlanner(name).plan_experiment()
+        return json.loads((preprocessed / "nnUNetPlans.json").read_text())
+
+
+@contextlib.contextmanager
+def preprocessed_folder(fingerprint: dict[str, Any], dataset_json: dict[str, Any], name: str) -> Iterator[Path]:
+    """What planners find of a dataset, in nnU-Net's folders, which are those of the environment meanwhile."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
             (Path(temporary) / variable / name).mkdir(parents=True)
@@ -132,9 +142,7 @@ def plan(fingerprint: dict[str, Any], dataset_json: dict[str, Any], name: str) -
             (raw / folder / f"case{ending}{dataset_json['file_ending']}").touch()
         (raw / "dataset.json").write_text(json.dumps(dataset_json))
         (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
-        with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
-            planner_module.ExperimentPlanner(name).plan_experiment()
-        return json.loads((preprocessed / "nnUNetPlans.json").read_text())
+        yield preprocessed
 
 
 def main() -> None:
