@@ -252,6 +252,18 @@ def test_a_lost_connection_is_said_and_the_next_try_works(tab, server, case):
     assert tab["#message"].inner_text() == ""
 
 
+def test_no_image_is_taken_before_the_program_has_answered(browser, server, case):
+    tab, asked = Tab(browser, server), []
+    with tab.page.expect_request("**/model"):
+        tab.page.route("**/model", lambda route: asked.append(route))
+        tab.page.reload()
+    assert tab["#files"].is_disabled()
+    asked[0].continue_()
+    tab.open(case)
+    tab.segment()
+    tab.close()
+
+
 def test_nothing_of_a_model_or_a_file_is_run(browser, tmp_path, case, monkeypatch):
     """Names of labels, channels and the data set that are HTML are text; 300 labels have room, on a phone too."""
     names = {"background": 0, SCRIPT: 1} | {f"{SCRIPT} {n}": n for n in range(2, 301)}

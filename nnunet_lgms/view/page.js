@@ -368,7 +368,9 @@ function enable() {
 
 function choose(list) {
   const files = [...list].sort((a, b) => (a.name < b.name ? -1 : 1)); // the order of channels
-  if (files.length && state.session !== null && !state.busy) open_image(files);
+  if (!files.length) return;
+  if (state.session === null || state.busy) say("The program is busy: drop the image again when it is done.", true);
+  else open_image(files);
 }
 
 $("files").onchange = () => { choose($("files").files); $("files").value = ""; };
