@@ -12,6 +12,7 @@ import pytest
 
 from nnunet_lgms import __version__, cli
 from nnunet_lgms.cli import doctor, main
+from nnunet_lgms.graphs import compilation
 from nnunet_lgms.ops.backend import Decision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +158,10 @@ def test_compiling_needs_a_compiler_and_headers_only_where_nnunet_compiles(monke
     monkeypatch.setattr(doctor, "_has_cuda", lambda: False)
     assert doctor.check_compile().state == doctor.OK
     monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
+    monkeypatch.setattr(compilation, "why_not_compiled", lambda device: "A P100 is too old.")
+    finding = doctor.check_compile()
+    assert finding.state == doctor.OK and "A P100 is too old. A training on one GPU is recorded" in finding.text
+    monkeypatch.setattr(compilation, "why_not_compiled", lambda device: None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     finding = doctor.check_compile()
     assert finding.state == doctor.PROBLEM and "a C compiler" in finding.text
@@ -243,7 +248,7 @@ def test_a_gpu_without_kernels_is_told_with_the_reason(path: str, reason: str, m
     finding = _on_card(monkeypatch, Decision(path, reason))
     assert finding.text.startswith("A card, 8 GiB, capability 8.6, CUDA 12.8") and reason in finding.text
     assert finding.state == (doctor.OK if path == "kernels" else doctor.WARNING)
-    assert ("54 times" in finding.text) == (path == "pytorch")
+    assert ("54 times" in finding.text) == ("CUDA graphs of them" in finding.text) == (path == "pytorch")
 
 
 def _on_card(monkeypatch: pytest.MonkeyPatch, decision: Decision, launch: str | None = None) -> doctor.Finding:
@@ -268,6 +273,7 @@ def test_rocm_is_named_and_no_triton_is_advised(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.version.hip", "6.4")
     finding = _on_card(monkeypatch, Decision("pytorch", "This PyTorch is built for AMD's."))
     assert "ROCm 6.4" in finding.text and "AMD's" in finding.text and finding.fix is None
+    assert "without CUDA graphs" in finding.text
 
 
 @pytest.mark.parametrize(("system", "fix"), [("linux", "pip install triton"), ("win32", None), ("darwin", None)])

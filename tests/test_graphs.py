@@ -2,17 +2,22 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_lgms import LGMSNet
 from nnunet_lgms.graphs import network as graphed
 from nnunet_lgms.graphs import recorded
 from nnunet_lgms.graphs.network import GraphedLGMSNet
-from nnunet_lgms.ops import exchange
+from nnunet_lgms.graphs.recording import can_be_recorded
+from nnunet_lgms.ops import exchange, kernels
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
 
@@ -190,6 +195,59 @@ def test_graphs_end_when_weights_move_and_are_not_copied(recorder):
     assert copy.deepcopy(network)._prediction is None
     network.double()
     assert network._prediction is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [True, False])
+def test_pytorchs_operators_are_recorded_where_no_kernels_run(recorded, recorder, monkeypatch):
+    monkeypatch.undo()  # of what decides
+    monkeypatch.setattr(graphed, "RecordedPrediction", Recorder)
+    monkeypatch.setattr(graphed, "can_be_recorded", lambda x: recorded)
+    monkeypatch.setattr(graphed, "only_compiling", lambda: pytest.fail("there are no kernels to compile"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    torch.manual_seed(0)
+    network = GraphedLGMSNet.paper(1, 2, dim=2).eval()
+    x = torch.randn(1, 1, 16, 16)
+    for _ in range(4):
+        torch.testing.assert_close(network(x), LGMSNet.forward(network, x), rtol=0, atol=0)
+    assert recorder.made == recorded and (network._prediction is not None) == recorded
+
+
+def test_a_graph_is_for_nvidias_gpus(monkeypatch):
+    on_gpu = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert can_be_recorded(on_gpu) and not can_be_recorded(torch.zeros(1))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not can_be_recorded(on_gpu)
+
+
+class Followed(TorchDispatchMode):
+    """Custom operators are run as on a GPU, where otherwise only their sizes are known."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        definition = OPDEFS.get(function._schema.name)
+        if definition is not None and function._schema.name.startswith("nnunet_lgms::"):
+            with self:
+                return definition._init_fn(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dim", "options"), [(2, {}), (3, {}), (3, {"norm_op": partial(nn.GroupNorm, 4)})])
+def test_pytorchs_operators_ask_for_no_number(dim, options, monkeypatch):
+    """On the meta device tensors have none, so whoever asks fails; a graph cannot hold the answer either."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which the meta device has not
+    with torch.device("meta"), kernels("off"), Followed():
+        network = LGMSNet.paper(1, 2, dim=dim, **options)
+        for training in (True, False):
+            network.train(training)
+            with torch.set_grad_enabled(training):
+                out = network(torch.empty(2, 1, *SHAPE[dim][2:]))
+            if training:
+                out.sum().backward()
+        assert all(p.grad is not None for p in network.parameters())
+        with pytest.raises(RuntimeError):  # as for one who asks
+            bool(out.sum() > 0)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import runpy
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from tiny_plans import LABELS, REGIONS, configuration, dataset_json, plans
 from tiny_trainer import EPOCHS, IN_TRAINERS, NAMES, TRAINERS, make_batch, make_trainer
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.graphs import compilation
 from nnunet_lgms.graphs.optimizer import FusedSGD
 from nnunet_lgms.graphs.update import RecordedUpdate
 from nnunet_lgms.nnunet import graphed, robust
 from nnunet_lgms.nnunet import trainer as trainers
 from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, rotations_and_flips, said_of_rotations
 from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+from nnunet_lgms.ops.backend import KernelsSwitchedOff
 
 PATCH = {2: [16, 16], 3: [8, 12, 8]}
 
@@ -531,10 +534,108 @@ def test_graphs_are_where_nnunet_would_compile(switch, graphs, monkeypatch):
     assert not trainer._trains_on_graphs()  # a CPU
     trainer.device = torch.device("cuda")
     monkeypatch.setattr(graphed, "use_kernels", lambda parameter: True)
+    monkeypatch.setattr(graphed, "why_not_compiled", lambda device: None)
     monkeypatch.delenv("nnUNet_compile", raising=False)
     if switch:
         monkeypatch.setenv("nnUNet_compile", switch)
     assert trainer._trains_on_graphs() == graphs
+
+
+CARDS_WITHOUT_KERNELS = {  # compute capability and system; whether the network is compiled, and whether recorded
+    "T4": ((7, 5), "posix", True, False),
+    "V100": ((7, 0), "posix", True, False),
+    "P100": ((6, 0), "posix", False, True),
+    "RTX 4090 in Windows": ((8, 9), "nt", False, True),
+}
+
+
+@pytest.mark.parametrize("switch", [None, "f"])
+@pytest.mark.parametrize("card", CARDS_WITHOUT_KERNELS)
+def test_pytorchs_operators_are_compiled_or_else_recorded(card, switch, monkeypatch):
+    """Never both, and neither where the user has switched it off."""
+    capability, system, compiles, records = CARDS_WITHOUT_KERNELS[card]
+    trainer = make_trainer()
+    trainer.device = torch.device("cuda")
+    properties = SimpleNamespace(name=card, major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(compilation, "find_spec", lambda name: name)
+    monkeypatch.setattr(graphed, "can_be_recorded", lambda parameter: True)
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    if switch:
+        monkeypatch.setenv("nnUNet_compile", switch)
+    monkeypatch.setattr(os, "name", system)
+    decided = trainer._do_i_compile(), trainer._trains_on_graphs()
+    why = compilation.why_not_compiled("cuda")
+    trainer.is_ddp = True
+    with_others = trainer._trains_on_graphs()
+    monkeypatch.undo()  # pathlib asks for the system
+    assert decided == ((compiles, records) if switch is None else (False, False))
+    assert not with_others
+    assert (why is None) == compiles and (system != "posix" or compiles or "P100 has 6.0" in why)
+
+
+def test_without_triton_nothing_is_compiled_and_the_log_says_so(monkeypatch, capsys):
+    trainer = make_trainer()
+    trainer.device = torch.device("cuda")
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    monkeypatch.setattr(graphed, "can_be_recorded", lambda parameter: True)
+    monkeypatch.setattr(nnUNetTrainer, "initialize", lambda self: None)
+    monkeypatch.setattr(robust, "check_preprocessed", lambda *args: None)
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    network = trainer.network
+    trainer.initialize()
+    assert "The network is not compiled. torch.compile needs the package triton" in capsys.readouterr().out
+    assert trainer.network is network and trainer._trains_on_graphs()
+
+
+def test_a_kernel_that_fails_in_the_recording_leaves_a_recording_without(monkeypatch, capsys):
+    trainer, tried = make_trainer(), []
+    trainer.num_input_channels = 1
+
+    def record(x, group):
+        tried.append(x)
+        if len(tried) == 1:
+            raise KernelsSwitchedOff("the Triton kernel _conv_sweep_kernel failed")
+
+    monkeypatch.setattr(trainer.network, "record_training", record)
+    trainer._record_step()
+    assert len(tried) == 2 and trainer.recorded_update is not None
+    assert "could not be recorded" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", ["train_step", "validation_step"])
+def test_graphs_give_their_memory_back_where_it_is_short(step, monkeypatch, capsys):
+    trainer = make_trainer()
+    trainer.network._training_step = SimpleNamespace(end=lambda: None)
+    compute, computed = type(trainer.network).forward, []
+
+    def forward(self, x):
+        computed.append(trainer.network.has_recorded_training)
+        if computed[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, x)
+
+    monkeypatch.setattr(type(trainer.network), "forward", forward)
+    for _ in range(2):
+        assert np.isfinite(getattr(trainer, step)(make_batch(trainer))["loss"])
+    assert computed == [True, False, False]
+    assert capsys.readouterr().out.count("training goes on, slower, without CUDA graphs") == 1
+
+
+@pytest.mark.parametrize("is_ddp", [True, False], ids=["several processes", "without graphs"])
+def test_memory_that_is_short_otherwise_is_an_error(is_ddp, monkeypatch):
+    trainer, computed = make_trainer(), []
+    monkeypatch.setattr(trainer, "_own_network", lambda: SimpleNamespace(has_recorded_training=is_ddp))
+    trainer.is_ddp = is_ddp
+
+    def forward(x):
+        computed.append(x)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.network, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step(make_batch(trainer))
+    assert len(computed) == 1
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("stopped")])
@@ -568,6 +669,7 @@ def test_what_trains_on_graphs_is_not_compiled(ddp, monkeypatch):
     monkeypatch.setattr(nnUNetTrainer, "initialize", initialize)
     monkeypatch.setattr(robust, "check_preprocessed", lambda *args: None)
     monkeypatch.setattr(graphed, "use_kernels", lambda parameter: True)
+    monkeypatch.setattr(graphed, "why_not_compiled", lambda device: None)
     monkeypatch.setattr(graphed, "GraphedDataParallel", lambda module, device_ids: SimpleNamespace(module=module))
     monkeypatch.delenv("nnUNet_compile", raising=False)
     trainer.device = torch.device("cuda")

@@ -195,7 +195,8 @@ def check_gpu() -> Finding:
     decision = kernels_for("cuda:0")  # as it is after the launch
     if decision.path == "kernels":
         return Finding(OK, "GPU", f"{text}, Triton {version('triton')}, whose kernels run. {decision.reason}")
-    text += f"; PyTorch's operators are used, without CUDA graphs. {decision.reason} {SLOWER}"
+    recorded = "without CUDA graphs" if torch.version.hip is not None else "and predictions are CUDA graphs of them"
+    text += f"; PyTorch's operators are used, {recorded}. {decision.reason} {SLOWER}"
     can_install = not HAS_TRITON and sys.platform == "linux" and torch.version.hip is None
     return Finding(WARNING, "GPU", text, "pip install triton" if can_install else None)
 
@@ -261,11 +262,15 @@ def _launch_one() -> str | None:
 
 def check_compile() -> Finding:
     """Would nnU-Net compile the network, and does what torch.compile and Triton build with exist?"""
-    if not _has_cuda() or os.name == "nt":
+    if not _has_cuda():
         return Finding(OK, "compile", "nnU-Net does not compile on this machine, nothing is needed")
     if os.environ.get("nnUNet_compile", "true").lower() not in ("true", "1", "t"):
         text = f"switched off (nnUNet_compile is {os.environ['nnUNet_compile']!r}), so training is slower"
         return Finding(WARNING, "compile", text, _unset("nnUNet_compile"))
+    from nnunet_lgms.graphs.compilation import why_not_compiled
+
+    if (reason := why_not_compiled("cuda:0")) is not None:
+        return Finding(OK, "compile", f"{reason} A training on one GPU is recorded as CUDA graphs instead")
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "gcc", "gcc", "cc", "clang"])), None)
     header = Path(sysconfig.get_path("include"), "Python.h")
     missing = [what for what, there in (("a C compiler", compiler), (f"{header}", header.exists())) if not there]

@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.graphs.recorded import RecordedPrediction, RecordedStep
-from nnunet_lgms.graphs.recording import in_all_or_none
+from nnunet_lgms.graphs.recording import can_be_recorded, in_all_or_none
 from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.ops.launch import only_compiling
 
@@ -36,9 +36,10 @@ BEFORE_RECORDING = 2
 class GraphedLGMSNet(LGMSNet):
     """:class:`LGMSNet` whose predictions, and training steps once :meth:`record_training` was called, are CUDA graphs.
 
-    Graphs are made and replayed where the Triton kernels run (see :func:`use_kernels`). Predictions are recorded by
-    themselves, when inputs of the same shape come again and again, as windows of an image do; only the latest graph is
-    kept. A graph ends when the weights move to another place (``.to``, ``.half``), not when they change.
+    Graphs are made and replayed on NVIDIA GPUs, of the Triton kernels or of PyTorch's operators (see
+    :func:`use_kernels`): neither asks the GPU for a number. Predictions are recorded by themselves, when inputs of the
+    same shape come again and again, as windows of an image do; only the latest graph is kept. A graph ends when the
+    weights move to another place (``.to``, ``.half``), not when they change.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -66,7 +67,12 @@ class GraphedLGMSNet(LGMSNet):
 
     @staticmethod
     def _has_graphs(x: Tensor) -> bool:
-        return x.is_cuda and use_kernels(x) and not torch.cuda.is_current_stream_capturing()
+        return can_be_recorded(x) and not torch.cuda.is_current_stream_capturing()
+
+    @property
+    def has_recorded_training(self) -> bool:
+        """Whether a training step was recorded, whose memory is the graphs' until they are forgotten."""
+        return self._training_step is not None
 
     def replays(self, x: Tensor) -> bool:
         """Whether a training step on x is a graph, as things stand (autocast, mode)."""
@@ -107,12 +113,13 @@ class GraphedLGMSNet(LGMSNet):
         kind = self._kind(x)
         if kind != self._prediction_kind:
             self._prediction_kind, self._prediction, self._computed = kind, None, 0
-            with only_compiling():
-                self._with_converted_weights(x)
+            if use_kernels(x):
+                with only_compiling():
+                    self._with_converted_weights(x)
         if self._prediction is None and self._computed == BEFORE_RECORDING:
             try:
                 self._prediction = RecordedPrediction(self._with_converted_weights, x)
-            except RuntimeError as error:  # out of memory, which is held for as long as the graph lives
+            except RuntimeError as error:  # out of memory, most likely, which a graph holds for as long as it lives
                 warnings.warn(f"Predictions are not recorded as a CUDA graph ({error}).", stacklevel=2)
         self._computed += 1
         return self._with_converted_weights(x) if self._prediction is None else self._prediction(x)

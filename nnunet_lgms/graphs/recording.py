@@ -11,6 +11,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 
+def can_be_recorded(x: Tensor) -> bool:
+    """Whether what is computed from x may become a graph. AMD's GPUs have them as well, where nothing was tried."""
+    return x.is_cuda and torch.version.hip is None
+
+
 @contextmanager
 def in_all_or_none(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
     """What fails in one process fails in all of them, once each has done it."""

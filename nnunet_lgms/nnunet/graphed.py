@@ -1,6 +1,9 @@
 """A fast trainer of nnU-Net's for LGMSNet: CUDA graphs, Python a step ahead of the GPU, unusable steps left out."""
 
+import os
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,13 +11,15 @@ from torch import nn
 
 from nnunet_lgms.files import one_line
 from nnunet_lgms.graphs.ahead import LossOfAStep, StepResult, copied_ahead
+from nnunet_lgms.graphs.compilation import why_not_compiled
 from nnunet_lgms.graphs.data_parallel import GraphedDataParallel
+from nnunet_lgms.graphs.recording import can_be_recorded
 from nnunet_lgms.graphs.step import record_step, training_step
 from nnunet_lgms.graphs.update import RecordedUpdate
 from nnunet_lgms.nnunet.checks import check_images
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.robust import RobustTrainer
-from nnunet_lgms.ops.backend import use_kernels
+from nnunet_lgms.ops.backend import use_kernels, with_fallback
 
 # A step that a precision cannot hold is nothing unusual, and it is left out; this many in a row are the end.
 MAX_STEPS_LEFT_OUT = 20
@@ -23,8 +28,9 @@ MAX_STEPS_LEFT_OUT = 20
 class GraphedTrainer(RobustTrainer):
     """nnU-Net's training of LGMSNet, with the same steps in less time.
 
-    Where nnU-Net would compile, the step is recorded as CUDA graphs. On a GPU, Python is a step ahead, and a loss is
-    looked at when it is there. A step whose gradients are not finite is left out and counted.
+    Where nnU-Net would compile and the Triton kernels run, and where nothing can be compiled, the step is recorded as
+    CUDA graphs. On a GPU, Python is a step ahead, and a loss is looked at when it is there. A step whose gradients are
+    not finite is left out and counted.
     """
 
     def __init__(
@@ -44,18 +50,30 @@ class GraphedTrainer(RobustTrainer):
 
     def initialize(self):
         super().initialize()
-        if self._trains_on_graphs():  # nothing is compiled before its first step
+        if super()._do_i_compile() and not self._do_i_compile():
+            self.print_to_log_file(f"The network is not compiled. {why_not_compiled(self.device)}")
+        if self._trains_on_graphs() and self._do_i_compile():  # nothing is compiled before its first step
             if self.is_ddp:
                 self.network = GraphedDataParallel(self.network.module._orig_mod, device_ids=[self.local_rank])
             else:
                 self.network = self.network._orig_mod
 
-    def _trains_on_graphs(self) -> bool:
-        """Whether steps are replayed as CUDA graphs: where nnU-Net would compile.
+    def _do_i_compile(self) -> bool:
+        """As nnU-Net's, but for GPUs that ``torch.compile`` is not for, where the first step would be the last."""
+        return super()._do_i_compile() and (self.device.type != "cuda" or why_not_compiled(self.device) is None)
 
-        On several GPUs, what batch norms exchange and the mean of the gradients are part of the graphs.
+    def _trains_on_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs: where nnU-Net would compile and the kernels run.
+
+        PyTorch's operators are compiled, as nnU-Net does, and recorded where that cannot be; never where the user has
+        switched compilation off. On several GPUs, what batch norms exchange and the mean of the gradients are part of
+        the graphs; of PyTorch's operators that was not tried.
         """
-        return self._do_i_compile() and use_kernels(next(self.network.parameters()))
+        parameter = next(self.network.parameters())
+        if use_kernels(parameter):
+            return self._do_i_compile()
+        asked = os.environ.get("nnUNet_compile", "true").lower() in ("true", "1", "t")
+        return asked and can_be_recorded(parameter) and not self.is_ddp and why_not_compiled(self.device) is not None
 
     def _own_network(self) -> nn.Module:
         return self.network.module if self.is_ddp else self.network
@@ -70,7 +88,8 @@ class GraphedTrainer(RobustTrainer):
         x, group = torch.zeros(shape, device=self.device), self.network.process_group if self.is_ddp else None
         reason = None
         try:
-            self.recorded_update = record_step(network, self.optimizer, self.grad_scaler, x, group)
+            step = network, self.optimizer, self.grad_scaler, x, group
+            self.recorded_update = with_fallback(record_step, *step)
         except RuntimeError as error:  # for want of memory: a graph holds what a step takes, and shares it with nobody
             reason = one_line(error)
         if reason is not None:
@@ -116,9 +135,32 @@ class GraphedTrainer(RobustTrainer):
 
     def _take_step(self, data: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The loss and the norm of its gradients, on the device (see :func:`training_step`)."""
-        return training_step(
-            self.network, self.loss, self.optimizer, self.grad_scaler, data, target, self.recorded_update
+        return self._without_graphs_if_memory_is_short(
+            lambda: training_step(
+                self.network, self.loss, self.optimizer, self.grad_scaler, data, target, self.recorded_update
+            )
         )
+
+    def validation_step(self, batch: dict) -> dict:
+        return self._without_graphs_if_memory_is_short(lambda: super(GraphedTrainer, self).validation_step(batch))
+
+    def _without_graphs_if_memory_is_short(self, function: Callable[[], Any]) -> Any:
+        """What the function gives; graphs hold memory that nothing else can use, and go if it runs out of that.
+
+        Of several processes none goes its own way: graphs and DDP exchange different things.
+        """
+        reason = None
+        try:
+            return function()
+        except torch.OutOfMemoryError as error:
+            if self.is_ddp or not getattr(self._own_network(), "has_recorded_training", False):
+                raise
+            reason = one_line(error)
+        self._own_network().forget_graphs()
+        self.recorded_update = None
+        torch.cuda.empty_cache()
+        self.print_to_log_file(f"Memory is short ({reason}); training goes on, slower, without CUDA graphs.")
+        return function()
 
     def _look_at_losses(self, but: int):
         """Looks at the losses of all steps so far but the latest ``but``."""
