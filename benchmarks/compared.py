@@ -1,4 +1,4 @@
-"""The networks that the benchmarks compare, as nnU-Net would build them."""
+"""The networks that the benchmarks compare, as nnU-Net would build them, and the loss of their steps."""
 
 from __future__ import annotations
 
@@ -6,41 +6,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NETWORKS = ("lgmsnet", "plain", "resenc_m", "mednext_s")
-FEATURES = {2: 512, 3: 320}  # nnU-Net's widest level
+from nnunet_lgms import LGMSNet
+from nnunet_lgms.config.planned import MOST_FEATURES
+
+NETWORKS = ("lgmsnet", "plain", "resenc_m")
 
 
 def build(name: str, dim: int, input_channels: int, classes: int, n_stages: int) -> nn.Module:
     """The network by its name in the tables.
 
     Args:
-        name: "lgmsnet" (the published one, always five levels), "plain" (PlainConvUNet), "resenc_m" (nnU-Net's), or
-            "mednext_s" (five levels, see `mednext.py`).
+        name: "lgmsnet" (the published one, always five levels), "plain" (nnU-Net's PlainConvUNet) or "resenc_m"
+            (nnU-Net's ResEnc M).
         dim: 2 or 3.
         input_channels: channels of the image.
         classes: channels of the output.
         n_stages: resolution levels of nnU-Net's networks.
-
-    Raises:
-        ValueError: there is no such network.
     """
     if name == "lgmsnet":
-        from nnunet_lgms import LGMSNet
-
         return LGMSNet.paper(input_channels, classes, dim=dim)
-
-    if name == "mednext_s":
-        from mednext import MedNeXtS
-
-        return MedNeXtS(dim, input_channels, classes)
 
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
-    shared = {
+    planned = {
         "input_channels": input_channels,
         "num_classes": classes,
         "n_stages": n_stages,
-        "features_per_stage": [min(32 * 2**i, FEATURES[dim]) for i in range(n_stages)],
+        "features_per_stage": [min(32 * 2**i, MOST_FEATURES[dim]) for i in range(n_stages)],
         "conv_op": nn.Conv3d if dim == 3 else nn.Conv2d,
         "kernel_sizes": 3,
         "strides": [1] + [2] * (n_stages - 1),
@@ -51,12 +43,10 @@ def build(name: str, dim: int, input_channels: int, classes: int, n_stages: int)
         "nonlin_kwargs": {"inplace": True},
     }
     if name == "plain":
-        network = PlainConvUNet(**shared, n_conv_per_stage=2, n_conv_per_stage_decoder=2)
-    elif name == "resenc_m":
-        blocks = [1, 3, 4, 6, 6, 6, 6][:n_stages]
-        network = ResidualEncoderUNet(**shared, n_blocks_per_stage=blocks, n_conv_per_stage_decoder=1)
+        network = PlainConvUNet(**planned, n_conv_per_stage=2, n_conv_per_stage_decoder=2)
     else:
-        raise ValueError(f"There is no network {name!r} in the benchmarks: choose one of {', '.join(NETWORKS)}.")
+        blocks = [1, 3, 4, 6, 6, 6, 6][:n_stages]
+        network = ResidualEncoderUNet(**planned, n_blocks_per_stage=blocks, n_conv_per_stage_decoder=1)
     network.apply(network.initialize)
     return network
 

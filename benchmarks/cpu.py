@@ -3,20 +3,18 @@
     python benchmarks/cpu.py [--threads 2] [--rounds 7] [--output benchmarks/results]
 
 The networks take turns, so that other work on the machine slows all; a ratio is the median of the rounds' ratios. For
-inference, nnU-Net's ResEnc M and a MedNeXt-S take part as well. U-Nets have the number of stages that nnU-Net plans for
-the patch. float32, no compilation, as nnU-Net does on the CPU; each with the SGD of its own trainer. Writes cpu.json
-and cpu.md.
+inference, nnU-Net's ResEnc M takes part as well. U-Nets have the number of stages that nnU-Net plans for the patch.
+float32, no compilation, as nnU-Net does on the CPU; each with the SGD of its own trainer. Writes cpu.json and cpu.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from compared import build, loss_function, parameters
-from record import RESULTS, processor, provenance, write
+from record import command_line, processor, provenance, table, write
 from timing import milliseconds
 from tqdm import tqdm
 
@@ -28,7 +26,7 @@ ROWS = {
     "inference, 3D 96^3": {"input": (1, 1, 96, 96, 96), "classes": 14, "n_stages": 6, "train": False},
     "inference, 2D 256^2": {"input": (1, 3, 256, 256), "classes": 1, "n_stages": 7, "train": False},
 }
-COMPARED, BESIDE = ("lgmsnet", "plain"), ("resenc_m", "mednext_s")
+COMPARED, BESIDE = ("lgmsnet", "plain"), ("resenc_m",)
 
 
 def make_step(name: str, row: dict) -> TrainingStep | InferenceStep:
@@ -62,6 +60,16 @@ def measure(row: dict, rounds: int) -> dict:
 
 
 def markdown(result: dict) -> str:
+    measured = dict.fromkeys(name for row in result["rows"].values() for name in row["median"])
+    beside = [name for name in measured if name not in COMPARED]
+    rows = []
+    for name, row in result["rows"].items():
+        ms = {network: f"{1e3 * seconds:.0f}" for network, seconds in row["median"].items()}
+        low, high = row["ratio_range"]
+        cells = [name, *(ms[n] for n in COMPARED), f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+        cells += [ms.get(n, "") for n in beside]
+        rows.append([*cells, " / ".join(f"{n / 1e6:.2f}" for n in row["parameters"].values())])
+    columns = " | ".join([*(f"{n} ms" for n in COMPARED), "ratio", *(f"{n} ms" for n in beside), "parameters (M)"])
     lines = [
         "# LGMSNet against nnU-Net's PlainConvUNet on the CPU",
         "",
@@ -69,25 +77,16 @@ def markdown(result: dict) -> str:
         f"{result['versions']['torch']}, float32. Median of {result['rounds']} rounds in turns; the ratio's range in "
         "brackets.",
         "",
-        "| | LGMSNet ms | PlainConvUNet ms | ratio | ResEnc M ms | MedNeXt-S-like ms | parameters (M) |",
-        "|---|---|---|---|---|---|---|",
+        *table(f"| {columns}", rows),
     ]
-    for name, row in result["rows"].items():
-        ms = {n: f"{seconds * 1e3:.0f}" for n, seconds in row["median"].items()}
-        low, high = row["ratio_range"]
-        cells = [*(ms[n] for n in COMPARED), f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
-        cells += [ms.get(n, "") for n in BESIDE]
-        cells += [" / ".join(f"{n / 1e6:.2f}" for n in row["parameters"].values())]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="LGMSNet against PlainConvUNet on the CPU.")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     result = {
         "threads": args.threads,

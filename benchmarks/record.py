@@ -1,4 +1,4 @@
-"""What a benchmark writes, and where it comes from: machine, versions, code.
+"""What all benchmarks have: the option where results go, their files and tables, and where they come from.
 
     python benchmarks/record.py
 
@@ -7,6 +7,7 @@ Writes the commit into the results that were measured before there was one, or w
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,27 @@ RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("nnunet_lgms", "trainers", "plans")
 COMMITS = 40  # that are looked through
 MISSING = re.compile(r'(?P<before>"code": "(?P<code>[0-9a-f]{64})",\s*"commit": )null')
+
+
+def command_line(about: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark, with its docstring as the help and with ``--output``."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", "--out", type=Path, default=RESULTS, metavar="FOLDER", help="of the results (benchmarks/results)"
+    )
+    return parser
+
+
+def table(header: str, rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table.
+
+    Args:
+        header: names of the columns, with bars between them.
+        rows: cells; those that a row lacks at its end are empty.
+    """
+    columns = header.count("|") + 1
+    lines = [f"| {header} |", "|" + "---|" * columns]
+    return lines + ["| " + " | ".join(map(str, [*row, *[""] * (columns - len(row))])) + " |" for row in rows]
 
 
 def write(folder: Path, name: str, content: Any, markdown: str = "", picture: Callable[[Path], Any] | None = None):

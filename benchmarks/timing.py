@@ -29,12 +29,7 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def median_ms(
-    step: Callable[[], object],
-    device: torch.device,
-    seconds: float = 1.5,
-    warmup: int = 2,
-    least: int = 10,
-    cold: bool = False,
+    step: Callable[[], object], device: torch.device, seconds: float = 1.5, warmup: int = 2, least: int = 10
 ) -> tuple[float, float, float]:
     """Median, 5th and 95th percentile of a step in ms.
 
@@ -44,44 +39,12 @@ def median_ms(
         seconds: how long to go on.
         warmup: calls that do not count.
         least: calls that count at least.
-        cold: whether the GPU's L2 cache is overwritten before each.
     """
     for _ in range(warmup):
         step()
     synchronize(device)
-    flush = torch.empty(1 << 26, dtype=torch.int32, device=device) if cold and device.type == "cuda" else None
     times, begin = [], time.perf_counter()
     while len(times) < least or time.perf_counter() - begin < seconds:
-        if flush is not None:
-            flush.zero_()
         times.append(milliseconds(step, device))
     times.sort()
     return statistics.median(times), times[len(times) // 20], times[-1 - len(times) // 20]
-
-
-def graphed(function: Callable[[], object], times: int = 1) -> Callable[[], object]:
-    """The replay of a CUDA graph of so many calls, without Python's part; on a CPU the calls themselves."""
-
-    def calls() -> None:
-        for _ in range(times):
-            function()
-
-    if not torch.cuda.is_available():
-        return calls
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph.replay
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes per ms that a copy on the device reads and writes."""
-    x = torch.randint(0, 255, (2**30 if device.type == "cuda" else 2**22,), dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    return 2 * x.numel() / median_ms(lambda: y.copy_(x), device, 0.15)[0]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from hostile import RunsCode
 from networks import tiny_network
 from tiny_trainer import make_batch, make_trainer
-from workshop import Workshop
 
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.graphs.optimizer import FusedSGD
@@ -228,25 +225,3 @@ def test_a_study_runs_no_code_of_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="would run code when loaded"):
         _training_record(path, "cpu")
     assert not os.path.exists(tmp_path / "made")
-
-
-# --- the benchmark that a GPU runs -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_rehearsal_of_the_benchmark_on_the_cpu(tmp_path, monkeypatch):
-    """Two short steps on real MRI; 500 under float16 are run on a GPU and stand in benchmarks/results."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import amp_soundness
-
-    monkeypatch.setattr(
-        "sys.argv", ["x", "--steps", "2", "--patch", "40", "--batch", "1", "-o", str(tmp_path / "amp.json")]
-    )
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # for planning; the script says 0 for the steps
-    with Workshop(tmp_path / "workshop").environment():
-        assert amp_soundness.main() == 0
-    result = json.loads((tmp_path / "amp.json").read_text())["trainings"]["mri"]
-    assert result["cases"] == 24 and result["input"] == [1, 1, 40, 40, 40] and len(result["losses"]) == 2
-    assert amp_soundness.is_sound(result)
-    assert not amp_soundness.is_sound({**result, "losses_not_finite": 1})
-    assert not amp_soundness.is_sound({**result, "smallest_scale": 128})

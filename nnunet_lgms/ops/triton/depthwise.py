@@ -302,7 +302,7 @@ def _depthwise_reduce_kernel(
 
 
 # --- the host's part -------------------------------------------------------------------------------------------------
-# The block sizes were measured on an H100 (benchmarks/operators.py): no tuning at run time, nothing to wait for.
+# Block sizes were measured on an H100 (benchmarks/results/depthwise.md): no tuning at run time, nothing to wait for.
 
 START = 16  # what starting and ending a program of the weight gradient costs, in steps of its loop
 
