@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from nnunet_lgms.architecture.encoder import MaxPool
 from nnunet_lgms.cli import main
 from nnunet_lgms.config import LGMSSettings
 from nnunet_lgms.config.resolve import Topology
+from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.ops import backend
 from nnunet_lgms.ops.backend import as_on_gpu
 from nnunet_lgms.ops.norm_act import norm_act
+from nnunet_lgms.planning import training_step
 from nnunet_lgms.planning.memory import Lifetimes, OnGPU, trace_training_step
 from nnunet_lgms.planning.override import build_on_meta
 from nnunet_lgms.planning.planner import GIB, LGMSNetPlanner
@@ -475,3 +478,22 @@ def test_steps_are_measured_and_a_failure_is_told():
         profile["steps"] = measured_profile(subject, "cuda", 1, False)
         assert all("failed" in step for step in profile["steps"].values())
         assert "failed: " in as_table([profile])
+
+
+@pytest.mark.parametrize(
+    ("kernels_run", "why", "made"),
+    [(True, None, "recorded"), (False, None, "compiled"), (False, "A P100 is too old.", "recorded")],
+)
+def test_a_step_is_made_fast_as_its_trainer_does(kernels_run, why, made, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, did = GraphedLGMSNet(1, 2, 2, [8, 8], nn.Conv2d, 3, [1, 2]), []
+    step = training_step.TrainingStep(network, lambda out, target: out.sum(), torch.zeros(1, 1, 8, 8), None)
+    monkeypatch.setattr(torch, "compile", lambda network: did.append("compiled") or network)
+    monkeypatch.setattr(training_step, "record_step", lambda *arguments: did.append("recorded"))
+    step.make_fast()
+    assert not did  # on a CPU
+    step.data = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "zeros_like", lambda data: data)
+    monkeypatch.setattr(training_step, "use_kernels", lambda data: kernels_run)
+    monkeypatch.setattr(training_step, "why_not_compiled", lambda device: why)
+    step.make_fast()
+    assert did == [made]

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
+from nnunet_lgms.graphs.compilation import why_not_compiled
 from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.graphs.optimizer import FusedSGD
 from nnunet_lgms.graphs.step import autocast, record_step, training_step
 from nnunet_lgms.graphs.update import BEFORE_RECORDING
+from nnunet_lgms.ops.backend import use_kernels
 from nnunet_lgms.planning.memory import label_manager
 
 #: steps on a GPU after which all is recorded that its trainer records: the passes at once, the update after a while
@@ -36,11 +38,17 @@ class TrainingStep:
         self.recorded_update = None
 
     def make_fast(self) -> None:
-        """As the network's trainer does on GPUs: LGMSNet becomes CUDA graphs, and other networks are compiled."""
+        """As the network's trainer does on GPUs: LGMSNet becomes CUDA graphs, and other networks are compiled.
+
+        So is LGMSNet where PyTorch's operators run and can be compiled.
+        """
         self.recorded_update = None
-        if not isinstance(self.network, GraphedLGMSNet):
+        is_graphed = isinstance(self.network, GraphedLGMSNet)
+        if is_graphed and not self.data.is_cuda:
+            return
+        if not is_graphed or not (use_kernels(self.data) or why_not_compiled(self.data.device)):
             self.network = torch.compile(self.network)
-        elif self.data.is_cuda:
+        else:
             x = torch.zeros_like(self.data)
             self.recorded_update = record_step(self.network, self.optimizer, self.scaler, x)
 
