@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes no file that is open, as it may be after an error, which counts more
+            temporary.unlink(missing_ok=True)
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether ``Case_1`` and ``case_1`` are one file in a folder, as on most disks of Windows and macOS.
+
+    Args:
+        folder: it, or the nearest of its parents that is there, is asked by a temporary file.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    there = next(f for f in (folder, *folder.absolute().parents) if f.is_dir())
+    with tempfile.NamedTemporaryFile(prefix=".Case_", dir=there) as file:
+        path = Path(file.name)
+        return path.with_name(path.name.swapcase()).exists()
 
 
 def check_utf8(name: object, what: str = "file") -> None:

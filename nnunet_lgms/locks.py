@@ -60,8 +60,7 @@ def locked(path: Path, what: str, *, wait: bool = False, survives_exec: bool = F
         yield
     finally:
         if lock.is_locked:
-            path.unlink(missing_ok=True)  # who waits for the old file notices that it is gone
-            lock.release()
+            _let_go(lock, path)
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
@@ -78,6 +77,16 @@ def file_lock(path: Path, *, survives_exec: bool = False) -> FileLock:
             os.set_inheritable(descriptor, True)
 
     return FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=sign)
+
+
+def _let_go(lock: FileLock, path: Path) -> None:
+    if os.name == "nt":  # which removes no file that is open: by then it may be another one's
+        lock.release()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return
+    path.unlink(missing_ok=True)  # who waits for the old file notices that it is gone
+    lock.release()
 
 
 def acquired(lock: FileLock) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nnunet_lgms.files import shown
@@ -16,7 +17,11 @@ TURNS = ("LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unico
 FILE_NAME = re.compile(rf"[^-./\\][^/\\]{{0,{LONGEST - 1}}}")
 DATASET_NAME = re.compile(rf"Dataset[0-9]{{3,9}}_[^/\\]{{1,{LONGEST - 20}}}")
 FILE_ENDING = re.compile(r"(\.[A-Za-z0-9]+)+")
-FILE_NAME_ALLOWED = f"a plain name of up to {LONGEST} characters, without folders and not beginning with '.' or '-'"
+FILE_NAME_ALLOWED = (
+    f"a plain name of up to {LONGEST} characters, without folders and not beginning with '.' or '-', and on Windows "
+    "none that it refuses"
+)
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 
 
 def is_text(value: Any) -> bool:
@@ -35,12 +40,28 @@ def is_text(value: Any) -> bool:
 
 def is_file_name(value: Any) -> bool:
     """Whether it is one part of a path, as names of data sets, plans, configurations and trainers become."""
-    return is_text(value) and FILE_NAME.fullmatch(value) is not None
+    return is_text(value) and FILE_NAME.fullmatch(value) is not None and _is_for_this_system(value)
 
 
 def is_dataset_name(value: Any) -> bool:
     """Whether nnU-Net would call a data set so: ``Dataset004_Hippocampus``."""
-    return is_text(value) and DATASET_NAME.fullmatch(value) is not None
+    return is_text(value) and DATASET_NAME.fullmatch(value) is not None and _is_for_this_system(value)
+
+
+def _is_for_this_system(name: str) -> bool:
+    return os.name != "nt" or not windows_refuses(name)
+
+
+def windows_refuses(name: str) -> bool:
+    """Whether Windows takes the name of a file for a device (``NUL``, ``con.png``), changes it, or refuses it."""
+    device = name.split(".")[0].rstrip(" ").lower() in DEVICES
+    return device or name[-1:] in (".", " ") or any(c in '<>:"|?*' for c in name)
+
+
+def alike(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ in capitals only, which Windows and macOS take for one."""
+    first: dict[str, str] = {}
+    return [(other, name) for name in names if (other := first.setdefault(name.casefold(), name)) != name]
 
 
 def check_plans_names(plans: Mapping[str, Any], where: str) -> None:

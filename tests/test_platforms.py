@@ -6,8 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from dataset_replicas import disc, grey, picture, save
 
 import nnunet_lgms
+from nnunet_lgms import locks
+from nnunet_lgms.cli import main
+from nnunet_lgms.data import convert
+from nnunet_lgms.files import atomic_write, ignores_case
+from nnunet_lgms.locks import locked
+from nnunet_lgms.names import alike, is_dataset_name, is_file_name, windows_refuses
 from nnunet_lgms.planning import profile
 from nnunet_lgms.prediction import cases
 from nnunet_lgms.study import gpus
@@ -94,3 +101,133 @@ def test_profile_says_what_windows_does_not_tell(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "resource", None)
     with pytest.raises(ValueError, match="Windows does not tell the memory"):
         profile._peak_of_process()
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["CON", "nul", "Aux.nii.gz", "com1.png", "LPT9", "con .png", "a.", "a ", "a:b", 'a"b', "a?"]
+)
+def test_names_that_windows_refuses_are_refused_there_alone(name: str, monkeypatch: pytest.MonkeyPatch):
+    assert windows_refuses(name) and is_file_name(name)
+    refused = _with_name("nt", is_file_name)(name)
+    assert not refused and _with_name("nt", is_file_name)("Console_1.nii.gz")
+    assert not _with_name("nt", is_dataset_name)("Dataset004_a.") and is_dataset_name("Dataset004_a.")
+
+
+def test_names_that_differ_in_capitals_only_are_pairs():
+    assert alike(["Case_1", "b", "case_1", "CASE_1", "b"]) == [("Case_1", "case_1"), ("Case_1", "CASE_1")]
+    assert not alike(["1", "2", "stra\u00dfe"])
+
+
+class WithoutCapitals:
+    """A disk that knows no capitals, as far as is asked here: whether there is a file of a name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self._exists = Path.exists
+        monkeypatch.setattr(Path, "exists", lambda path, **options: self.exists(path, **options))
+
+    def exists(self, path: Path, **options) -> bool:
+        if self._exists(path, **options):
+            return True
+        return path.parent.is_dir() and path.name.lower() in (name.lower() for name in os.listdir(path.parent))
+
+
+def test_a_disk_is_asked_whether_it_knows_capitals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    knows = not ignores_case(tmp_path / "not/there/yet")
+    WithoutCapitals(monkeypatch)
+    assert ignores_case(tmp_path) and not list(tmp_path.iterdir())
+    if sys.platform == "linux":
+        assert knows
+
+
+def _convert_two_cases_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    if ignores_case(tmp_path):
+        pytest.skip("the two images cannot be on one disk here")
+    for number, case in enumerate(("Case_1", "case_1", "case_2")):
+        save(tmp_path / f"images/{case}.png", picture(number, 1))
+        save(tmp_path / f"masks/{case}.png", grey(disc(number)))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    folders = [str(tmp_path / "images"), str(tmp_path / "masks")]
+    return main(["convert", "folder", *folders, "--id", "7", "--name", "Own", "--workers", "1"])
+
+
+@pytest.mark.usefixtures("verify_in_threads")
+def test_cases_that_would_be_one_elsewhere_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    assert _convert_two_cases_alike(tmp_path, monkeypatch) == 0
+    assert len(list((tmp_path / "raw/Dataset007_Own/labelsTr").iterdir())) == 3
+    said = capsys.readouterr()
+    assert "1 case(s) differ from another one in capitals only, such as case_1 from Case_1" in said.out + said.err
+
+
+def test_cases_that_are_one_on_this_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(convert, "ignores_case", lambda folder: True)
+    assert _convert_two_cases_alike(tmp_path, monkeypatch) == 2
+    assert "case_1: differs from Case_1 in capitals only, and on this disk they are one" in capsys.readouterr().err
+    assert not list((tmp_path / "raw").glob("Dataset*"))
+
+
+def test_cases_that_are_devices_of_windows_are_refused_there():
+    names_on_disk = _with_name("nt", convert._names_on_disk)
+    problems, remarks = names_on_disk(["aux", "b"], Path())
+    assert [problem.identifier for problem in problems] == ["aux"] and not remarks
+    assert convert._names_on_disk(["aux", "b"], Path()) == ([], [])
+
+
+def test_no_prediction_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    outputs = [str(tmp_path / name) for name in ("Case_1", "b", "case_1")]
+    if not ignores_case(tmp_path):
+        cases.check_outputs(outputs, ".png")
+    monkeypatch.setattr(cases, "ignores_case", lambda folder: True)
+    with pytest.raises(ValueError, match=r"Case_1\.png and .*case_1\.png are one file on this disk"):
+        cases.check_outputs(outputs, ".png")
+    with pytest.raises(ValueError, match=r"Two cases would be written to .*b\.png"):
+        cases.check_outputs([*outputs[:2], outputs[1]], ".png")
+
+
+# --- files that are open ---------------------------------------------------------------------------------------------
+
+
+class WindowsDisk:
+    """Removes and replaces no file that this process has open, as Windows does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        for function in (os.replace, os.rename, os.unlink):
+            monkeypatch.setattr(os, function.__name__, self._unless_open(function))
+
+    @staticmethod
+    def _unless_open(function):
+        def call(*paths, **options):
+            for path in paths:
+                for number in os.listdir("/proc/self/fd"):
+                    if os.path.realpath(f"/proc/self/fd/{number}") == os.path.realpath(path):
+                        raise PermissionError(13, "it is being used by another process", str(path))
+            return function(*paths, **options)
+
+        return call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are open")
+def test_a_lock_is_given_back_where_open_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    WindowsDisk(monkeypatch)
+    with pytest.raises(PermissionError), locked(tmp_path / ".lock", "test"):  # as on Linux: removed while it is held
+        pass
+    lock = tmp_path / "folder" / ".lock"
+    monkeypatch.setattr(locks, "_let_go", _with_name("nt", locks._let_go))
+    for _ in range(2):
+        with locked(lock, "test"):
+            assert lock.exists()
+        assert not lock.parent.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are open")
+def test_an_error_in_writing_is_told_also_where_the_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    WindowsDisk(monkeypatch)
+    with pytest.raises(RuntimeError, match="the library failed"), atomic_write(tmp_path / "a") as temporary:
+        left_open = temporary.open("w")
+        raise RuntimeError("the library failed")
+    left_open.close()
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "a").read_text() == "whole"

@@ -77,6 +77,8 @@ def written(folder: Path, text: str) -> Path:
         ("a: {}", "a: {overide: x}", "variants.a.overide is not known; did you mean 'override'?"),
         ("a: {}", "a__b: {}", "'a__b' cannot be a name under variants"),
         ("a: {}", "a: {}, b: {}", "variants a and b are the same training"),
+        ("a: {}", "a: {}, A: {epochs: 2}", "the variants a and A differ in capitals only"),
+        ("a: {}", "a: {override: k.json}, b: {override: y/K.json}", "k.json and y/K.json would name the same plans"),
         ("a: {}", "a: {override: x/k.json}, b: {override: y/k.json}", "would name the same plans"),
         (SMALLEST, "- a", "is list, not a table"),
         (SMALLEST, "a: [", "is not YAML"),

@@ -19,8 +19,9 @@ from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case, Found, Problem, find_cases
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.data.splits import Split, check_splits
-from nnunet_lgms.files import atomic_write, read_json
+from nnunet_lgms.files import atomic_write, ignores_case, read_json
 from nnunet_lgms.locks import locked
+from nnunet_lgms.names import alike, windows_refuses
 from nnunet_lgms.parallel import default_workers, parallel_map
 
 _FORMATS = {"image": natural_images, "volume": volumes}
@@ -179,6 +180,8 @@ def prospect(
 def _convert(description: DatasetDescription, source: Path, ahead: Prospect, workers: int) -> Conversion:
     folder, settings, files = ahead.folder, ahead.settings, ahead.files
     cases, problems, remarks = _checked_cases(description, ahead.found, workers)
+    on_disk, remark = _names_on_disk([case.identifier for case in cases], folder.parent)
+    problems, remarks = sorted([*problems, *on_disk]), [*remarks, *remark]
     if problems and not settings.skip_bad:
         print(_listing(problems), file=sys.stderr)
         raise ValueError(
@@ -309,6 +312,21 @@ def _checked_cases(
     if description.note:
         remarks.append(description.note)
     return found.cases, sorted(problems), remarks
+
+
+def _names_on_disk(identifiers: Sequence[str], raw: Path) -> tuple[list[Problem], list[str]]:
+    """Problems where two names, or one of Windows' own, would lose a case on this disk; a remark for others' disks."""
+    refused = [name for name in identifiers if os.name == "nt" and windows_refuses(name)]
+    problems = [Problem(name, "Windows keeps this name for a device, so rename the image and mask") for name in refused]
+    pairs = alike(identifiers)
+    if pairs and ignores_case(raw):
+        return [
+            *problems,
+            *(Problem(b, f"differs from {a} in capitals only, and on this disk they are one file") for a, b in pairs),
+        ], []
+    said = "case(s) differ from another one in capitals only, such as"
+    one_file = "on most disks of Windows and macOS these are one file"
+    return problems, [f"{len(pairs)} {said} {pairs[0][1]} from {pairs[0][0]}: {one_file}."] if pairs else []
 
 
 def _inspect(case: Case, description: DatasetDescription) -> Inspection:

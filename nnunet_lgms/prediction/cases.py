@@ -15,8 +15,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_lgms.arrays import is_flat
 from nnunet_lgms.dataset_json import channel_names
-from nnunet_lgms.files import atomic_write, one_line
+from nnunet_lgms.files import atomic_write, ignores_case, one_line
 from nnunet_lgms.image_files import check_image_file
+from nnunet_lgms.names import alike
 from nnunet_lgms.nnunet_files import image_files
 
 
@@ -157,6 +158,30 @@ def write_case(
         except RuntimeError as error:
             raise OSError(f"{target} cannot be written ({one_line(error)}).") from error
         check_image_file(temporary)  # SimpleITK leaves out what does not fit on a disk without a word
+
+
+def check_outputs(outputs: Sequence[str], ending: str) -> None:
+    """No result takes the place of another one.
+
+    Args:
+        outputs: paths without the ending.
+        ending: of the labels.
+
+    Raises:
+        ValueError: two of them would be one file, also where the disk knows no capitals.
+        OSError: nothing can be written there.
+    """
+    seen: set[str] = set()
+    for output in outputs:
+        if output in seen:
+            raise ValueError(f"Two cases would be written to {output}{ending}: give each an output of its own.")
+        seen.add(output)
+    for a, b in alike(outputs):
+        if ignores_case(Path(b).parent):
+            raise ValueError(
+                f"{a}{ending} and {b}{ending} are one file on this disk, which knows no capitals: rename one of the "
+                "cases, or predict into another folder."
+            )
 
 
 def finished(output: str, ending: str, with_probabilities: bool) -> bool:

@@ -28,7 +28,15 @@ from tqdm import tqdm
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import one_line, read_json
-from nnunet_lgms.prediction.cases import CasesFailed, find_cases, finished, read_case, remove_leftovers, write_case
+from nnunet_lgms.prediction.cases import (
+    CasesFailed,
+    check_outputs,
+    find_cases,
+    finished,
+    read_case,
+    remove_leftovers,
+    write_case,
+)
 from nnunet_lgms.prediction.labels import write_labels
 from nnunet_lgms.prediction.pipeline import Behind, ahead
 from nnunet_lgms.prediction.preprocessing import preprocess
@@ -175,6 +183,7 @@ class Predictor(nnUNetPredictor):
             previous = [os.path.join(folder_with_segs_from_prev_stage, name + ending) for name in names]
         if outputs is None:
             return images, None, previous
+        check_outputs(outputs, ending)
         remove_leftovers(outputs, ending)
         left = [i for i, out in enumerate(outputs) if overwrite or not finished(out, ending, save_probabilities)]
         if len(left) < len(images):

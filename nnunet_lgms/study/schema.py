@@ -15,6 +15,7 @@ import nnunet_lgms
 from nnunet_lgms.complaints import Complaint, allowed_in, described, first_complaint
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.files import shown
+from nnunet_lgms.names import alike
 from nnunet_lgms.nearest import did_you_mean
 from nnunet_lgms.nnunet_folders import dataset_number
 
@@ -275,6 +276,12 @@ def _check_together(study: Study, path: Path) -> None:
         configurations = dataset.configurations or study.configurations
         if "3d_cascade_fullres" in configurations and "3d_lowres" not in configurations:
             raise ValueError(f"{path.name}: {name} has 3d_cascade_fullres, which needs 3d_lowres in configurations.")
+    for what, names in (("data sets", study.datasets), ("data sets", study.unseen), ("variants", study.variants)):
+        for a, b in alike(names):
+            raise ValueError(
+                f"{path.name}: the {what} {a} and {b} differ in capitals only, and name folders, which are one on "
+                "Windows and macOS: rename one."
+            )
     same: dict[tuple, str] = {}
     stems: dict[str, str] = {}
     for name, variant in study.variants.items():
@@ -285,8 +292,8 @@ def _check_together(study: Study, path: Path) -> None:
             stem = Path(override).stem
             if not re.fullmatch(NAME, stem):
                 raise ValueError(f"{path.name}: the override {override!r} cannot name plans: rename the file.")
-            if stems.setdefault(stem, override) != override:
-                raise ValueError(f"{path.name}: {stems[stem]} and {override} would name the same plans: rename one.")
+            if (other := stems.setdefault(stem.casefold(), override)) != override:
+                raise ValueError(f"{path.name}: {other} and {override} would name the same plans: rename one.")
 
 
 def schema_table() -> str:
