@@ -21,7 +21,6 @@ other numbers of GPUs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -37,16 +36,15 @@ from threading import Lock
 
 import numpy as np
 import torch
-from record import RESULTS, provenance, write
+from commands import children, measured_training, start, wait, wait_until, words_of
+from record import command_line, provenance, write
 from training_sets import CONFIGURATION, TRAIN, prepare, timings
 
 from nnunet_lgms.files import atomic_write
 
-HERE = Path(__file__).resolve().parent
 TRAINER = "nnUNetTrainerLGMSNet_measured"
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-PATIENCE = 900  # seconds until a command counts as hanging
-PATIENCE_AFTER_KILL = 120
+PATIENCE_AFTER_KILL = 120  # seconds
 
 
 class Bench:
@@ -70,47 +68,41 @@ class Bench:
     def plans(self, batch: int) -> str:
         return f"ddpPlansBatch{batch}"
 
-    def start(self, run: str, n: int, batch: int, *args: str, **env: object) -> subprocess.Popen:
-        """A training on ``n`` GPUs; its output goes to ``work/run/log.txt``."""
-        folder = self.work / self.name / run
-        folder.mkdir(parents=True, exist_ok=True)
+    def start(self, run: str, n: int, batch: int, *args: str, **more: object) -> subprocess.Popen:
+        """A training on ``n`` GPUs."""
+        self.log(run).parent.mkdir(parents=True, exist_ok=True)
         select = [self.dataset, CONFIGURATION, "0", "-tr", TRAINER, "-p", self.plans(batch), "-num_gpus", str(n), *args]
-        measured = {"MEASURED_EPOCHS": self.epochs, "MEASURED_ITERATIONS": self.iterations, **env}
-        environment = {
-            **os.environ,
-            **NO_MULTICAST,
-            **{key: str(value) for key, value in measured.items()},
-            "nnUNet_results": str(folder),
-            "nnUNet_extTrainer": os.pathsep.join([str(HERE / "trainers"), os.environ.get("nnUNet_extTrainer", "")]),
-        }
+        measured = {"epochs": self.epochs, "iterations": self.iterations, **more}
         print(f"{self.name}: {run}", *select, flush=True)
-        with (folder / "log.txt").open("a") as log:
-            # a group of its own, so that nothing outlives the benchmark
-            return subprocess.Popen([*TRAIN, *select], env=environment, stdout=log, stderr=log, start_new_session=True)
+        results = {"nnUNet_results": str(self.log(run).parent)}
+        return start([*TRAIN, *select], self.log(run), NO_MULTICAST | measured_training(**measured) | results)
 
-    def train(self, run: str, n: int, batch: int, *args: str, stops: bool = False, **env: object) -> dict:
+    def train(self, run: str, n: int, batch: int, *args: str, stops: bool = False, **more: object) -> dict:
         """Runs a training to its end; what its trainer measured.
 
         Raises:
             RuntimeError: it fails, or does not end.
         """
-        process = self.start(run, n, batch, *args, **env)
         begin = time.time()
-        try:
-            code = process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise RuntimeError(f"{run} hangs: see {self.work / self.name / run / 'log.txt'}") from None
+        code = wait(self.start(run, n, batch, *args, **more), self.log(run))
         if (code != 0) != stops:
-            log = self.work / self.name / run / "log.txt"
-            raise RuntimeError(f"{run} ended with {code}: {log.read_text()[-1500:]}")
+            raise RuntimeError(f"{run} ended with {code}: {self.log(run).read_text()[-1500:]}")
         return {**self.measured(run), "started": begin}
 
-    def fold(self, run: str) -> Path:
-        return next((self.work / self.name / run).glob("*/*/fold_0"))
+    def log(self, run: str) -> Path:
+        return self.work / self.name / run / "log.txt"
+
+    def files(self, run: str, pattern: str) -> list[Path]:
+        """In the folder of the training's fold."""
+        return list(self.log(run).parent.glob(f"*/*/fold_0/{pattern}"))
 
     def measured(self, run: str) -> dict:
-        return json.loads((self.fold(run) / "measured.json").read_text())
+        return json.loads(self.files(run, "measured.json")[0].read_text())
+
+    def weights(self, run: str, checkpoint: str) -> list[str]:
+        """Their names."""
+        (file,) = self.files(run, checkpoint)
+        return list(torch.load(file, map_location="cpu", weights_only=False)["network_weights"])
 
 
 def mean_difference(first: dict, second: dict) -> float:
@@ -169,19 +161,18 @@ def continue_on_another_number(bench: Bench) -> dict:
     def continued(first: int, second: int) -> dict:
         run = f"from_{first}_to_{second}"
         stopped = bench.train(run, first, bench.shared, stops=True, MEASURED_STOP=stop)
-        latest = torch.load(bench.fold(run) / "checkpoint_latest.pth", map_location="cpu", weights_only=False)
+        latest = bench.weights(run, "checkpoint_latest.pth")
         validates = second == bench.n
         done = bench.train(run, second, bench.shared, "--c", MEASURED_VALIDATION=int(validates))
-        final = torch.load(bench.fold(run) / "checkpoint_final.pth", map_location="cpu", weights_only=False)
         result = {
             "stopped_after_epochs": stopped["epochs_done"],
             "epochs_of_the_second_run": len(done["seconds"]),
             "losses_go_on": done["losses"][:stop] == stopped["losses"],
-            "same_names_in_both_checkpoints": list(latest["network_weights"]) == list(final["network_weights"]),
+            "same_names_in_both_checkpoints": latest == bench.weights(run, "checkpoint_final.pth"),
             "losses_are_finite": all(math.isfinite(loss) for loss in done["losses"]),
         }
         if validates:
-            result["validated_cases"] = len(list((bench.fold(run) / "validation").glob("*.nii.gz")))
+            result["validated_cases"] = len(bench.files(run, "validation/*.nii.gz"))
         return result
 
     with ThreadPoolExecutor() as side_by_side:
@@ -192,20 +183,14 @@ def continue_on_another_number(bench: Bench) -> dict:
 def kill_one_process(bench: Bench) -> dict:
     """SIGKILL to the last of the processes in the middle of a training."""
     run = "killed"
-    process = bench.start(run, bench.n, bench.shared, MEASURED_ITERATIONS=10 * bench.iterations)
-    begin = time.monotonic()
-    while not list((bench.work / bench.name / run).glob("*/*/fold_0/measured.json")):
-        if process.poll() is not None or time.monotonic() - begin > PATIENCE:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise RuntimeError("the training that was to be killed ended or hangs in its first epoch")
-        time.sleep(0.2)
-    ranks = [pid for pid in children(process.pid) if "spawn_main" in command_line(pid)]
+    process = bench.start(run, bench.n, bench.shared, iterations=10 * bench.iterations)
+    wait_until(lambda: bench.files(run, "measured.json"), process, bench.log(run))
+    ranks = [pid for pid in children(process.pid) if "spawn_main" in " ".join(words_of(pid))]
     os.kill(ranks[-1], signal.SIGKILL)
     begin = time.monotonic()
     try:
-        code = process.wait(PATIENCE_AFTER_KILL)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        code = wait(process, bench.log(run), PATIENCE_AFTER_KILL)
+    except RuntimeError:
         return {"ended": False, "processes": len(ranks)}
     seconds = time.monotonic() - begin
     time.sleep(5)  # workers that prepare batches notice that their parent is gone
@@ -223,14 +208,6 @@ def kill_one_process(bench: Bench) -> dict:
     }
 
 
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-
-
 # the place of the dataset in what `prepare` returns, and what is done with it
 ALONE = {"speed_synthetic": (1, compare_speed), "speed_hippocampus": (0, compare_speed)}
 SIDE_BY_SIDE = {
@@ -241,14 +218,13 @@ SIDE_BY_SIDE = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--synthetic", type=int, default=128, metavar="SIZE", help="voxels per axis of the noise")
     names = [*ALONE, *SIDE_BY_SIDE]
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=50, help="steps an epoch")
     parser.add_argument("--work", type=Path, default=Path("ddp_work"))
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--gpus", type=int, metavar="N", help="(all that are visible)")
     args = parser.parse_args(arguments)
     there = torch.cuda.device_count()

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md}
     python benchmarks/gpu.py --networks lgmsnet plain --modes trained       each as its own trainer runs it
     python benchmarks/gpu.py --sweep              how the cost grows with the size, also as a picture
-    python benchmarks/gpu.py --row 3d lgmsnet graphs [--profile]      one row, one line of JSON
+    python benchmarks/gpu.py --row 3d lgmsnet graphs                        one row, one line of JSON
 
 A training step is that of the trainers: autocast to float16, loss, scaled backward pass, clipping at 12, and the SGD of
 the network's own trainer. Networks run as nnU-Net's trainer runs them ("compiled"), as LGMSNet's trainers do on one GPU
@@ -20,7 +20,6 @@ are measured again, and have no ratio to another run's.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -29,11 +28,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from commands import last_json
 from compared import NETWORKS, build, loss_function, parameters
-from record import RESULTS, provenance, write
+from record import command_line, provenance, table, write
 from timing import median_ms, synchronize
 from tqdm import tqdm
 
@@ -73,8 +74,16 @@ def as_trained(name: str) -> str:
     return "graphs" if name == "lgmsnet" else "compiled"
 
 
-def measure(case: str, name: str, mode: str, size: int | None = None, profile: bool = False, turn=lambda: None) -> dict:
-    """All figures of one network on one input; ``size`` in place of the case's voxels per axis."""
+def measure(case: str, name: str, mode: str, size: int | None, turn: Callable[[], None]) -> dict:
+    """All figures of one network on one input.
+
+    Args:
+        case: of ``CASES``.
+        name: of the network.
+        mode: how it runs.
+        size: voxels per axis, if not those of the case.
+        turn: returns when no other row is timed.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, classes = CASES[case]["input"], CASES[case]["classes"]
     shape = shape if size is None else (*shape[:2], *(size,) * (len(shape) - 2))
@@ -118,31 +127,11 @@ def measure(case: str, name: str, mode: str, size: int | None = None, profile: b
         torch.cuda.empty_cache()  # for those that are still compiling
     turn()
     row["infer_ms"] = median_ms(infer, device, warmup=WARM_UP)
-    if profile:
-        show_profile(infer)
     network.train()
     if mode == "graphs":
         train.make_fast()
     row["train_ms"] = median_ms(train, device, warmup=WARM_UP)
-    if profile:
-        show_profile(train)
     return row
-
-
-def show_profile(step, rows: int = 45) -> None:
-    """Prints the GPU's most expensive kernels of one step and how long it was busy."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as run:
-        begin = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        wall = (time.perf_counter() - begin) * 1e3
-    kernels = [e for e in run.key_averages() if e.self_device_time_total > 0]
-    busy = sum(e.self_device_time_total for e in kernels) / 1e3
-    print(f"profile: {wall:.1f} ms wall, {busy:.1f} ms busy, {sum(e.count for e in kernels)} kernels")
-    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:rows]:
-        print(f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x  {e.key[:110]}")
 
 
 class Row:
@@ -150,21 +139,15 @@ class Row:
 
     def __init__(self, case: str, name: str, mode: str, size: int | None, caches: Path):
         self.about = {"case": case, "network": name, "mode": mode, "size": size}
-        self.log = caches / "log"
         self.ready = threading.Event()
         self.late = False
         command = [sys.executable, __file__, "--wait", "--row", case, name, mode]
         command += [] if size is None else ["--size", str(size)]
         caches.mkdir()
+        self.log = caches / "log"
         folders = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
-        self.process = subprocess.Popen(
-            command,
-            env={**os.environ, **folders},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log.open("w"), "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | folders, **pipes)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -181,13 +164,9 @@ class Row:
         """Lets it run; its row, or what went wrong with it."""
         out, _ = self.process.communicate("go\n")
         if self.process.returncode == 0:
-            return {**json.loads(out.strip().splitlines()[-1]), **self.about}
+            return last_json(out, 0) | self.about
         said = self.log.read_text(errors="replace").strip().splitlines() or ["no message"]
         return {**self.about, "failed": "not compiled in time" if self.late else said[-1][:300]}
-
-
-def batches(jobs: list[tuple], size: int) -> list[list[tuple]]:
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 
 def earlier_rows(path: Path, jobs: list[tuple]) -> list[dict]:
@@ -196,34 +175,31 @@ def earlier_rows(path: Path, jobs: list[tuple]) -> list[dict]:
     return [row for row in rows if (row["case"], row["network"], row["mode"], row["size"]) not in jobs]
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown, with ratios to nnU-Net's own U-Net, compiled, of the same size and run."""
-    lines = [
-        "| case | network | | parameters | voxels per axis | train ms (5 to 95 %) | × | infer ms (5 to 95 %) | × | GiB "
-        "| × | first s | run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def markdown(rows: list[dict]) -> str:
+    """A table with ratios to nnU-Net's own U-Net, compiled, of the same size and run."""
 
     def same(row: dict) -> tuple:
         return row["case"], row["run"], row["size"]
 
     references = {same(row): row for row in rows if "failed" not in row and (row["network"], row["mode"]) == REFERENCE}
+    lines = []
     for row in rows:
+        cells = [row["case"], row["network"], row["mode"]]
         if "failed" in row:
-            lines.append(f"| {row['case']} | {row['network']} | {row['mode']} | {row['failed']} |" + " |" * 9)
+            lines.append([*cells, row["failed"]])
             continue
         reference = references.get(same(row))
-        cells = [row["case"], row["network"], row["mode"], f"{row['parameters'] / 1e6:.2f} M", str(row["input"][-1])]
+        cells += [f"{row['parameters'] / 1e6:.2f} M", row["input"][-1]]
         for key in ("train_ms", "infer_ms"):
             median, low, high = row[key]
-            cells += [
-                f"{median:.1f} ({low:.1f} to {high:.1f})",
-                f"{median / reference[key][0]:.2f}" if reference else "",
-            ]
+            cells.append(f"{median:.1f} ({low:.1f} to {high:.1f})")
+            cells.append(f"{median / reference[key][0]:.2f}" if reference else "")
         gib = row["train_gib"]
         cells += [f"{gib:.2f}", f"{gib / reference['train_gib']:.2f}" if reference else ""] if gib else ["", ""]
-        lines.append("| " + " | ".join([*cells, f"{row['first_step_s']:.0f}", row["run"]]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, f"{row['first_step_s']:.0f}", row["run"]])
+    times = "train ms (5 to 95 %) | × | infer ms (5 to 95 %) | ×"
+    columns = f"case | network | | parameters | voxels per axis | {times} | GiB | × | first s | run"
+    return "\n".join(table(columns, lines)) + "\n"
 
 
 def draw_sweep(rows: list[dict], path: Path) -> None:
@@ -268,49 +244,42 @@ def write_rows(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     )
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
     picture = (lambda file: draw_sweep(done, file)) if done and sweep else None
-    write(out, name, rows, heading + table(rows), picture)
+    write(out, name, rows, heading + markdown(rows), picture)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--modes", nargs="+", choices=[*MODES, "trained"], default=list(MODES))
     parser.add_argument("--jobs", type=int, default=20, help="rows that compile side by side (20, all)")
     parser.add_argument("--compile-seconds", type=float, default=400, help="given to a batch, then it is timed (400)")
-    parser.add_argument("--wait", action="store_true", help="with --row: wait for a line of input before timing")
     parser.add_argument("--sweep", action="store_true", help="sizes in place of modes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     parser.add_argument("--row", nargs=3, metavar=("CASE", "NETWORK", "MODE"), help="measure this row alone")
     parser.add_argument("--size", type=int, help="with --row: voxels per axis")
-    parser.add_argument("--profile", action="store_true", help="with --row: list the most expensive kernels")
-    args = parser.parse_args()
+    parser.add_argument("--wait", action="store_true", help="with --row: wait for a line of input before timing")
+    args = parser.parse_args(arguments)
     if args.row:
-        turn = wait_for_turn if args.wait else lambda: None
-        print(json.dumps(measure(*args.row, args.size, args.profile, turn)))
+        print(json.dumps(measure(*args.row, args.size, wait_for_turn if args.wait else lambda: None)))
         return 0
     if args.sweep:
         jobs = [(c, n, as_trained(n), size) for c in args.cases for size in SIZES[c] for n in args.networks]
     else:
-        jobs = [
-            (c, n, as_trained(n) if m == "trained" else m, None)
-            for m in args.modes
-            for n in args.networks
-            for c in args.cases
-        ]
-        jobs = [job for job in dict.fromkeys(jobs) if job[2] != "graphs" or as_trained(job[1]) == "graphs"]
+        modes = [(n, as_trained(n) if m == "trained" else m) for m in args.modes for n in args.networks]
+        possible = dict.fromkeys(m for m in modes if m[1] != "graphs" or as_trained(m[0]) == "graphs")
+        jobs = [(c, *m, None) for m in possible for c in args.cases]
     name = "gpu_sweep" if args.sweep else "gpu"
     run = datetime.datetime.now().isoformat(timespec="minutes")
-    rows = earlier_rows(args.out / f"{name}.json", jobs)
+    rows = earlier_rows(args.output / f"{name}.json", jobs)
     with tempfile.TemporaryDirectory() as caches, tqdm(total=len(jobs), desc="rows") as progress:
-        for batch in batches(jobs, args.jobs):
-            started = [Row(*job, Path(caches) / "-".join(map(str, job))) for job in batch]
+        for first in range(0, len(jobs), args.jobs):
+            batch = [Row(*job, Path(caches) / "-".join(map(str, job))) for job in jobs[first : first + args.jobs]]
             compile_until = time.monotonic() + args.compile_seconds
-            for row in started:
+            for row in batch:
                 row.compiled(compile_until - time.monotonic())
-            for row in started:
+            for row in batch:
                 rows.append({"run": run, **row.result()})
-                write_rows(rows, args.out, name, args.sweep)
+                write_rows(rows, args.output, name, args.sweep)
                 tqdm.write(json.dumps(rows[-1]))
                 progress.update()
     return 0

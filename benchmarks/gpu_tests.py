@@ -7,7 +7,6 @@ Writes gpu_tests.txt: date, device, versions, and a line for each test. Exit cod
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import os
 import platform
@@ -17,13 +16,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from record import ROOT, command_line
 
 from nnunet_lgms.files import atomic_write
 
-ROOT = Path(__file__).resolve().parent.parent
 ENDED = re.compile(r"\[gw\d+\] \[ *\d+%\] (\w+ \S+)")  # what pytest -v says when a test has
 SUMMARY = re.compile(r"=+ (.* in [\d.]+s.*) =+")
 
@@ -36,11 +34,10 @@ def report(said: Sequence[str], about: str) -> str:
     return "\n".join([about, *ended, summary[-1] if summary else f"cut off after {len(ended)} tests: {count}"]) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line(__doc__)
     parser.add_argument("tests", nargs="*", default=["tests"], help="files or names (all)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("these tests need a CUDA device, and PyTorch finds none")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "nnunetv2"))

@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py                       every plan, to benchmarks/results/memory.{json,md}
     python benchmarks/memory.py --missing             only what memory.json has no measurement of
-    python benchmarks/memory.py --estimate-only       new estimates for the measured steps in memory.json, without a GPU
-    python benchmarks/memory.py --calibrate           constants for nnunet_lgms/planning/memory.py from memory.json
+    python benchmarks/memory.py --calibrate           no steps: new estimates for those in memory.json
+
+All three print the constants for nnunet_lgms/planning/memory.py that fit the steps best.
 
 A step is what nnU-Net does: batch to the GPU, autocast to float16, loss, scaled backward pass, clipping at 12, SGD with
 momentum; cuDNN searches for its fastest algorithms. "trained" is a CUDA graph and a compiled Dice, as in the trainer on
@@ -17,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,9 +25,11 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import torch
-from record import RESULTS, provenance, write
+from commands import last_json, start, stop
+from record import command_line, provenance, table, write
 
 MODES = ("trained", "eager")
 MIB = 2**20
@@ -132,18 +133,17 @@ def run_all(
         begin = time.monotonic()
         if begin >= end:
             return {"failed": f"not begun within {seconds:.0f} s"}
-        with tempfile.TemporaryFile("w+", errors="replace") as said:
-            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        with tempfile.NamedTemporaryFile() as log:
+            process = start(command, Path(log.name))
             running.add(process)
             try:
-                process.wait(min(each, end - begin))
-            except subprocess.TimeoutExpired:
-                _stop(process)
+                code = process.wait(min(each, end - begin))
+            except TimeoutExpired:
+                stop(process)
                 return {"failed": f"not done after {time.monotonic() - begin:.0f} s"}
             finally:
                 running.discard(process)
-            said.seek(0)
-            return _last_json(said.read(), process.returncode)
+            return last_json(Path(log.name).read_text(errors="replace"), code)
 
     with ThreadPoolExecutor(workers) as pool:
         keys = {pool.submit(run, command): key for key, command in commands.items()}
@@ -153,20 +153,7 @@ def run_all(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
-                _stop(process)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)  # compilation has processes of its own
-    process.wait()
-
-
-def _last_json(said: str, code: int) -> dict:
-    lines = said.strip().splitlines() or ["it said nothing"]
-    try:
-        return json.loads(lines[-1])
-    except ValueError:
-        return {"failed": f"exit code {code}: {lines[-1][:300]}"}
+                stop(process)
 
 
 def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> dict:
@@ -189,15 +176,11 @@ def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, 2 * (os.cpu_count() or 1) // args.workers)))
     begin = time.monotonic()
-    for done, ((i, mode), result) in enumerate(
-        run_all(commands, args.workers, args.seconds, args.row_seconds), start=1
-    ):
+    for (i, mode), result in run_all(commands, args.workers, args.seconds, args.row_seconds):
         rows[i][mode] = result
         said = result.get("failed") or f"{result['peak'] / MIB:.0f} MiB, first step {result['s'][0]:.0f} s"
-        print(
-            f"[{done}/{len(commands)}, {time.monotonic() - begin:.0f} s] {rows[i]['name']}, {mode}: {said}", flush=True
-        )
-        write(file.parent, file.stem, report)
+        print(f"[{time.monotonic() - begin:.0f} s] {rows[i]['name']}, {mode}: {said}", flush=True)
+        write(args.output, "memory", report)
     return report
 
 
@@ -217,8 +200,26 @@ def estimate(row: dict) -> dict:
     return {"counted": asdict(counted), "estimate": needed_bytes(counted, topology.dim)}
 
 
-def table(report: dict) -> str:
-    """The rows in Markdown, with the deviation of the estimate from the peak of a step as the trainer runs it."""
+def markdown(report: dict) -> str:
+    """The rows, with the deviation of the estimate from the peak of a step as the trainer runs it."""
+    rows = []
+    for row in report["rows"]:
+        trained, eager = (row.get(mode, {}) for mode in MODES)
+        measured = trained.get("peak")
+        rows.append(
+            [
+                row["name"],
+                "x".join(map(str, row["patch"])),
+                row["batch"],
+                row["levels"],
+                _mib(row["estimate"]),
+                _mib(measured),
+                f"{100 * (row['estimate'] / measured - 1):+.1f} %" if measured else "",
+                _mib(eager.get("peak")),
+                _mib(trained["allocated"][0] if measured else None),
+                _mib(max(trained["reserved"][1:]) if measured else None),
+            ]
+        )
     lines = [
         f"Peak memory of a training step: {report['date']}, {report['device']}, "
         f"torch {report.get('versions', report)['torch']}.",
@@ -227,37 +228,13 @@ def table(report: dict) -> str:
         "PyTorch's tensors and CUDA graphs took in a step of the trainer's on one GPU, after the first; first: until "
         "the end of the first step, for which cuDNN tries algorithms; reserved: what PyTorch held.",
         "",
-        "| plan | patch | batch | levels | estimate | trained | deviation | eager | first | reserved |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *table("plan | patch | batch | levels | estimate | trained | deviation | eager | first | reserved", rows),
     ]
-    for row in report["rows"]:
-        trained, eager = (row.get(mode, {}) for mode in MODES)
-        measured = trained.get("peak")
-        cells = [
-            row["name"],
-            "x".join(map(str, row["patch"])),
-            row["batch"],
-            row["levels"],
-            _mib(row["estimate"]),
-            _mib(measured),
-            f"{100 * (row['estimate'] / measured - 1):+.1f} %" if measured else "",
-            _mib(eager.get("peak")),
-            _mib(trained["allocated"][0] if measured else None),
-            _mib(max(trained["reserved"][1:]) if measured else None),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _mib(n: int | None) -> str:
     return "" if n is None else f"{n / MIB:.0f}"
-
-
-def with_estimates(report: dict, file: Path) -> None:
-    """Adds the estimates to every row, and writes the table beside ``file``."""
-    for row in report["rows"]:
-        row.update(estimate(row))
-    write(file.parent, file.stem, report, table(report))
 
 
 def calibrate(rows: list[dict]) -> None:
@@ -280,41 +257,29 @@ def calibrate(rows: list[dict]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of memory.{json,md} (benchmarks/results)")
-    parser.add_argument("--modes", nargs="+", default=["trained", "eager"], choices=MODES)
+    parser = command_line(__doc__)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--workers", type=int, default=12, help="steps at a time (12)")
     parser.add_argument("--seconds", type=float, default=420, help="after which what is not done is given up (420)")
     parser.add_argument("--row-seconds", type=float, default=420, help="after which one step is given up (420)")
     parser.add_argument("--missing", action="store_true", help="only what memory.json has no measurement of")
-    parser.add_argument("--estimate-only", action="store_true")
-    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--calibrate", action="store_true", help="without measuring: estimates and constants")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    file = args.out / "memory.json"
-
     if args.row:
         torch.set_num_threads(1)
         print(json.dumps(measure(Plan(**json.loads(args.row)), args.modes[0])))
         return 0
-    if args.estimate_only or args.calibrate:
-        if not file.is_file():
-            print(f"{file} does not exist: measure first, without --estimate-only and --calibrate.", file=sys.stderr)
-            return 2
-        report = json.loads(file.read_text("utf-8"))
-        if args.estimate_only:
-            with_estimates(report, file)
-            print(table(report))
-        if args.calibrate:
-            calibrate(report["rows"])
-        return 0
-    if not torch.cuda.is_available():
-        print("benchmarks/memory.py measures on a GPU and finds none.", file=sys.stderr)
-        return 2
-
-    report = measure_all(plans, args, file)
-    with_estimates(report, file)
-    print(table(report))
+    file = args.output / "memory.json"
+    if not args.calibrate and not torch.cuda.is_available():
+        parser.error("steps are measured on a GPU, and PyTorch finds none; --calibrate needs none")
+    if args.calibrate and not file.is_file():
+        parser.error(f"{file} does not exist: measure first, without --calibrate")
+    report = json.loads(file.read_text("utf-8")) if args.calibrate else measure_all(plans, args, file)
+    for row in report["rows"]:
+        row.update(estimate(row))
+    write(args.output, "memory", report, markdown(report))
+    print(markdown(report))
     calibrate(report["rows"])
     return 0
 

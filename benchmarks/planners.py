@@ -8,17 +8,16 @@ Nothing is measured: LGMSNet's memory is counted on PyTorch's meta device (see n
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import math
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from record import RESULTS, ROOT, provenance, write
+from record import ROOT, command_line, provenance, table, write
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -60,7 +59,14 @@ def voxels(size: dict[str, Any]) -> int:
     return math.prod(size["patch"]) * size["batch"]
 
 
-def table(report: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any]) -> str:
+    rows = []
+    for name, configurations in report["fingerprints"].items():
+        for configuration, row in configurations.items():
+            unet, lgmsnet = (f"{row[k]['batch']} × {'x'.join(map(str, row[k]['patch']))}" for k in ("unet", "lgmsnet"))
+            ratio = f"{voxels(row['lgmsnet']) / voxels(row['unet']):.2f}"
+            star = " *" if row["limited_by_the_dataset"] else ""
+            rows.append((name.replace("_", " "), configuration, unet, lgmsnet + star, ratio, f"{row['gib']:.1f}"))
     lines = [
         f"Patch and batch for a card of {report['vram']:g} GiB, as nnU-Net's planner gives them to its U-Net and "
         "`nnunet_lgms plan` to LGMSNet.",
@@ -69,24 +75,15 @@ def table(report: dict[str, Any]) -> str:
         "as counted. * where nnU-Net's rules about the dataset (a patch no larger than the median image, a batch of at "
         "most 5 % of all voxels) set the limit and not the card.",
         "",
-        "| fingerprint | | U-Net: batch × patch | LGMSNet: batch × patch | × | GiB |",
-        "|---|---|---|---|---|---|",
+        *table("fingerprint | | U-Net: batch × patch | LGMSNet: batch × patch | × | GiB", rows),
     ]
-    for name, configurations in report["fingerprints"].items():
-        for configuration, row in configurations.items():
-            unet, lgmsnet = (f"{row[k]['batch']} × {'x'.join(map(str, row[k]['patch']))}" for k in ("unet", "lgmsnet"))
-            ratio = f"{voxels(row['lgmsnet']) / voxels(row['unet']):.2f}"
-            star = " *" if row["limited_by_the_dataset"] else ""
-            cells = name.replace("_", " "), configuration, unet, lgmsnet + star, ratio, f"{row['gib']:.1f}"
-            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line(__doc__)
     parser.add_argument("--vram", type=float, default=8, help="memory of the card in GiB (8)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     found = {}
     for i, folder in enumerate(sorted(path.parent for path in FOLDER.glob("*/fingerprint.json")), start=1):
         fingerprint, dataset = (
@@ -95,8 +92,8 @@ def main() -> int:
         found[folder.name] = planned(fingerprint, dataset, f"Dataset{900 + i:03d}_{folder.name}", args.vram)
         print(folder.name, json.dumps(found[folder.name]), flush=True)
     report = {**provenance("cpu"), "vram": args.vram, "fingerprints": found}
-    write(args.out, "planned", report, table(report))
-    print(table(report))
+    write(args.output, "planned", report, markdown(report))
+    print(markdown(report))
     return 0
 
 

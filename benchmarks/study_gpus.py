@@ -14,7 +14,6 @@ Everything is written below ``--work``, the figures to OUTPUT/study_gpus.json, b
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,87 +22,64 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from record import RESULTS, ROOT, provenance, write
+from commands import measured_training, start, wait, wait_until, words_of
+from record import ROOT, command_line, provenance, write
 from training_sets import CONFIGURATION, HIPPOCAMPUS, PLAN, READER
 
-HERE = Path(__file__).resolve().parent
 TRAINER = "nnUNetTrainerLGMSNet_measured"
-STUDY = """
-name: {name}
-device: {device}
-threads: {threads}
-processes: {processes}
-configurations: [{configuration}]
-trainer: {trainer}
-seeds: [{seed}]
-folds: {folds}
-datasets: {{{dataset}: {{}}}}
-variants: {{LGMSNet: {{}}}}
-"""
 BEGIN = re.compile(r"^(\S+ \S+) \+ nnUNetv2_train", re.M)
 GPU = re.compile(r"^On (.+)", re.M)
-PATIENCE = 900  # seconds until a study counts as hanging
 
 
 class Bench:
     """Studies of one data set, below ``work``."""
 
-    def __init__(self, work: Path, n: int, cpu: bool, batch: int | None):
+    def __init__(self, work: Path, n: int, cpu: bool):
         self.work, self.n, self.cpu = work, n, cpu
         for name in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{name}"] = str(work / name)
             (work / name).mkdir(parents=True)
-        folders = (HERE / "trainers", ROOT / "trainers", os.environ.get("nnUNet_extTrainer", ""))
-        os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, map(str, folders)))
         raw = work / "raw" / HIPPOCAMPUS
         shutil.copytree(ROOT / "demo" / "data" / "hippocampus", raw)
         description = json.loads((raw / "dataset.json").read_text()) | READER
         (raw / "dataset.json").write_text(json.dumps(description))
-        select = ["-d", "4", "-c", CONFIGURATION, "-np", "4"]
-        subprocess.run([*PLAN, *select], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
         preprocessed = work / "preprocessed" / HIPPOCAMPUS
         cases = sorted(file.name[: -len(".nii.gz")] for file in (raw / "labelsTr").glob("*.nii.gz"))
         splits = [{"train": [c for c in cases if c not in cases[k::n]], "val": cases[k::n]} for k in range(n)]
         (preprocessed / "splits_final.json").write_text(json.dumps(splits))
-        if batch:
-            plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
-            plans["configurations"][CONFIGURATION]["batch_size"] = batch
-            (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
 
     def start(self, name: str, seed: int, folds: int) -> subprocess.Popen:
         """A study up to its trainings; its output goes to ``work/NAME.log``."""
         cores = (os.cpu_count() or 1) // self.n
         file = self.work / f"{name}.yaml"
-        file.write_text(
-            STUDY.format(
-                name=name,
-                device="cpu" if self.cpu else "cuda",
-                threads=1 if self.cpu else max(1, cores),
-                processes=0 if self.cpu else max(1, cores - 1),
-                configuration=CONFIGURATION,
-                trainer=TRAINER,
-                seed=seed,
-                folds=list(range(folds)),
-                dataset=HIPPOCAMPUS,
-            )
-        )
-        options = "--until train" + f" --cores {self.n}" * self.cpu
-        command = [sys.executable, "-m", "nnunet_lgms", "study", "run", str(file), f"--snakemake={options}"]
-        command += ["--profile", "local" if self.cpu else "gpus"]
-        with (self.work / f"{name}.log").open("a") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        study = {
+            "name": name,
+            "device": "cpu" if self.cpu else "cuda",
+            "threads": 1 if self.cpu else max(1, cores),
+            "processes": 0 if self.cpu else max(1, cores - 1),
+            "configurations": [CONFIGURATION],
+            "trainer": TRAINER,
+            "seeds": [seed],
+            "folds": list(range(folds)),
+            "datasets": {HIPPOCAMPUS: {}},
+            "variants": {"LGMSNet": {}},
+        }
+        file.write_text(json.dumps(study))  # which is YAML, too
+        snakemake = "--until train" + f" --cores {self.n}" * self.cpu
+        command = [sys.executable, "-m", "nnunet_lgms", "study", "run", str(file), f"--snakemake={snakemake}"]
+        return start([*command, "--profile", "local" if self.cpu else "gpus"], self.log(name))
 
     def run(self, name: str, seed: int, folds: int) -> int:
         """Its exit code."""
-        process = self.start(name, seed, folds)
-        try:
-            return process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise RuntimeError(f"{name} hangs: see {self.work / name}.log") from None
+        return wait(self.start(name, seed, folds), self.log(name))
+
+    def log(self, name: str) -> Path:
+        return self.work / f"{name}.log"
 
     def jobs(self, name: str) -> list[dict]:
         """Fold, GPU, begin and end of every training that is done."""
@@ -123,17 +99,20 @@ class Bench:
         return self.work / "results" / f"seed_{seed}" / HIPPOCAMPUS / model / f"fold_{fold}"
 
 
+def trained(bench: Bench, name: str, seed: int, folds: int) -> list[dict]:
+    """The jobs of a study that nothing disturbs."""
+    if code := bench.run(name, seed, folds):
+        raise RuntimeError(f"{name} ended with {code}: see {bench.log(name)}")
+    return bench.jobs(name)
+
+
 def alone(bench: Bench) -> dict:
-    if code := bench.run("alone", 1, 1):
-        raise RuntimeError(f"alone ended with {code}: see {bench.work}/alone.log")
-    (job,) = bench.jobs("alone")
+    (job,) = trained(bench, "alone", 1, 1)
     return {"seconds": job["end"] - job["begin"]}
 
 
 def all_at_once(bench: Bench, seconds_alone: float) -> dict:
-    if code := bench.run("all", 2, bench.n):
-        raise RuntimeError(f"all ended with {code}: see {bench.work}/all.log")
-    jobs = bench.jobs("all")
+    jobs = trained(bench, "all", 2, bench.n)
     seconds = max(job["end"] for job in jobs) - min(job["begin"] for job in jobs)
     return {
         "jobs": len(jobs),
@@ -146,17 +125,14 @@ def all_at_once(bench: Bench, seconds_alone: float) -> dict:
 
 def killed_and_continued(bench: Bench) -> dict:
     """SIGKILL to the training of the last fold, once it has a checkpoint."""
-    last, begin = bench.n - 1, time.monotonic()
+    last = bench.n - 1
     process = bench.start("killed", 3, bench.n)
-    while not (bench.fold(3, last) / "checkpoint_latest.pth").is_file():
-        if process.poll() is not None or time.monotonic() - begin > PATIENCE:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise RuntimeError(f"the training that was to be killed ended or hangs: see {bench.work}/killed.log")
-        time.sleep(0.1)
-    job = ["nnunet_lgms.study", "train", str(bench.work / "killed.yaml")]
-    (pid,) = (int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_job(p, job, str(last)))
+    wait_until((bench.fold(3, last) / "checkpoint_latest.pth").is_file, process, bench.log("killed"))
+    job = {"-m", "nnunet_lgms.study", "train", str(bench.work / "killed.yaml")}
+    commands = {int(p.name): words_of(int(p.name)) for p in Path("/proc").glob("[0-9]*")}
+    (pid,) = (pid for pid, words in commands.items() if job <= set(words) and words[-1] == str(last))
     os.kill(pid, signal.SIGKILL)
-    first = process.wait(PATIENCE)
+    first = wait(process, bench.log("killed"))
     done = len(bench.jobs("killed"))
     second = bench.run("killed", 3, bench.n)
     logs = sorted(bench.fold(3, last).glob("training_log_*.txt"))
@@ -170,33 +146,22 @@ def killed_and_continued(bench: Bench) -> dict:
     }
 
 
-def _is_job(process: Path, words: list[str], fold: str) -> bool:
-    try:
-        line = (process / "cmdline").read_bytes().decode().split("\0")
-    except OSError:
-        return False
-    return "-m" in line and all(word in line for word in words) and line[-2] == fold
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line(__doc__)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--iterations", type=int, default=150, help="steps an epoch")
-    parser.add_argument("--batch", type=int, metavar="N", help="(as planned)")
     parser.add_argument("--work", type=Path, default=Path("study_work"))
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--cpu", action="store_true", help="a rehearsal without GPUs")
     parser.add_argument("--jobs", type=int, metavar="N", help="(with --cpu: at the same time)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     n = (args.jobs or 2) if args.cpu else torch.cuda.device_count()
     if n < 2:
         parser.error(f"{n} GPUs found, 2 needed; --cpu rehearses")
     work = args.work.resolve()
     if work.exists() and any(work.iterdir()):
         parser.error(f"--work: {args.work} is not empty: name another folder")
-    os.environ.update(MEASURED_EPOCHS=str(args.epochs), MEASURED_ITERATIONS=str(args.iterations))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    bench = Bench(work, n, args.cpu, args.batch)
+    os.environ.update(measured_training(args.epochs, args.iterations))
+    bench = Bench(work, n, args.cpu)
     found = {"alone": alone(bench)}
     found["all"] = all_at_once(bench, found["alone"]["seconds"])
     found["killed"] = killed_and_continued(bench)

@@ -8,11 +8,12 @@
 Each run is a command in a process of its own, timed from its start to its end, start of Python included: nnU-Net's own
 ``nnUNetv2_predict_from_modelfolder`` and ``nnUNetv2_train``, and this package's ``predict``. The runs of a row follow
 each other on the same files. Stages overlap in time (several processes or threads), so their sum may exceed the clock.
-Weights are random but for the shipped hippocampus model: they change no time. Memory is the most that the command and
-its children held together, as the system counts it several times a second.
+Weights are random: they change no time. Memory is the most that the command and its children held together, as the
+system counts it several times a second.
 
 Trainings are some epochs of nnU-Net's 250 steps and 50 of validation; "100 epochs" is the start and the first epoch
-as measured, and 99 times the median of the later ones. Writes waits.json, waits.md and waits.png after every run.
+as measured, and 99 times the median of the later ones. Writes waits.json, waits.md and waits.png (on the CPU
+waits_cpu) after every run.
 
 Stock nnU-Net's memory for 104 classes of a whole CT is more than most machines have. It is a line through two runs of
 it, over the logits on the image's grid: 14 classes of that CT, and 104 classes of a small one.
@@ -20,25 +21,25 @@ it, over the logits on the image's grid: 14 classes of that CT, and 104 classes 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from record import RESULTS, ROOT, provenance, write
+from commands import family, folders, measured_training, resident, start, stop
+from record import ROOT, command_line, provenance, table, write
 from training_sets import CONFIGURATION, TRAIN, prepare
 
-HERE = Path(__file__).resolve().parent
+HOOKS = Path(__file__).resolve().parent / "hooks"
 STOCK = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
 STAGES = ("start", "read", "preprocess", "network", "export", "write")
 TORCH = {"is_seg": False, "force_separate_z": False, "memefficient_seg_resampling": False}
@@ -75,21 +76,11 @@ class Row:
 STOCK_TOOL = "nnUNetv2_predict"
 TOOLS = (STOCK_TOOL, "nnunet_lgms")
 UNET, OURS = "nnU-Net's U-Net", "LGMSNet"
-PAIR = ((UNET, "nnUNetv2_predict", "default"), (UNET, "nnunet_lgms", "default"), (OURS, "nnunet_lgms", "default"))
+PAIR = ((UNET, STOCK_TOOL, "default"), (UNET, "nnunet_lgms", "default"), (OURS, "nnunet_lgms", "default"))
+TORCH_PAIR = ((UNET, STOCK_TOOL, "torch"), (OURS, STOCK_TOOL, "torch"), (OURS, "nnunet_lgms", "torch"))
 CT = {"shape": (300, 512, 512), "spacing": (1.25, 0.75, 0.75), "target": (1.5, 1.0, 1.0)}  # becomes 250×384×384
 ROWS = {
-    "ct": Row(
-        "a CT, 300×512×512, 14 classes",
-        images=1,
-        classes=14,
-        runs=(
-            *PAIR,
-            (UNET, "nnUNetv2_predict", "torch"),
-            (OURS, "nnUNetv2_predict", "torch"),
-            (OURS, "nnunet_lgms", "torch"),
-        ),
-        **CT,
-    ),
+    "ct": Row("a CT, 300×512×512, 14 classes", images=1, classes=14, runs=(*PAIR, *TORCH_PAIR), **CT),
     "cts": Row("five such CTs", images=5, classes=14, runs=(PAIR[0], PAIR[2]), devices=(), **CT),
     "classes": Row("the same CT, 104 classes", images=1, classes=104, runs=(PAIR[2],), devices=(), **CT),
     "classes_small": Row(
@@ -101,6 +92,7 @@ ROWS = {
     ),
     "hippocampus": Row("the demo's hippocampus test cases", 6, (35, 50, 36), (1.0,) * 3, (1.0,) * 3, 3, PAIR, ("cpu",)),
 }
+TRAIN_TOOL = "nnUNetv2_train"
 TRAINING_ROWS = {"training": "training, the demo's hippocampus cases", "training_128": "training, 2 × 128³"}
 TRAININGS = {UNET: "nnUNetTrainer_measured", OURS: "nnUNetTrainerLGMSNet_measured"}
 
@@ -126,6 +118,7 @@ def write_images(row: Row, folder: Path) -> None:
 
 def write_model(row: Row, network: str, resampling: str, folder: Path) -> None:
     """A model folder as a training leaves it, with the plans of nnU-Net's planner and random weights."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -150,7 +143,8 @@ def write_model(row: Row, network: str, resampling: str, folder: Path) -> None:
     labels = {"background": 0} | {f"label {i}": i for i in range(1, row.classes)}
     dataset |= {"labels": labels, "overwrite_image_reader_writer": reader}
 
-    cls = trainer_class("nnUNetTrainer" if network == UNET else "nnUNetTrainerLGMSNet")
+    os.environ["nnUNet_extTrainer"] = str(ROOT / "trainers")
+    cls = recursive_find_trainer_class_by_name("nnUNetTrainer" if network == UNET else "nnUNetTrainerLGMSNet")
     managers = PlansManager(plans), PlansManager(plans).get_configuration(name)
     channels = determine_num_input_channels(*managers, dataset)
     torch.manual_seed(0)
@@ -167,13 +161,6 @@ def write_model(row: Row, network: str, resampling: str, folder: Path) -> None:
     torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
 
 
-def trainer_class(name: str):
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    os.environ["nnUNet_extTrainer"] = str(ROOT / "trainers")
-    return recursive_find_trainer_class_by_name(name)
-
-
 # ---- commands and their clock ----------------------------------------------------------------------------------------
 
 
@@ -184,32 +171,18 @@ def run(command: list[str], environment: dict[str, str], log: Path) -> dict:
         RuntimeError: it failed.
     """
     begin, peak = time.time(), 0
-    with log.open("w") as said:
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=said)
+    log.unlink(missing_ok=True)
+    process = start(command, log, environment)
+    try:
         while process.poll() is None:
             peak = max(peak, sum(map(resident, family(process.pid))))
             time.sleep(0.1)
+        seconds = time.time() - begin
+    finally:
+        stop(process)  # also where this is interrupted
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)[:200]} ended with {process.returncode}: {log.read_text()[-600:]}")
-    return {"begin": begin, "seconds": time.time() - begin, "peak_gib": peak / 2**30}
-
-
-def family(pid: int) -> list[int]:
-    """A process and all its descendants; Linux."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return [pid]
-    return [pid, *(member for child in children for member in family(int(child)))]
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process alone: what it shares with others is not counted for each of them."""
-    try:
-        pages = Path(f"/proc/{pid}/statm").read_text().split()
-    except OSError:  # it has ended
-        return 0
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+    return {"begin": begin, "seconds": seconds, "peak_gib": peak / 2**30}
 
 
 def stock_stages(file: Path, begin: float) -> dict[str, float]:
@@ -227,29 +200,26 @@ def predict(row: Row, model: Path, images: Path, tool: str, device: str, folder:
     shutil.rmtree(out, ignore_errors=True)
     times.unlink(missing_ok=True)
     options = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", "0", "-device", device]
-    environment = {"nnUNet_extTrainer": str(ROOT / "trainers"), "PYTHONPATH": path_with(ROOT)}
-    if tool == "nnunet_lgms":
-        command = [sys.executable, "-m", "nnunet_lgms", "predict", *options, "--json-times", str(times)]
-    else:
+    environment = {"nnUNet_extTrainer": str(ROOT / "trainers"), "WAITS_STAGES": str(times)}
+    path = (ROOT, os.environ.get("PYTHONPATH", ""))
+    if tool == STOCK_TOOL:
         command = [sys.executable, "-c", STOCK, *options]
-        environment |= {"WAITS_STAGES": str(times), "PYTHONPATH": path_with(HERE / "hooks", ROOT)}
+        environment["PYTHONPATH"] = folders(HOOKS, *path)
+    else:
+        command = [sys.executable, "-m", "nnunet_lgms", "predict", *options, "--json-times", str(times)]
+        environment["PYTHONPATH"] = folders(*path)
     found = run(command, environment, folder / "log.txt")
     made = [path for path in out.iterdir() if path.name.startswith(("case_", "hippocampus_"))]
     if len(made) != len(list(images.iterdir())):
         raise RuntimeError(f"{tool} predicted {len(made)} cases: {(folder / 'log.txt').read_text()[-600:]}")
-    if tool == "nnunet_lgms":
-        said = json.loads(times.read_text())["seconds"]
-        stages = {stage: said.get(stage, 0.0) for stage in STAGES}
-    else:
-        stages = stock_stages(times, found["begin"])
-    return found | {"stages": stages}
+    if tool == STOCK_TOOL:
+        return found | {"stages": stock_stages(times, found["begin"])}
+    said = json.loads(times.read_text())["seconds"]
+    return found | {"stages": {stage: said.get(stage, 0.0) for stage in STAGES}}
 
 
-def path_with(*folders: Path) -> str:
-    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def measure_row(name: str, device: str, work: Path, tools: list[str], done) -> None:
+def measure_row(name: str, device: str, work: Path, tools: list[str], done: Callable[[dict], None]) -> None:
+    """Each run of a row, by these tools; ``done`` is given what was found of it."""
     row = ROWS[name]
     images = work / name / "images"
     if name == "hippocampus":
@@ -271,22 +241,10 @@ def measure_row(name: str, device: str, work: Path, tools: list[str], done) -> N
 
 def measure_training(name: str, dataset: str, epochs: int, iterations: int, device: str, folder: Path, done) -> None:
     """A training of each network, from command to command, in its parts."""
+    environment = measured_training(epochs, iterations, MEASURED_LIKE_NNUNET=1)
     for network, trainer in TRAININGS.items():
-        environment = {
-            "nnUNet_extTrainer": str(HERE / "trainers"),
-            "PYTHONPATH": path_with(ROOT),
-            "MEASURED_EPOCHS": str(epochs),
-            "MEASURED_ITERATIONS": str(iterations),
-            "MEASURED_LIKE_NNUNET": "1",
-        }
+        row = {"row": name, "title": TRAINING_ROWS[name], "network": network, "tool": TRAIN_TOOL, "plans": "default"}
         command = [*TRAIN, dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device]
-        row = {
-            "row": name,
-            "title": TRAINING_ROWS[name],
-            "network": network,
-            "tool": "nnUNetv2_train",
-            "plans": "default",
-        }
         try:
             found = run(command, environment, folder / f"{trainer}.txt")
         except RuntimeError as error:
@@ -298,11 +256,10 @@ def measure_training(name: str, dataset: str, epochs: int, iterations: int, devi
 
 def training_parts(measured: dict, found: dict, epochs: int) -> dict:
     """Start, steps and what stands between them, of one epoch (median of the later ones), and 100 epochs of these."""
-    begins, steps = measured["times"], measured["seconds"]
+    begins, steps = np.array(measured["times"]), np.array(measured["seconds"])
     whole = np.diff(begins)  # of each epoch but the last, from begin to begin
-    later = slice(1, None)
-    epoch = statistics.median(whole[later])
-    between = statistics.median(whole[later] - np.array(steps[:-1])[later])
+    epoch = statistics.median(whole[1:])
+    between = statistics.median(whole[1:] - steps[1:-1])
     start = begins[0] - found["begin"]
     end = found["begin"] + found["seconds"] - begins[-1] - steps[-1]
     return {
@@ -317,50 +274,61 @@ def training_parts(measured: dict, found: dict, epochs: int) -> dict:
 
 
 def markdown(results: dict) -> str:
+    predictions = [run for run in results["runs"] if run["row"] not in TRAINING_ROWS]
+    trainings = [run for run in results["runs"] if run["row"] in TRAINING_ROWS]
+    columns = f"| network | tool | plans' resampling | s | × | GiB | {' | '.join(STAGES)}"
     lines = [
         "# What a user waits for",
         "",
         f"{results['date']}, {results['device']}, {results['cores']} cores, torch {results['versions']['torch']}, "
         f"nnunetv2 {results['versions']['nnunetv2']}. Seconds by the clock, from command to command; × against the "
-        "row's first run of nnUNetv2_predict. Stages overlap, so they need not add up.",
+        f"row's first run of {STOCK_TOOL}. Stages overlap, so they need not add up.",
         "",
-        "| | network | tool | plans' resampling | s | × | GiB | " + " | ".join(STAGES) + " |",
-        "|" + "---|" * (7 + len(STAGES)),
+        *table(columns, of_predictions(predictions)),
+        *memory_of_104_classes(predictions),
     ]
-    first: dict[str, float] = {}
-    for found in (r for r in results["runs"] if r["row"] not in TRAINING_ROWS):
-        cells = [found["title"], found["network"], found["tool"], found["plans"]]
-        if "failed" in found:
-            lines.append("| " + " | ".join([*cells, f"failed: {found['failed'][:80]}"]) + " |" * (3 + len(STAGES)))
-            continue
-        if found["tool"] == STOCK_TOOL:
-            first.setdefault(found["row"], found["seconds"])
-        ratio = f"{found['seconds'] / first[found['row']]:.2f}" if found["row"] in first else "–"
-        cells += [f"{found['seconds']:.1f}", ratio, f"{found['peak_gib']:.1f}"]
-        lines.append("| " + " | ".join([*cells, *(f"{found['stages'][s]:.1f}" for s in STAGES)]) + " |")
-    lines += memory_of_104_classes(results["runs"])
     earlier = sorted({f"{run['title']}, {run['tool']}, {run['kept']}" for run in results["runs"] if "kept" in run})
     lines += ["", "Of an earlier run on such a machine: " + "; ".join(earlier) + "."] if earlier else []
-    trainings = [r for r in results["runs"] if r["row"] in TRAINING_ROWS]
     if trainings:
         lines += [
             "",
             "Training; an epoch is the median of those after the first, from its begin to the next one's; 100 epochs "
             "are start, first epoch and 99 of these.",
             "",
-            "| | network | epochs run | start s | first epoch s | epoch s | of it between steps | 100 epochs s | × |",
-            "|---|---|---|---|---|---|---|---|---|",
+            *table(
+                "| network | epochs run | start s | first epoch s | epoch s | of it between steps | 100 epochs s | ×",
+                of_trainings(trainings),
+            ),
         ]
-    for found in trainings:
-        if "failed" in found:
-            lines.append(f"| {found['title']} | {found['network']} | failed: {found['failed'][:80]} |" + " |" * 6)
-            continue
-        ratio = found["hundred_epochs_s"] / first.setdefault(found["title"], found["hundred_epochs_s"])
-        stages = found["stages"]
-        cells = [found["title"], found["network"], str(found["epochs"]), f"{stages['start']:.1f}"]
-        cells += [f"{stages['first epoch']:.1f}", f"{found['epoch_s']:.2f}", f"{stages['between']:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{found['hundred_epochs_s']:.0f}", f"{ratio:.2f}"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def of_predictions(runs: list[dict]) -> Iterator[list[str]]:
+    """Cells of the table."""
+    first: dict[str, float] = {}
+    for run in runs:
+        cells = [run["title"], run["network"], run["tool"], run["plans"]]
+        if "failed" in run:
+            yield [*cells, f"failed: {run['failed'][:80]}"]
+            continue
+        if run["tool"] == STOCK_TOOL:
+            first.setdefault(run["row"], run["seconds"])
+        ratio = f"{run['seconds'] / first[run['row']]:.2f}" if run["row"] in first else "–"
+        cells += [f"{run['seconds']:.1f}", ratio, f"{run['peak_gib']:.1f}"]
+        yield [*cells, *(f"{run['stages'][stage]:.1f}" for stage in STAGES)]
+
+
+def of_trainings(runs: list[dict]) -> Iterator[list[str]]:
+    first: dict[str, float] = {}
+    for run in runs:
+        cells = [run["title"], run["network"]]
+        if "failed" in run:
+            yield [*cells, f"failed: {run['failed'][:80]}"]
+            continue
+        ratio = run["hundred_epochs_s"] / first.setdefault(run["row"], run["hundred_epochs_s"])
+        cells += [str(run["epochs"]), f"{run['stages']['start']:.1f}", f"{run['stages']['first epoch']:.1f}"]
+        cells += [f"{run['epoch_s']:.2f}", f"{run['stages']['between']:.2f}"]
+        yield [*cells, f"{run['hundred_epochs_s']:.0f}", f"{ratio:.2f}"]
 
 
 def memory_of_104_classes(runs: list[dict]) -> list[str]:
@@ -393,14 +361,8 @@ def draw(results: dict, file: Path) -> None:
     rows = [found for found in results["runs"] if "failed" not in found]
     titles = list(dict.fromkeys(found["title"] for found in rows))
     heights = [1 + sum(found["title"] == title for found in rows) for title in titles]
-    figure, axes = plt.subplots(
-        len(titles),
-        1,
-        figsize=(9, 0.42 * sum(heights) + 0.6),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = {"figsize": (9, 0.42 * sum(heights) + 0.6), "height_ratios": heights, "layout": "constrained"}
+    figure, axes = plt.subplots(len(titles), 1, squeeze=False, **size)
     for title, axis in zip(titles, axes[:, 0]):
         those = [found for found in rows if found["title"] == title][::-1]
         for y, found in enumerate(those):
@@ -418,20 +380,18 @@ def draw(results: dict, file: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line(__doc__)
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, *TRAINING_ROWS], help="(those of the device)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS, help="of predictions (both)")
     parser.add_argument("--keep", action="store_true", help="runs of the file that is there and are not measured again")
     parser.add_argument("--epochs", type=int, default=5, help="of a training; 3 or more")
     parser.add_argument("--iterations", type=int, default=250, help="steps an epoch")
-    parser.add_argument("--name", default="waits", help="of the files (waits; a run on the CPU: waits_cpu)")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.epochs < 3:
         parser.error("--epochs must be 3 or more: the first one compiles, and the last has no next one")
-    name = f"{args.name}_cpu" if args.device == "cpu" and args.name == "waits" else args.name
+    name = "waits_cpu" if args.device == "cpu" else "waits"
     rows = args.rows or [n for n, row in ROWS.items() if args.device in row.devices]
     rows = rows if args.rows or args.device == "cpu" else [*rows, *TRAINING_ROWS]
     results = {**provenance(args.device), "cores": len(os.sched_getaffinity(0)), "runs": []}
@@ -476,7 +436,7 @@ def which(run: dict) -> tuple[str, ...]:
 def in_order(runs: list[dict]) -> list[dict]:
     """As the table has them: rows, and in a row the runs that all are compared with first."""
     order = [(name, *run) for name, row in ROWS.items() for run in row.runs]
-    order += [(name, network, "nnUNetv2_train", "default") for name in TRAINING_ROWS for network in TRAININGS]
+    order += [(name, network, TRAIN_TOOL, "default") for name in TRAINING_ROWS for network in TRAININGS]
     return sorted(runs, key=lambda run: order.index(which(run)))
 
 

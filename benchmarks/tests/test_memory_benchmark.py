@@ -69,7 +69,8 @@ def test_what_is_measured_is_not_measured_again(memory, tmp_path, monkeypatch):
 
 
 def test_estimates_are_merged_with_what_was_measured(memory, tmp_path, capsys):
-    assert memory.main(["--estimate-only", "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit):
+        memory.main(["--calibrate", "--out", str(tmp_path)])
     assert "measure first" in capsys.readouterr().err
     plans = [memory.Plan("small", (48, 40), (1, 1), 2), memory.Plan("larger", (64, 64), (1, 1), 4, channels=3)]
     rows = [{**vars(p), "levels": p.topology().n_levels} for p in plans]
@@ -79,7 +80,7 @@ def test_estimates_are_merged_with_what_was_measured(memory, tmp_path, capsys):
         row["trained"] = {"peak": peak, "allocated": [2 * peak, peak], "reserved": [3 * peak, 2 * peak]}
         row["eager"] = {"failed": "out of memory"}
     (tmp_path / "memory.json").write_text(json.dumps({"date": "then", "device": "a card", "torch": "1", "rows": rows}))
-    assert memory.main(["--estimate-only", "--calibrate", "--out", str(tmp_path)]) == 0
+    assert memory.main(["--calibrate", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "2D: activations=1.250, fixed=10 MiB; largest deviation 0.0 %" in said
     written = (tmp_path / "memory.md").read_text()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -72,10 +74,10 @@ def test_memory_counts_children():
     child = "import time, numpy; x = numpy.ones(50_000_000 // 8); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        assert process.pid in waits.family(1) or process.pid in waits.family(waits.os.getpid())
-        assert waits.resident(process.pid) > 45e6
+        assert process.pid in commands.family(os.getpid())
+        assert commands.resident(process.pid) > 45e6
         process.kill()
-    assert waits.resident(process.pid) == 0
+    assert commands.resident(process.pid) == 0
 
 
 @pytest.mark.slow
@@ -135,20 +137,9 @@ def test_runs_that_are_not_measured_again_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(waits, "provenance", lambda device: {k: v for k, v in here.items() if k != "cores"})
     monkeypatch.setattr(waits.os, "sched_getaffinity", lambda process: {0, 1})
     monkeypatch.setattr(waits, "measure_row", measured)
-    words = [
-        "--rows",
-        "ct",
-        "classes",
-        "--tools",
-        "nnunet_lgms",
-        "--keep",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path),
-    ]
-    monkeypatch.setattr(sys, "argv", ["waits.py", *words])
-    assert waits.main() == 0
+    rows = ["--rows", "ct", "classes", "--tools", "nnunet_lgms", "--keep"]
+    words = [*rows, "--device", "cpu", "--output", str(tmp_path)]
+    assert waits.main(words) == 0
     runs = json.loads((tmp_path / "waits_cpu.json").read_text())["runs"]
     assert [(r["row"], r["tool"], r.get("kept")) for r in runs] == [
         ("ct", "nnUNetv2_predict", "before"),
@@ -163,4 +154,4 @@ def test_runs_that_are_not_measured_again_stay(tmp_path, monkeypatch):
     assert f"would be {stock_s:.0f} GiB" in text and f"2.0 GiB are {2 / stock_s:.2f} of it" in text
     monkeypatch.setattr(waits.os, "sched_getaffinity", lambda process: {0})
     with pytest.raises(SystemExit, match="the file that is there is of 2, this machine of 1"):
-        waits.main()
+        waits.main(words)
