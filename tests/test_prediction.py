@@ -34,8 +34,7 @@ import nnunet_lgms
 from nnunet_lgms import inference
 from nnunet_lgms.cli import main
 from nnunet_lgms.inference import load_predictor
-from nnunet_lgms.prediction import predictor as predictor_module
-from nnunet_lgms.prediction import resampling, sliding_window
+from nnunet_lgms.prediction import logits, one_case, resampling, sliding_window
 from nnunet_lgms.prediction.cases import CasesFailed, read_case
 from nnunet_lgms.prediction.sliding_window import SlidingWindow
 from nnunet_lgms.splines import thick_axis
@@ -225,7 +224,7 @@ def test_flat_images_share_batches(flat: tuple[Path, Path], tmp_path: Path, monk
     outputs = [str(tmp_path / f"theirs/{name}") for name in names]
     predictor.predict_from_files_sequential([[str(file)] for file in files], outputs)
 
-    monkeypatch.setitem(predictor_module.VOXELS, "cpu", windows * 4 * 32 * 32)  # and their mirrored copies
+    monkeypatch.setitem(logits.VOXELS, "cpu", windows * 4 * 32 * 32)  # and their mirrored copies
     predictor = load_predictor(model, device="cpu")
     groups: list[int] = []
     together = predictor._logits_of_flat_images
@@ -242,19 +241,19 @@ def test_flat_images_share_batches(flat: tuple[Path, Path], tmp_path: Path, monk
 
 def test_one_of_several_flat_images_fails_alone(flat: tuple[Path, Path], monkeypatch):
     model, images = flat
-    monkeypatch.setitem(predictor_module.VOXELS, "cpu", 1 << 20)
+    monkeypatch.setitem(logits.VOXELS, "cpu", 1 << 20)
     predictor = load_predictor(model, device="cpu")
     files = [[str(images / f"{name}_0000.png")] for name in "abd"]
     expected = predictor.predict_from_files(files, None)
-    preprocess = predictor_module.preprocess
+    preprocess = one_case.preprocess
 
     def infinite(samples, previous, properties, *rest):
         return preprocess(samples, previous, properties, *rest) * (np.inf if samples.shape[-1] == 90 else 1)
 
-    monkeypatch.setattr(predictor_module, "preprocess", infinite)
+    monkeypatch.setattr(one_case, "preprocess", infinite)
     with pytest.raises(CasesFailed, match="1 of 3 cases are not predicted: image 2 .*infinity or NaN"):
         predictor.predict_from_files(files, None)
-    monkeypatch.setattr(predictor_module, "preprocess", preprocess)
+    monkeypatch.setattr(one_case, "preprocess", preprocess)
     for ours, theirs in zip(predictor.predict_from_files(files, None), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -403,7 +402,7 @@ def test_out_of_memory_makes_batches_smaller_and_then_another_device_compute(vol
     expected = nnunet_lgms.predict(model, file, device="cpu")
     said: list[str] = []
     predictor = load_predictor(model, device="cpu", talk=said.append)
-    monkeypatch.setitem(predictor_module.VOXELS, "cpu", 1 << 15)  # several windows
+    monkeypatch.setitem(logits.VOXELS, "cpu", 1 << 15)  # several windows
     case = read_case(
         [str(file)], None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     )

@@ -124,6 +124,6 @@ def test_a_case_that_fails_ends_the_validation_with_its_error(folder: Path, monk
     def full(*_):
         raise OSError(28, "full")
 
-    monkeypatch.setattr("nnunet_lgms.prediction.predictor.write_case", full)
+    monkeypatch.setattr("nnunet_lgms.prediction.one_case.write_case", full)
     with pytest.raises(OSError, match="full"):
         _validated(ValidatingTrainer, folder, folder / "ours")
