@@ -19,9 +19,8 @@ PATIENCE = 900  # seconds until a command counts as hanging
 def start(command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
     """A command in a session of its own, so that :func:`stop` reaches its children; its output goes on in ``log``."""
     with log.open("a") as said:
-        return subprocess.Popen(
-            command, env=os.environ | (environment or {}), stdout=said, stderr=said, start_new_session=True
-        )
+        pipes = {"stdout": said, "stderr": said}
+        return subprocess.Popen(command, env=os.environ | (environment or {}), start_new_session=True, **pipes)
 
 
 def stop(process: subprocess.Popen) -> None:

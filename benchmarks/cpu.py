@@ -2,9 +2,9 @@
 
     python benchmarks/cpu.py [--threads 2] [--rounds 7] [--output benchmarks/results]
 
-The networks take turns, so that other work on the machine slows all; a ratio is the median of the rounds' ratios. For
-inference, nnU-Net's ResEnc M takes part as well. U-Nets have the number of stages that nnU-Net plans for the patch.
-float32, no compilation, as nnU-Net does on the CPU; each with the SGD of its own trainer. Writes cpu.json and cpu.md.
+The networks take turns, so that other work on the machine slows both; a ratio is the median of the rounds' ratios. The
+U-Net has the stages that nnU-Net plans for the patch. float32, no compilation, as nnU-Net does on the CPU; each with
+the SGD of its own trainer. Writes cpu.json and cpu.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from compared import build, loss_function, parameters
+from compared import NETWORKS, build, parameters, training_step
 from record import command_line, processor, provenance, table, write
 from timing import milliseconds
 from tqdm import tqdm
@@ -26,23 +26,19 @@ ROWS = {
     "inference, 3D 96^3": {"input": (1, 1, 96, 96, 96), "classes": 14, "n_stages": 6, "train": False},
     "inference, 2D 256^2": {"input": (1, 3, 256, 256), "classes": 1, "n_stages": 7, "train": False},
 }
-COMPARED, BESIDE = ("lgmsnet", "plain"), ("resenc_m",)
 
 
 def make_step(name: str, row: dict) -> TrainingStep | InferenceStep:
     """One network's step on one input."""
-    shape, device = row["input"], torch.device("cpu")
-    torch.manual_seed(0)
-    network = build(name, len(shape) - 2, shape[1], row["classes"], row["n_stages"])
-    if not row["train"]:
-        return InferenceStep(network, shape, device)
-    target = torch.randint(0, max(row["classes"], 2), (shape[0], *shape[2:]))
-    return TrainingStep(network.train(), loss_function, torch.randn(shape), target)
+    device, about = torch.device("cpu"), (row["input"], row["classes"], row["n_stages"])
+    if row["train"]:
+        return training_step(build(name, *about), *about[:2], device)
+    return InferenceStep(build(name, *about), row["input"], device)
 
 
 def measure(row: dict, rounds: int) -> dict:
     """Seconds of the networks, round by round, and the ratio of LGMSNet's to the U-Net's."""
-    steps = {name: make_step(name, row) for name in COMPARED + (() if row["train"] else BESIDE)}
+    steps = {name: make_step(name, row) for name in NETWORKS}
     for step in steps.values():
         step()
     times = {name: [] for name in steps}
@@ -60,16 +56,12 @@ def measure(row: dict, rounds: int) -> dict:
 
 
 def markdown(result: dict) -> str:
-    measured = dict.fromkeys(name for row in result["rows"].values() for name in row["median"])
-    beside = [name for name in measured if name not in COMPARED]
     rows = []
     for name, row in result["rows"].items():
-        ms = {network: f"{1e3 * seconds:.0f}" for network, seconds in row["median"].items()}
         low, high = row["ratio_range"]
-        cells = [name, *(ms[n] for n in COMPARED), f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
-        cells += [ms.get(n, "") for n in beside]
-        rows.append([*cells, " / ".join(f"{n / 1e6:.2f}" for n in row["parameters"].values())])
-    columns = " | ".join([*(f"{n} ms" for n in COMPARED), "ratio", *(f"{n} ms" for n in beside), "parameters (M)"])
+        ms = (f"{1e3 * row['median'][network]:.0f}" for network in NETWORKS)
+        millions = " / ".join(f"{row['parameters'][network] / 1e6:.2f}" for network in NETWORKS)
+        rows.append([name, *ms, f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", millions])
     lines = [
         "# LGMSNet against nnU-Net's PlainConvUNet on the CPU",
         "",
@@ -77,7 +69,7 @@ def markdown(result: dict) -> str:
         f"{result['versions']['torch']}, float32. Median of {result['rounds']} rounds in turns; the ratio's range in "
         "brackets.",
         "",
-        *table(f"| {columns}", rows),
+        *table("| LGMSNet ms | PlainConvUNet ms | ratio | parameters (M)", rows),
     ]
     return "\n".join(lines) + "\n"
 

@@ -72,10 +72,10 @@ class Bench:
         """A training on ``n`` GPUs."""
         self.log(run).parent.mkdir(parents=True, exist_ok=True)
         select = [self.dataset, CONFIGURATION, "0", "-tr", TRAINER, "-p", self.plans(batch), "-num_gpus", str(n), *args]
-        measured = {"epochs": self.epochs, "iterations": self.iterations, **more}
         print(f"{self.name}: {run}", *select, flush=True)
-        results = {"nnUNet_results": str(self.log(run).parent)}
-        return start([*TRAIN, *select], self.log(run), NO_MULTICAST | measured_training(**measured) | results)
+        environment = NO_MULTICAST | measured_training(self.epochs, self.iterations, **more)
+        environment["nnUNet_results"] = str(self.log(run).parent)
+        return start([*TRAIN, *select], self.log(run), environment)
 
     def train(self, run: str, n: int, batch: int, *args: str, stops: bool = False, **more: object) -> dict:
         """Runs a training to its end; what its trainer measured.
@@ -183,7 +183,7 @@ def continue_on_another_number(bench: Bench) -> dict:
 def kill_one_process(bench: Bench) -> dict:
     """SIGKILL to the last of the processes in the middle of a training."""
     run = "killed"
-    process = bench.start(run, bench.n, bench.shared, iterations=10 * bench.iterations)
+    process = bench.start(run, bench.n, bench.shared, MEASURED_ITERATIONS=10 * bench.iterations)
     wait_until(lambda: bench.files(run, "measured.json"), process, bench.log(run))
     ranks = [pid for pid in children(process.pid) if "spawn_main" in " ".join(words_of(pid))]
     os.kill(ranks[-1], signal.SIGKILL)
@@ -239,13 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(work / "runs", ignore_errors=True)
     datasets = prepare(work / "data", args.synthetic)
     about = {**provenance(), "epochs": args.epochs, "iterations": args.iterations}
-    results, file = {"backend": "nccl", "datasets": {}}, args.output / "ddp.json"
+    file = args.output / "ddp.json"
+    results = json.loads(file.read_text()) if file.is_file() else {"backend": "nccl", "datasets": {}}
     benches = [Bench(dataset, work / "runs", n, args.epochs, args.iterations) for dataset in datasets]
-    if file.is_file():
-        results["datasets"] = json.loads(file.read_text())["datasets"]
-    found = {
-        bench.name: results["datasets"].setdefault(bench.name, {}).setdefault(f"{n} GPUs", {}) for bench in benches
-    }
     one_writes = Lock()
 
     def do(part: tuple[int, Callable[[Bench], dict]]) -> bool:
@@ -253,10 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
         bench = benches[dataset]
         try:
             result = {**measure(bench), "run": about}  # a part's own, as parts may be run on different days
-        except Exception as error:  # the other parts go on, and what the part gave before stays
-            result = {**found[bench.name].get(measure.__name__, {}), "failed": {"error": str(error), "run": about}}
+        except Exception as error:  # the other parts go on
+            result = {"failed": {"error": str(error), "run": about}}
         with one_writes:
-            found[bench.name][measure.__name__] = result
+            found = results["datasets"].setdefault(bench.name, {}).setdefault(f"{n} GPUs", {})
+            before = found.get(measure.__name__, {}) if "failed" in result else {}  # what it gave stays
+            found[measure.__name__] = before | result
             write(args.output, "ddp", results)
         print(f"{bench.name}: {measure.__name__}: {json.dumps(result)}", flush=True)
         return "failed" not in result

@@ -1,4 +1,4 @@
-"""Time and memory of training and inference steps on a GPU, LGMSNet beside other networks.
+"""Time and memory of training and inference steps on a GPU, LGMSNet beside nnU-Net's U-Net.
 
     python benchmarks/gpu.py                      every row, to benchmarks/results/gpu.{json,md}
     python benchmarks/gpu.py --networks lgmsnet plain --modes trained       each as its own trainer runs it
@@ -33,14 +33,15 @@ from pathlib import Path
 
 import torch
 from commands import last_json
-from compared import NETWORKS, build, loss_function, parameters
+from compared import NETWORKS, build, parameters, training_step
+from matplotlib.figure import Figure
 from record import command_line, provenance, table, write
 from timing import median_ms, synchronize
 from tqdm import tqdm
 
 from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.graphs.step import autocast
-from nnunet_lgms.planning.training_step import WARM_UP, TrainingStep, peak_memory
+from nnunet_lgms.planning.training_step import WARM_UP, peak_memory
 
 CASES = {  # stages: what nnU-Net plans for the patch
     "3d": {"input": (2, 1, 128, 128, 128), "classes": 4, "n_stages": 6},
@@ -49,6 +50,7 @@ CASES = {  # stages: what nnU-Net plans for the patch
 SIZES = {"3d": (64, 96, 128, 160, 192), "2d": (128, 256, 512, 1024)}
 REFERENCE = ("plain", "compiled")
 MODES = ("graphs", "compiled", "eager")
+AS_TRAINED = {"lgmsnet": "graphs", "plain": "compiled"}  # how a network's own trainer runs it on one GPU
 
 
 def peak_gib(step, device: torch.device) -> float | None:
@@ -69,11 +71,6 @@ def wait_for_turn() -> None:
     sys.stdin.readline()
 
 
-def as_trained(name: str) -> str:
-    """How the network's own trainer runs it on one GPU."""
-    return "graphs" if name == "lgmsnet" else "compiled"
-
-
 def measure(case: str, name: str, mode: str, size: int | None, turn: Callable[[], None]) -> dict:
     """All figures of one network on one input.
 
@@ -85,21 +82,19 @@ def measure(case: str, name: str, mode: str, size: int | None, turn: Callable[[]
         turn: returns when no other row is timed.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape, classes = CASES[case]["input"], CASES[case]["classes"]
+    shape, classes, n_stages = CASES[case].values()
     shape = shape if size is None else (*shape[:2], *(size,) * (len(shape) - 2))
-    torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     if mode == "graphs":
-        network = GraphedLGMSNet.paper(shape[1], classes, dim=len(shape) - 2).to(device)
+        torch.manual_seed(0)
+        network = GraphedLGMSNet.paper(shape[1], classes, len(shape) - 2)
     else:
-        network = build(name, len(shape) - 2, shape[1], classes, CASES[case]["n_stages"]).to(device)
-    data = torch.randn(shape, device=device)
-    target = torch.randint(0, max(classes, 2), (shape[0], *shape[2:]), device=device)
-    train = TrainingStep(network, loss_function, data, target)
+        network = build(name, shape, classes, n_stages)
+    train = training_step(network, shape, classes, device)
 
     def infer():
         with torch.inference_mode(), autocast(device):
-            train.network(data)
+            train.network(train.data)
 
     begin = time.perf_counter()
     if mode != "eager":
@@ -204,26 +199,19 @@ def markdown(rows: list[dict]) -> str:
 
 def draw_sweep(rows: list[dict], path: Path) -> None:
     """Three panels for each case: lines over the size, a colour for each network."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns = {"train_ms": "training step, ms", "infer_ms": "inference, ms", "train_gib": "training, GiB"}
     cases = [case for case in CASES if any(row["case"] == case for row in rows)]
-    figure, axes = plt.subplots(len(cases), len(columns), figsize=(12, 3 * len(cases)), squeeze=False)
+    figure = Figure(figsize=(12, 3 * len(cases)), layout="tight")
+    axes = figure.subplots(len(cases), len(columns), squeeze=False)
     for case, panels in zip(cases, axes):
         those = sorted((row for row in rows if row["case"] == case), key=lambda row: row["size"])
         sizes = sorted({row["size"] for row in those})
         for (key, title), axis in zip(columns.items(), panels):
-            lines: dict[tuple, dict] = {}
-            for row in those:
-                if row[key]:
-                    value = row[key][0] if isinstance(row[key], (list, tuple)) else row[key]
-                    lines.setdefault((row["network"], row["mode"]), {})[row["size"]] = value
-            for (network, mode), points in lines.items():
+            for network, mode in dict.fromkeys((row["network"], row["mode"]) for row in those):
+                line = [row for row in those if row["network"] == network and row["mode"] == mode and row[key]]
+                values = [row[key] if key == "train_gib" else row[key][0] for row in line]
                 colour = "C1" if network == "lgmsnet" else "C0"
-                axis.loglog(*zip(*points.items()), "o-", color=colour, label=f"{network}, {mode}")
+                axis.loglog([row["size"] for row in line], values, "o-", color=colour, label=f"{network}, {mode}")
             axis.set_title(f"{case}: {title}", fontsize=9)
             axis.set_xlabel("voxels per axis", fontsize=8)
             axis.tick_params(labelsize=7)
@@ -231,17 +219,14 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 def write_rows(rows: list[dict], out: Path, name: str, sweep: bool) -> None:
     done = [row for row in rows if "failed" not in row]
     devices = sorted({f"{row['device']}, torch {row['versions']['torch']}" for row in done}) or ["no row"]
-    heading = (
-        f"{'; '.join(devices)}; float16 autocast; latest run {max(row['run'] for row in rows)}, × within a run\n\n"
-    )
+    latest = max(row["run"] for row in rows)
+    heading = f"{'; '.join(devices)}; float16 autocast; latest run {latest}, × within a run\n\n"
     rows = sorted(rows, key=lambda row: (list(CASES).index(row["case"]), MODES.index(row["mode"])))
     picture = (lambda file: draw_sweep(done, file)) if done and sweep else None
     write(out, name, rows, heading + markdown(rows), picture)
@@ -263,11 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(*args.row, args.size, wait_for_turn if args.wait else lambda: None)))
         return 0
     if args.sweep:
-        jobs = [(c, n, as_trained(n), size) for c in args.cases for size in SIZES[c] for n in args.networks]
+        jobs = [(c, n, AS_TRAINED[n], size) for c in args.cases for size in SIZES[c] for n in args.networks]
     else:
-        modes = [(n, as_trained(n) if m == "trained" else m) for m in args.modes for n in args.networks]
-        possible = dict.fromkeys(m for m in modes if m[1] != "graphs" or as_trained(m[0]) == "graphs")
-        jobs = [(c, *m, None) for m in possible for c in args.cases]
+        modes = [(n, AS_TRAINED[n] if m == "trained" else m) for m in args.modes for n in args.networks]
+        jobs = [(c, *m, None) for m in dict.fromkeys(modes) if m != ("plain", "graphs") for c in args.cases]
     name = "gpu_sweep" if args.sweep else "gpu"
     run = datetime.datetime.now().isoformat(timespec="minutes")
     rows = earlier_rows(args.output / f"{name}.json", jobs)

@@ -2,23 +2,20 @@
 
     python benchmarks/gpu_tests.py [--output benchmarks/results] [TEST ...]
 
-Writes gpu_tests.txt: date, device, versions, and a line for each test. Exit code as pytest's.
+Writes gpu_tests.txt: date, device, versions, commit, and a line for each test. Exit code as pytest's.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import torch
-from record import ROOT, command_line
+from record import ROOT, command_line, provenance
 
 from nnunet_lgms.files import atomic_write
 
@@ -40,11 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("these tests need a CUDA device, and PyTorch finds none")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "nnunetv2"))
-    about = (
-        f"Tests marked gpu, {datetime.date.today()}: {torch.cuda.get_device_name()}, Python "
-        f"{platform.python_version()}, {packages}."
-    )
+    now = provenance()
+    packages = ", ".join(f"{name} {version}" for name, version in now["versions"].items())
+    code = f"commit {now['commit']}" if now["commit"] else f"code {now['code']}"
+    about = f"Tests marked gpu, {now['date']}: {now['device']}, Python {now['python']}, {packages}, {code}."
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))  # each compiles with threads of its own
     options = ["-m", "gpu", "-v", "--durations", "15", "--numprocesses", str(workers)]
     command = [sys.executable, "-m", "pytest", *options, *args.tests]

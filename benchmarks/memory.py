@@ -29,7 +29,17 @@ from subprocess import TimeoutExpired
 
 import torch
 from commands import last_json, start, stop
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from record import command_line, provenance, table, write
+from scipy.optimize import linprog
+from torch import nn
+
+from nnunet_lgms.config import LGMSSettings
+from nnunet_lgms.config.resolve import Topology, network_kwargs
+from nnunet_lgms.graphs.network import GraphedLGMSNet
+from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
+from nnunet_lgms.planning.override import build_on_meta
+from nnunet_lgms.planning.training_step import peak_memory, planned_training_step
 
 MODES = ("trained", "eager")
 MIB = 2**20
@@ -48,12 +58,8 @@ class Plan:
     settings: dict = field(default_factory=dict)
     channels: int = 1
 
-    def topology(self):
+    def topology(self) -> Topology:
         """Strides and kernels as nnU-Net derives them."""
-        from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
-
-        from nnunet_lgms.config.resolve import Topology
-
         _, strides, kernels, patch, _ = get_pool_and_conv_props(self.spacing, self.patch, 4, self.max_pool)
         return Topology(tuple(int(p) for p in patch), strides, kernels, tuple(self.spacing))
 
@@ -87,13 +93,6 @@ def measure(plan: Plan, mode: str) -> dict:
     ``allocated`` and ``reserved`` are PyTorch's counts, the former with what CUDA graphs hold. The peak is the most of
     the steps but the first.
     """
-    from torch import nn
-
-    from nnunet_lgms.config import LGMSSettings
-    from nnunet_lgms.config.resolve import network_kwargs
-    from nnunet_lgms.graphs.network import GraphedLGMSNet
-    from nnunet_lgms.planning.training_step import peak_memory, planned_training_step
-
     torch.backends.cudnn.benchmark = True
     topology = plan.topology()
     network = GraphedLGMSNet(
@@ -119,13 +118,11 @@ def measure(plan: Plan, mode: str) -> dict:
 # --- many of them -----------------------------------------------------------------------------------------------------
 
 
-def run_all(
-    commands: Mapping[Hashable, Sequence[str]], workers: int, seconds: float, each: float
-) -> Iterator[tuple[Hashable, dict]]:
-    """Runs commands, at most ``workers`` at a time, and gives the JSON that each prints last, as soon as it is there.
+def run_all(commands: Mapping[Hashable, Sequence[str]], workers: int, seconds: float) -> Iterator[tuple]:
+    """Runs commands, at most ``workers`` at a time; gives the key of each and the JSON that it printed last.
 
-    One that fails, takes more than ``each`` seconds, or is not done after ``seconds`` in all, gives
-    ``{"failed": reason}``; with its children, it is stopped.
+    One that fails, or is not done after ``seconds`` in all, gives ``{"failed": reason}``; with its children, it is
+    stopped.
     """
     end, running = time.monotonic() + seconds, set()
 
@@ -137,7 +134,7 @@ def run_all(
             process = start(command, Path(log.name))
             running.add(process)
             try:
-                code = process.wait(min(each, end - begin))
+                code = process.wait(end - begin)
             except TimeoutExpired:
                 stop(process)
                 return {"failed": f"not done after {time.monotonic() - begin:.0f} s"}
@@ -176,7 +173,7 @@ def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, 2 * (os.cpu_count() or 1) // args.workers)))
     begin = time.monotonic()
-    for (i, mode), result in run_all(commands, args.workers, args.seconds, args.row_seconds):
+    for (i, mode), result in run_all(commands, args.workers, args.seconds):
         rows[i][mode] = result
         said = result.get("failed") or f"{result['peak'] / MIB:.0f} MiB, first step {result['s'][0]:.0f} s"
         print(f"[{time.monotonic() - begin:.0f} s] {rows[i]['name']}, {mode}: {said}", flush=True)
@@ -189,10 +186,6 @@ def measure_all(plans: Sequence[Plan], args: argparse.Namespace, file: Path) -> 
 
 def estimate(row: dict) -> dict:
     """Counted bytes and the planner's estimate."""
-    from nnunet_lgms.config import LGMSSettings
-    from nnunet_lgms.planning.memory import needed_bytes, trace_training_step
-    from nnunet_lgms.planning.override import build_on_meta
-
     plan = Plan(**{name: row[name] for name in Plan.__dataclass_fields__})
     topology = plan.topology()
     network = build_on_meta(LGMSSettings.from_plan(plan.settings), topology, plan.channels, plan.n_classes)
@@ -206,20 +199,11 @@ def markdown(report: dict) -> str:
     for row in report["rows"]:
         trained, eager = (row.get(mode, {}) for mode in MODES)
         measured = trained.get("peak")
-        rows.append(
-            [
-                row["name"],
-                "x".join(map(str, row["patch"])),
-                row["batch"],
-                row["levels"],
-                _mib(row["estimate"]),
-                _mib(measured),
-                f"{100 * (row['estimate'] / measured - 1):+.1f} %" if measured else "",
-                _mib(eager.get("peak")),
-                _mib(trained["allocated"][0] if measured else None),
-                _mib(max(trained["reserved"][1:]) if measured else None),
-            ]
-        )
+        deviation = f"{100 * (row['estimate'] / measured - 1):+.1f} %" if measured else ""
+        first, reserved = (trained["allocated"][0], max(trained["reserved"][1:])) if measured else (None, None)
+        estimated, *others = map(_mib, (row["estimate"], measured, eager.get("peak"), first, reserved))
+        plan = [row["name"], "x".join(map(str, row["patch"])), row["batch"], row["levels"]]
+        rows.append([*plan, estimated, others[0], deviation, *others[1:]])
     lines = [
         f"Peak memory of a training step: {report['date']}, {report['device']}, "
         f"torch {report.get('versions', report)['torch']}.",
@@ -239,8 +223,6 @@ def _mib(n: int | None) -> str:
 
 def calibrate(rows: list[dict]) -> None:
     """Prints the constants that make the largest relative deviation smallest, per dimension."""
-    from scipy.optimize import linprog
-
     for dim in (2, 3):
         those = [r for r in rows if len(r["patch"]) == dim and r.get("trained", {}).get("peak")]
         if not those:
@@ -261,7 +243,6 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--workers", type=int, default=12, help="steps at a time (12)")
     parser.add_argument("--seconds", type=float, default=420, help="after which what is not done is given up (420)")
-    parser.add_argument("--row-seconds", type=float, default=420, help="after which one step is given up (420)")
     parser.add_argument("--missing", action="store_true", help="only what memory.json has no measurement of")
     parser.add_argument("--calibrate", action="store_true", help="without measuring: estimates and constants")
     parser.add_argument("--row", help=argparse.SUPPRESS)

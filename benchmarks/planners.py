@@ -54,17 +54,14 @@ def _size(configuration: dict[str, Any]) -> dict[str, Any]:
     return {"patch": [int(n) for n in configuration["patch_size"]], "batch": int(configuration["batch_size"])}
 
 
-def voxels(size: dict[str, Any]) -> int:
-    """Of a batch."""
-    return math.prod(size["patch"]) * size["batch"]
-
-
 def markdown(report: dict[str, Any]) -> str:
     rows = []
     for name, configurations in report["fingerprints"].items():
         for configuration, row in configurations.items():
-            unet, lgmsnet = (f"{row[k]['batch']} × {'x'.join(map(str, row[k]['patch']))}" for k in ("unet", "lgmsnet"))
-            ratio = f"{voxels(row['lgmsnet']) / voxels(row['unet']):.2f}"
+            sizes = row["unet"], row["lgmsnet"]
+            unet, lgmsnet = (f"{size['batch']} × {'x'.join(map(str, size['patch']))}" for size in sizes)
+            voxels = [size["batch"] * math.prod(size["patch"]) for size in sizes]
+            ratio = f"{voxels[1] / voxels[0]:.2f}"
             star = " *" if row["limited_by_the_dataset"] else ""
             rows.append((name.replace("_", " "), configuration, unet, lgmsnet + star, ratio, f"{row['gib']:.1f}"))
     lines = [
@@ -86,10 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     found = {}
     for i, folder in enumerate(sorted(path.parent for path in FOLDER.glob("*/fingerprint.json")), start=1):
-        fingerprint, dataset = (
-            json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("fingerprint", "dataset")
-        )
-        found[folder.name] = planned(fingerprint, dataset, f"Dataset{900 + i:03d}_{folder.name}", args.vram)
+        files = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("fingerprint", "dataset"))
+        found[folder.name] = planned(*files, f"Dataset{900 + i:03d}_{folder.name}", args.vram)
         print(folder.name, json.dumps(found[folder.name]), flush=True)
     report = {**provenance("cpu"), "vram": args.vram, "fingerprints": found}
     write(args.output, "planned", report, markdown(report))

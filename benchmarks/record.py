@@ -40,9 +40,7 @@ MISSING = re.compile(r'(?P<before>"code": "(?P<code>[0-9a-f]{64})",\s*"commit": 
 def command_line(about: str | None) -> argparse.ArgumentParser:
     """The parser of a benchmark, with its docstring as the help and with ``--output``."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", "--out", type=Path, default=RESULTS, metavar="FOLDER", help="of the results (benchmarks/results)"
-    )
+    parser.add_argument("--output", "--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     return parser
 
 
@@ -73,8 +71,7 @@ def write(folder: Path, name: str, content: Any, markdown: str = "", picture: Ca
 def processor() -> str:
     """The processor's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = re.findall(r"^model name\s*: (.+)", info.read_text() if info.exists() else "", re.M)
     return names[0] if names else platform.processor() or platform.machine()
 
 

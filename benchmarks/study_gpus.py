@@ -1,7 +1,7 @@
 """A study on all GPUs of one host against one of its jobs alone: ``nnunet_lgms study run --profile gpus``.
 
     python benchmarks/study_gpus.py                            # as many folds as there are visible GPUs
-    python benchmarks/study_gpus.py --cpu --jobs 2 --epochs 3 --iterations 1     # a rehearsal, no times
+    python benchmarks/study_gpus.py --cpu --epochs 3 --iterations 1     # a rehearsal, two jobs at a time, no times
 
 Three studies of the hippocampus cases of the demo, each with results of its own:
 
@@ -88,10 +88,8 @@ class Bench:
         for done in sorted((folder / "train").rglob("fold_*.json")):
             log = (folder / "logs" / done.relative_to(folder)).with_suffix(".log").read_text()
             begin = time.mktime(time.strptime(BEGIN.findall(log)[-1], "%Y-%m-%d %H:%M:%S"))
-            gpu = GPU.findall(log)
-            found.append(
-                {"fold": done.stem, "gpu": gpu[-1] if gpu else "", "begin": begin, "end": done.stat().st_mtime}
-            )
+            gpu = "".join(GPU.findall(log)[-1:])
+            found.append({"fold": done.stem, "gpu": gpu, "begin": begin, "end": done.stat().st_mtime})
         return found
 
     def fold(self, seed: int, fold: int) -> Path:
@@ -104,11 +102,6 @@ def trained(bench: Bench, name: str, seed: int, folds: int) -> list[dict]:
     if code := bench.run(name, seed, folds):
         raise RuntimeError(f"{name} ended with {code}: see {bench.log(name)}")
     return bench.jobs(name)
-
-
-def alone(bench: Bench) -> dict:
-    (job,) = trained(bench, "alone", 1, 1)
-    return {"seconds": job["end"] - job["begin"]}
 
 
 def all_at_once(bench: Bench, seconds_alone: float) -> dict:
@@ -136,13 +129,12 @@ def killed_and_continued(bench: Bench) -> dict:
     done = len(bench.jobs("killed"))
     second = bench.run("killed", 3, bench.n)
     logs = sorted(bench.fold(3, last).glob("training_log_*.txt"))
+    others = [len(list(bench.fold(3, fold).glob("training_log_*.txt"))) for fold in range(last)]
     return {
         "exit_codes": [first, second],
         "jobs_done_before_and_after": [done, len(bench.jobs("killed"))],
         "epochs_before_and_after": [len(re.findall(r"Epoch \d+", log.read_text())) for log in logs],
-        "others_began_once": all(
-            len(list(bench.fold(3, fold).glob("training_log_*.txt"))) == 1 for fold in range(bench.n - 1)
-        ),
+        "others_began_once": others == [1] * last,
     }
 
 
@@ -152,9 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=150, help="steps an epoch")
     parser.add_argument("--work", type=Path, default=Path("study_work"))
     parser.add_argument("--cpu", action="store_true", help="a rehearsal without GPUs")
-    parser.add_argument("--jobs", type=int, metavar="N", help="(with --cpu: at the same time)")
     args = parser.parse_args(arguments)
-    n = (args.jobs or 2) if args.cpu else torch.cuda.device_count()
+    n = 2 if args.cpu else torch.cuda.device_count()
     if n < 2:
         parser.error(f"{n} GPUs found, 2 needed; --cpu rehearses")
     work = args.work.resolve()
@@ -162,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--work: {args.work} is not empty: name another folder")
     os.environ.update(measured_training(args.epochs, args.iterations))
     bench = Bench(work, n, args.cpu)
-    found = {"alone": alone(bench)}
+    (alone,) = trained(bench, "alone", 1, 1)
+    found = {"alone": {"seconds": alone["end"] - alone["begin"]}}
     found["all"] = all_at_once(bench, found["alone"]["seconds"])
     found["killed"] = killed_and_continued(bench)
     about = {**provenance("cpu" if args.cpu else "cuda"), "epochs": args.epochs, "iterations": args.iterations}

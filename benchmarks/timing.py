@@ -31,15 +31,7 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
 def median_ms(
     step: Callable[[], object], device: torch.device, seconds: float = 1.5, warmup: int = 2, least: int = 10
 ) -> tuple[float, float, float]:
-    """Median, 5th and 95th percentile of a step in ms.
-
-    Args:
-        step: what is timed.
-        device: where it works.
-        seconds: how long to go on.
-        warmup: calls that do not count.
-        least: calls that count at least.
-    """
+    """Median, 5th and 95th percentile of a step in ms: of ``least`` calls or more, after others that do not count."""
     for _ in range(warmup):
         step()
     synchronize(device)

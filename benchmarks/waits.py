@@ -1,8 +1,7 @@
 """What a user waits for: prediction from file to file and training by the clock on the wall, with each stage's seconds.
 
     python benchmarks/waits.py                                  every row that this machine can measure
-    python benchmarks/waits.py --rows ct busi --device cuda     some of them
-    python benchmarks/waits.py --rows hippocampus small_ct --device cpu
+    python benchmarks/waits.py --rows hippocampus --device cpu  some of them
     python benchmarks/waits.py --rows ct --tools nnunet_lgms --keep     what is not measured again stays in the table
 
 Each run is a command in a process of its own, timed from its start to its end, start of Python included: nnU-Net's own
@@ -36,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from commands import family, folders, measured_training, resident, start, stop
+from matplotlib.figure import Figure
 from record import ROOT, command_line, provenance, table, write
 from training_sets import CONFIGURATION, TRAIN, prepare
 
@@ -50,27 +50,16 @@ TORCH = {"is_seg": False, "force_separate_z": False, "memefficient_seg_resamplin
 
 @dataclass(frozen=True)
 class Row:
-    """Images and the models that predict them.
-
-    Args:
-        title: of the row.
-        images: how many.
-        shape: of an image, voxels.
-        spacing: of an image, mm.
-        target: spacing that the plans resample to, mm.
-        classes: labels with the background.
-        runs: (network, tool, resampling) each.
-        devices: on which the row is measured by default.
-    """
+    """Images, and the models that predict them."""
 
     title: str
     images: int
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    target: tuple[float, ...]
-    classes: int
-    runs: tuple[tuple[str, str, str], ...]
-    devices: tuple[str, ...] = ("cuda",)
+    shape: tuple[int, ...]  # of an image, voxels
+    spacing: tuple[float, ...]  # of an image, mm
+    target: tuple[float, ...]  # that the plans resample to, mm
+    classes: int  # labels with the background
+    runs: tuple[tuple[str, str, str], ...]  # network, tool and resampling of each
+    devices: tuple[str, ...] = ("cuda",)  # on which the row is measured by default
 
 
 STOCK_TOOL = "nnUNetv2_predict"
@@ -78,19 +67,17 @@ TOOLS = (STOCK_TOOL, "nnunet_lgms")
 UNET, OURS = "nnU-Net's U-Net", "LGMSNet"
 PAIR = ((UNET, STOCK_TOOL, "default"), (UNET, "nnunet_lgms", "default"), (OURS, "nnunet_lgms", "default"))
 TORCH_PAIR = ((UNET, STOCK_TOOL, "torch"), (OURS, STOCK_TOOL, "torch"), (OURS, "nnunet_lgms", "torch"))
-CT = {"shape": (300, 512, 512), "spacing": (1.25, 0.75, 0.75), "target": (1.5, 1.0, 1.0)}  # becomes 250×384×384
+CT = {"images": 1, "shape": (300, 512, 512), "spacing": (1.25, 0.75, 0.75), "target": (1.5, 1.0, 1.0)}  # 250×384×384
+SMALL_CT = {"images": 1, "shape": (64, 256, 256), "spacing": (2.0, 1.0, 1.0), "target": (2.0, 1.25, 1.25)}
+CPU = ("cpu",)
 ROWS = {
-    "ct": Row("a CT, 300×512×512, 14 classes", images=1, classes=14, runs=(*PAIR, *TORCH_PAIR), **CT),
-    "cts": Row("five such CTs", images=5, classes=14, runs=(PAIR[0], PAIR[2]), devices=(), **CT),
-    "classes": Row("the same CT, 104 classes", images=1, classes=104, runs=(PAIR[2],), devices=(), **CT),
-    "classes_small": Row(
-        "a CT, 64×256×256, 104 classes", 1, (64, 256, 256), (2.0, 1.0, 1.0), (2.0, 1.25, 1.25), 104, PAIR[::2], ()
-    ),
+    "ct": Row("a CT, 300×512×512, 14 classes", **CT, classes=14, runs=(*PAIR, *TORCH_PAIR)),
+    "cts": Row("five such CTs", **CT | {"images": 5}, classes=14, runs=PAIR[::2], devices=()),
+    "classes": Row("the same CT, 104 classes", **CT, classes=104, runs=PAIR[2:], devices=()),
+    "classes_small": Row("a CT, 64×256×256, 104 classes", **SMALL_CT, classes=104, runs=PAIR[::2], devices=()),
     "busi": Row("195 images, 256×256", 195, (256, 256), (1.0, 1.0), (1.0, 1.0), 2, PAIR),
-    "small_ct": Row(
-        "a CT, 64×256×256, 3 classes", 1, (64, 256, 256), (2.0, 1.0, 1.0), (2.0, 1.25, 1.25), 3, PAIR, ("cpu",)
-    ),
-    "hippocampus": Row("the demo's hippocampus test cases", 6, (35, 50, 36), (1.0,) * 3, (1.0,) * 3, 3, PAIR, ("cpu",)),
+    "small_ct": Row("a CT, 64×256×256, 3 classes", **SMALL_CT, classes=3, runs=PAIR, devices=CPU),
+    "hippocampus": Row("the demo's hippocampus test cases", 6, (35, 50, 36), (1.0,) * 3, (1.0,) * 3, 3, PAIR, CPU),
 }
 TRAIN_TOOL = "nnUNetv2_train"
 TRAINING_ROWS = {"training": "training, the demo's hippocampus cases", "training_128": "training, 2 × 128³"}
@@ -194,7 +181,7 @@ def stock_stages(file: Path, begin: float) -> dict[str, float]:
     return found
 
 
-def predict(row: Row, model: Path, images: Path, tool: str, device: str, folder: Path) -> dict:
+def predict(model: Path, images: Path, tool: str, device: str, folder: Path) -> dict:
     """One run of one tool."""
     out, times = folder / "out", folder / "times"
     shutil.rmtree(out, ignore_errors=True)
@@ -233,7 +220,7 @@ def measure_row(name: str, device: str, work: Path, tools: list[str], done: Call
         if not model.is_dir():
             write_model(row, network, resampling, model)
         try:
-            found = predict(row, model, images, tool, device, work / name)
+            found = predict(model, images, tool, device, work / name)
         except RuntimeError as error:
             found = {"failed": str(error)}
         done({"row": name, "title": row.title, "network": network, "tool": tool, "plans": resampling, **found})
@@ -243,15 +230,15 @@ def measure_training(name: str, dataset: str, epochs: int, iterations: int, devi
     """A training of each network, from command to command, in its parts."""
     environment = measured_training(epochs, iterations, MEASURED_LIKE_NNUNET=1)
     for network, trainer in TRAININGS.items():
-        row = {"row": name, "title": TRAINING_ROWS[name], "network": network, "tool": TRAIN_TOOL, "plans": "default"}
         command = [*TRAIN, dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device]
+        about = {"row": name, "title": TRAINING_ROWS[name], "network": network, "tool": TRAIN_TOOL, "plans": "default"}
         try:
             found = run(command, environment, folder / f"{trainer}.txt")
         except RuntimeError as error:
-            done(row | {"failed": str(error)})
+            done(about | {"failed": str(error)})
             continue
         (file,) = (folder / "nnUNet_results").glob(f"Dataset{int(dataset):03d}_*/{trainer}__*/fold_0/measured.json")
-        done(row | found | training_parts(json.loads(file.read_text()), found, epochs))
+        done(about | found | training_parts(json.loads(file.read_text()), found, epochs))
 
 
 def training_parts(measured: dict, found: dict, epochs: int) -> dict:
@@ -260,12 +247,12 @@ def training_parts(measured: dict, found: dict, epochs: int) -> dict:
     whole = np.diff(begins)  # of each epoch but the last, from begin to begin
     epoch = statistics.median(whole[1:])
     between = statistics.median(whole[1:] - steps[1:-1])
-    start = begins[0] - found["begin"]
+    before = begins[0] - found["begin"]
     end = found["begin"] + found["seconds"] - begins[-1] - steps[-1]
     return {
-        "stages": {"start": start, "first epoch": whole[0], "steps": epoch - between, "between": between, "end": end},
+        "stages": {"start": before, "first epoch": whole[0], "steps": epoch - between, "between": between, "end": end},
         "epoch_s": epoch,
-        "hundred_epochs_s": start + whole[0] + 99 * epoch,
+        "hundred_epochs_s": before + whole[0] + 99 * epoch,
         "epochs": epochs,
     }
 
@@ -334,16 +321,13 @@ def of_trainings(runs: list[dict]) -> Iterator[list[str]]:
 def memory_of_104_classes(runs: list[dict]) -> list[str]:
     """What stock nnU-Net's memory would be for the CT with 104 classes, and this package's of it."""
     default = [run for run in runs if run["plans"] == "default" and "failed" not in run]
-    peaks = {(run["row"], run["tool"]): run["peak_gib"] for run in default if run["row"] in ROWS}
-    known = [(row, peaks.get((row, STOCK_TOOL))) for row in ("ct", "classes_small")]
-    ours = peaks.get(("classes", "nnunet_lgms"))
-    if ours is None or any(peak is None for _, peak in known):
+    peaks = {(run["row"], run["tool"]): run["peak_gib"] for run in default}
+    known, wanted = [("ct", STOCK_TOOL), ("classes_small", STOCK_TOOL)], ("classes", "nnunet_lgms")
+    if not {*known, wanted} <= peaks.keys():
         return []
-    logits = {
-        name: ROWS[name].classes * math.prod(ROWS[name].shape) / 1e9 for name in ("ct", "classes_small", "classes")
-    }
-    slope, base = np.polyfit([logits[row] for row, _ in known], [peak for _, peak in known], 1)
-    stock = base + slope * logits["classes"]
+    logits = {name: row.classes * math.prod(row.shape) / 1e9 for name, row in ROWS.items()}
+    slope, base = np.polyfit([logits[row] for row, _ in known], [peaks[run] for run in known], 1)
+    stock, ours = base + slope * logits["classes"], peaks[wanted]
     return [
         "",
         f"nnU-Net's memory for the CT with 104 classes would be {stock:.0f} GiB, by its runs with 14 classes and on "
@@ -353,16 +337,11 @@ def memory_of_104_classes(runs: list[dict]) -> list[str]:
 
 def draw(results: dict, file: Path) -> None:
     """Stacked bars: the seconds of each stage; a line where the clock stopped."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = [found for found in results["runs"] if "failed" not in found]
     titles = list(dict.fromkeys(found["title"] for found in rows))
     heights = [1 + sum(found["title"] == title for found in rows) for title in titles]
-    size = {"figsize": (9, 0.42 * sum(heights) + 0.6), "height_ratios": heights, "layout": "constrained"}
-    figure, axes = plt.subplots(len(titles), 1, squeeze=False, **size)
+    figure = Figure(figsize=(9, 0.42 * sum(heights) + 0.6), layout="constrained")
+    axes = figure.subplots(len(titles), 1, squeeze=False, height_ratios=heights)
     for title, axis in zip(titles, axes[:, 0]):
         those = [found for found in rows if found["title"] == title][::-1]
         for y, found in enumerate(those):
@@ -377,7 +356,6 @@ def draw(results: dict, file: Path) -> None:
         axis.tick_params(axis="x", labelsize=7)
         axis.legend(fontsize=6, ncols=6, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
     figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -395,8 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = args.rows or [n for n, row in ROWS.items() if args.device in row.devices]
     rows = rows if args.rows or args.device == "cpu" else [*rows, *TRAINING_ROWS]
     results = {**provenance(args.device), "cores": len(os.sched_getaffinity(0)), "runs": []}
-    if args.keep:
-        results["runs"] = kept(json.loads((args.output / f"{name}.json").read_text("utf-8")), results)
+    file = args.output / f"{name}.json"
+    if args.keep and file.is_file():
+        results["runs"] = kept(json.loads(file.read_text("utf-8")), results)
 
     def done(found: dict) -> None:
         results["runs"] = in_order([run for run in results["runs"] if which(run) != which(found)] + [found])

@@ -109,5 +109,7 @@ def test_what_came_of_gpu_tests_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_tests.torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(gpu_tests, "signal", SimpleNamespace(SIGTERM=None, signal=lambda *_: None))
     assert gpu_tests.main([str(test), "--output", str(tmp_path)]) == 1
-    about, passed, failed, summary = (tmp_path / "gpu_tests.txt").read_text().splitlines()[:4]
-    assert "a card" in about and passed.startswith("FAILED") and failed.startswith("PASSED") and "1 failed" in summary
+    about, failed, passed, summary = (tmp_path / "gpu_tests.txt").read_text().splitlines()[:4]
+    assert "a card, Python 3" in about and "1 failed, 1 passed" in summary
+    assert failed.startswith("FAILED") and failed.endswith("test_x.py::test_b")
+    assert passed.startswith("PASSED") and passed.endswith("test_x.py::test_a")

@@ -21,22 +21,12 @@ class Measured:
     A step of validation and a checkpoint an epoch, unless MEASURED_LIKE_NNUNET=1 leaves both as nnU-Net has them.
     """
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature, to the letter
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def initialize(self):
         self.num_epochs = int(os.environ["MEASURED_EPOCHS"])
         self.num_iterations_per_epoch = int(os.environ["MEASURED_ITERATIONS"])
         if os.environ.get("MEASURED_LIKE_NNUNET") != "1":
             self.num_val_iterations_per_epoch = self.save_every = 1
         self.seconds, self.waiting, self.times = [], [], []  # of the steps of each epoch of this run
-
-    def initialize(self):
         self._seed(0)  # every process begins with the same weights, as DDP would see to anyway
         super().initialize()
 
