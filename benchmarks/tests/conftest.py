@@ -1,5 +1,5 @@
-"""Tests marked `gpu` are skipped without a GPU, as in the product's tests."""
+"""Tests marked `gpu` are skipped without a GPU, as in the product's tests, and one of their fixtures."""
 
-from conftest import pytest_collection_modifyitems
+from conftest import pytest_collection_modifyitems, verify_in_threads
 
-__all__ = ["pytest_collection_modifyitems"]
+__all__ = ["pytest_collection_modifyitems", "verify_in_threads"]
