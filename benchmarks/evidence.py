@@ -45,6 +45,8 @@ def train(args: argparse.Namespace) -> None:
     from evidence_parts.scheduler import train_all
 
     runs = runs_of(args.sets, args.models, args.seeds, epochs=args.epochs, iterations=args.iterations)
+    if not runs:
+        raise ValueError("The published levels are for flat images, the 3D recipe is for volumes: name another model.")
     state = train_all(runs, args.work, args.device, args.jobs, args.seconds)
     print(*(f"{name}: {what}" for name, what in state.items()), sep="\n")
     _add_to(args.work / "runs" / "state.json", state)
@@ -62,10 +64,8 @@ def one(args: argparse.Namespace) -> None:
 def scores(args: argparse.Namespace) -> None:
     from evidence_parts.scores import score_all
 
-    from nnunet_lgms.files import read_json
-
     print(*score_all(args.runs, args.work / "raw", RESULTS / "evidence"), sep="\n")
-    _add_to(RESULTS / "evidence" / "state.json", read_json(args.runs / "state.json"))
+    _add_to(RESULTS / "evidence" / "state.json", json.loads((args.runs / "state.json").read_text()))
 
 
 def _add_to(file: Path, new: dict) -> None:
@@ -129,7 +129,7 @@ def main() -> None:
         os.environ.setdefault("nnUNet_results", str(args.work / "results"))
     try:
         args.function(args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
 
 

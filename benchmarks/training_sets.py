@@ -14,15 +14,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = "3d_fullres"
-HIPPOCAMPUS = "Dataset004_Hippocampus"
-SYNTHETIC_ID = 990
+HIPPOCAMPUS, SYNTHETIC = "Dataset004_Hippocampus", "Dataset990_Synthetic"
+HIPPOCAMPUS_BATCH = 9  # what nnU-Net plans for all 260 cases of the set; for the demo's 24 it plans 2
 TRAIN = [sys.executable, "-m", "nnunetv2.run.run_training"]  # what nnUNetv2_train calls
 PLAN = [sys.executable, "-m", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"]
-
-
 #: SimpleITK is 52 MB, more than may travel to some machines
 READER = {"overwrite_image_reader_writer": "NibabelIO"}
-HIPPOCAMPUS_BATCH = 9  # what nnU-Net plans for all 260 cases of the set; for the demo's 24 it plans 2
 
 
 def prepare(folder: Path, synthetic: int) -> list[str]:
@@ -30,35 +27,33 @@ def prepare(folder: Path, synthetic: int) -> list[str]:
 
     A folder where the same was prepared is used as it is.
     """
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        os.environ[name] = str(folder / name)
-    prepared, wanted = folder / "prepared.json", {"synthetic": synthetic}
-    if prepared.is_file() and json.loads(prepared.read_text()) == wanted:
-        return ["4", str(SYNTHETIC_ID)]
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (folder / name).mkdir(parents=True)
-    prepared.write_text("{}")  # nothing yet, but the folder is ours
-    raw = folder / "nnUNet_raw" / HIPPOCAMPUS
-    shutil.copytree(ROOT / "demo" / "data" / "hippocampus", raw)
-    description = json.loads((raw / "dataset.json").read_text()) | READER
-    (raw / "dataset.json").write_text(json.dumps(description))
-    subprocess.run([*PLAN, "-d", "4", "-c", CONFIGURATION, "-np", "4"], check=True, stdout=subprocess.DEVNULL)
-    file = folder / "nnUNet_preprocessed" / HIPPOCAMPUS / "nnUNetPlans.json"
-    plans = json.loads(file.read_text())
-    plans["configurations"][CONFIGURATION]["batch_size"] = HIPPOCAMPUS_BATCH
-    file.write_text(json.dumps(plans))
-    make_synthetic(synthetic)
-    prepared.write_text(json.dumps(wanted))
-    return ["4", str(SYNTHETIC_ID)]
+    folders = {name: folder / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    os.environ |= {name: str(path) for name, path in folders.items()}
+    prepared, wanted = folder / "prepared.json", json.dumps({"synthetic": synthetic})
+    if not prepared.is_file() or prepared.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in folders.values():
+            path.mkdir(parents=True)
+        prepared.write_text("{}")  # nothing yet, but the folder is ours
+        raw = folders["nnUNet_raw"]
+        shutil.copytree(ROOT / "demo" / "data" / "hippocampus", raw / HIPPOCAMPUS)
+        description = raw / HIPPOCAMPUS / "dataset.json"
+        description.write_text(json.dumps(json.loads(description.read_text()) | READER))
+        make_synthetic(raw / SYNTHETIC, synthetic)
+        select = ["-d", "4", "990", "-c", CONFIGURATION, "-npfp", "4", "-np", "4"]
+        subprocess.run([*PLAN, *select], check=True, stdout=subprocess.DEVNULL)
+        file = folders["nnUNet_preprocessed"] / HIPPOCAMPUS / "nnUNetPlans.json"
+        plans = json.loads(file.read_text())
+        plans["configurations"][CONFIGURATION]["batch_size"] = HIPPOCAMPUS_BATCH
+        file.write_text(json.dumps(plans))
+        prepared.write_text(wanted)
+    return ["4", "990"]
 
 
-def make_synthetic(size: int) -> None:
-    """Noise with two nested boxes, images of ``size`` voxels and more per axis; planned and preprocessed."""
+def make_synthetic(raw: Path, size: int) -> None:
+    """Noise with two nested boxes, images of ``size`` voxels and more per axis, as a raw dataset."""
     import nibabel
 
-    raw = Path(os.environ["nnUNet_raw"]) / f"Dataset{SYNTHETIC_ID}_Synthetic"
-    shutil.rmtree(raw, ignore_errors=True)
     for sub in ("imagesTr", "labelsTr"):
         (raw / sub).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -70,16 +65,8 @@ def make_synthetic(size: int) -> None:
         image = (rng.normal(100, 10, shape) + 40 * label).astype(np.float32)
         for array, name in ((image, f"imagesTr/case_{case}_0000"), (label, f"labelsTr/case_{case}")):
             nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), raw / f"{name}.nii.gz")
-    description = {
-        "channel_names": {"0": "MRI"},
-        "labels": {"background": 0, "organ": 1, "lesion": 2},
-        "numTraining": 6,
-        "file_ending": ".nii.gz",
-        **READER,
-    }
-    (raw / "dataset.json").write_text(json.dumps(description))
-    select = ["-d", str(SYNTHETIC_ID), "-c", CONFIGURATION, "-npfp", "4", "-np", "4"]
-    subprocess.run([*PLAN, *select], check=True, stdout=subprocess.DEVNULL)
+    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "organ": 1, "lesion": 2}, **READER}
+    (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 6, "file_ending": ".nii.gz"}))
 
 
 def timings(measured: dict, started: float) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+from record import table
 
 from nnunet_lgms.evaluation.statistics import SIGNIFICANT, Mean, holm
 from nnunet_lgms.files import atomic_write, read_json
@@ -30,7 +32,11 @@ OLDER = {
 }
 #: lines of the README's table and of the picture: title, stages that measure it (the first that was run counts), scores
 HEADLINES = [
-    *((row.about.split(";")[0], [stage], MIRRORED) for stage, row in STAGES.items() if stage[5:] not in OLDER),
+    *(
+        (row.about.split(";")[0], [stage], MIRRORED)
+        for stage, row in STAGES.items()
+        if stage.removeprefix("sets_") not in OLDER
+    ),
     ("BUSI, breast ultrasound", ["sets_busi", "busi"], MIRRORED),
     ("the same models on STU, another hospital", ["sets_busi", "busi"], f"{STU}-mirrored"),
     ("hippocampus, MRI", ["sets_hippocampus", "hippocampus"], MIRRORED),
@@ -75,11 +81,6 @@ def signed(mean: Mean) -> str:
     return f"{mean.mean:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]".replace("-", "\N{MINUS SIGN}")
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
 # ---- evidence.md -----------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +102,7 @@ def evidence_md(folder: Path) -> str:
 def verdicts(results: Results) -> list[str]:
     """A line for each of our networks and each rival: the difference on every set, and wins, ties and losses."""
     rows = []
-    for name, (rival, called) in ((name, pair) for name in NETWORKS for pair in RIVALS.items()):
+    for name, (rival, called) in product(NETWORKS, RIVALS.items()):
         there = {}
         for stage in STAGES:
             for epochs in results.schedules(stage)[:1]:
@@ -114,8 +115,8 @@ def verdicts(results: Results) -> list[str]:
         if there:
             ahead_level_behind = " / ".join(str(signs.count(sign)) for sign in (1, 0, -1))
             rows.append([MODELS[name].title, called, *cells, ahead_level_behind])
-    heads = ["", "against", *(row.title for row in STAGES.values()), "ahead / level / behind"]
-    return [*table(heads, rows), "", TESTED]
+    titles = " | ".join(row.title for row in STAGES.values())
+    return [*table(f" | against | {titles} | ahead / level / behind", rows), "", TESTED]
 
 
 def stage_lines(results: Results, stage: str) -> list[str]:
@@ -150,7 +151,7 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str) -> list
     rows = []
     for name, runs in models.items():
         if not runs:
-            rows.append([titles[name], NOT_RUN, *[""] * (len(heads) - 2)])
+            rows.append([titles[name], NOT_RUN])
             continue
         cells = [titles[name], f"{runs[0]['parameters'] / 1e6:.2f} M"]
         cells += [f"{epochs} × {runs[0]['iterations_per_epoch']}"]
@@ -163,7 +164,7 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str) -> list
         cells += [cell for way in ways for cell in against(runs, models.get(baseline, []), way)]
         steps = [run["step_ms_alone"][0] for run in runs if run["step_ms_alone"]]
         rows.append(cells + [f"{np.mean(steps):.1f}" if steps else NOT_RUN] * timed)
-    return table(heads, rows)
+    return table(" | ".join(heads), rows)
 
 
 def against(ours: Runs, theirs: Runs, scores: str) -> list[str]:
@@ -191,9 +192,9 @@ def runs_table(results: Results, state: Path) -> list[str]:
         about = [run["date"], run["device"], versions, (run["commit"] or "not committed")[:12]]
         rows.append([f"`{run['name']}`", *about, f"{run['seconds']:.0f}", f"{run['waiting_for_batches']:.0%}"])
     left = {name: what for name, what in read_json(state).items() if name not in {run["name"] for run in results.runs}}
-    rows += [[f"`{name}`", what, *[""] * 5] for name, what in left.items()]
-    heads = ["run", "date", "device", "versions", "commit"]
-    return table([*heads, "s of training beside others", "waiting for batches, at most"], rows)
+    rows += [[f"`{name}`", what] for name, what in left.items()]
+    times = "s of training beside others | waiting for batches, at most"
+    return table(f"run | date | device | versions | commit | {times}", rows)
 
 
 # ---- the README and the picture --------------------------------------------------------------------------------------
@@ -238,9 +239,8 @@ def readme_accuracy(results: Results) -> list[str]:
         ]
         rows.append([title, *cells, f"{mean_of(baseline, scores).mean:.3f}"])
         steps += [run["iterations"] for run in baseline]
-    heads = ["Dice", "LGMSNet, paper's augmentation", "LGMSNet, nnU-Net's augmentation", "nnU-Net's U-Net"]
     return [
-        *table(heads, rows),
+        *table("Dice | LGMSNet, paper's augmentation | LGMSNet, nnU-Net's augmentation | nnU-Net's U-Net", rows),
         "",
         f"One training each of {min(steps):,} to {max(steps):,} steps, where nnU-Net's default is 250,000. In brackets "
         "the difference to the U-Net with its 95 % interval over cases, not over trainings: where that contains 0, "
@@ -250,22 +250,22 @@ def readme_accuracy(results: Results) -> list[str]:
 
 def readme_cost(measured: list[dict]) -> list[str]:
     """A step beside the U-Net's of the same run, each compiled as its trainer compiles it, from ``gpu.json``."""
-    rows, devices = [], set()
+    rows, devices = [], {}
     for case, title in (("3d", "3D, 2 × 128³"), ("2d", "2D, 16 × 256²")):
-        pair = []
-        for which in ((case, "lgmsnet", "graphs"), (case, "plain", "compiled")):
-            usual = (row for row in measured if "failed" not in row and not row.get("size"))
-            pair.append(next(row for row in usual if (row["case"], row["network"], row["mode"]) == which))
-        if pair[0]["run"] != pair[1]["run"]:
-            raise ValueError(f"gpu.json has LGMSNet and the U-Net in {case} of different runs: measure both in one.")
+        usual = [row for row in measured if row["case"] == case and "failed" not in row and not row.get("size")]
+        pair = [
+            next((row for row in usual if (row["network"], row["mode"]) == which), None)
+            for which in (("lgmsnet", "graphs"), ("plain", "compiled"))
+        ]
+        if None in pair or pair[0]["run"] != pair[1]["run"]:
+            raise ValueError(f"gpu.json has no LGMSNet and U-Net of one run in {case}: measure both with gpu.py.")
         cells = []
         for key, unit, digits in (("train_ms", "ms", 1), ("infer_ms", "ms", 1), ("train_gib", "GiB", 2)):
             a, b = (row[key][0] if isinstance(row[key], list) else row[key] for row in pair)
             cells.append(f"{a:.{digits}f} / {b:.{digits}f} {unit} = {a / b:.2f}")
         rows.append([title, *cells])
-        devices.add(pair[0]["device"])
-    heads = [f"LGMSNet / U-Net, {', '.join(sorted(devices))}", "training step", "prediction", "training memory"]
-    return table(heads, rows)
+        devices[pair[0]["device"]] = None
+    return table(f"LGMSNet / U-Net, {', '.join(devices)} | training step | prediction | training memory", rows)
 
 
 def draw(folder: Path) -> None:

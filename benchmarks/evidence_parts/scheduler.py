@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from commands import start, stop
 
 from nnunet_lgms.files import read_json
 from nnunet_lgms.study.gpus import visible_gpus
@@ -56,8 +57,7 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
             time.sleep(0.2)
     finally:  # also if the command is interrupted
         for run, _, process in active:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that prepare its batches
-            process.wait()
+            stop(process)
             state[run.name] = "stopped while it compiled or predicted; goes on when called again"
     return state
 
@@ -65,7 +65,7 @@ def train_all(runs: Sequence[Run], work: Path, device: str, jobs: int, seconds: 
 def _start(run: Run, work: Path, device: str, gpu: str | None, at_a_time: int, until: float) -> subprocess.Popen:
     folder = work / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {
+    environment = {
         "nnUNet_results": str(work / "results" / run.name),
         "nnUNet_n_proc_DA": str(run.settings.workers),
         "nnUNet_def_n_proc": "2",
@@ -74,10 +74,8 @@ def _start(run: Run, work: Path, device: str, gpu: str | None, at_a_time: int, u
     }
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    command = [sys.executable, SCRIPT, "one", json.dumps(asdict(run)), "--until", str(until)]
-    command += ["--work", work, "--device", device]
-    with (folder / "log.txt").open("a") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    command = [sys.executable, str(SCRIPT), "one", json.dumps(asdict(run)), "--until", str(until)]
+    return start([*command, "--work", str(work), "--device", device], folder / "log.txt", environment)
 
 
 def _outcome(folder: Path, code: int) -> str:
