@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py                       every plan, to benchmarks/results/memory.{json,md}
     python benchmarks/memory.py --missing             only what memory.json has no measurement of
-    python benchmarks/memory.py --calibrate           no steps: new estimates for those in memory.json
-
-All three print the constants for nnunet_lgms/planning/memory.py that fit the steps best.
+    python benchmarks/memory.py --estimate-only       new estimates for the measured steps in memory.json, without a GPU
+    python benchmarks/memory.py --calibrate           only what all of these print last, from memory.json as it is: the
+                                                      constants for nnunet_lgms/planning/memory.py that fit best
 
 A step is what nnU-Net does: batch to the GPU, autocast to float16, loss, scaled backward pass, clipping at 12, SGD with
 momentum; cuDNN searches for its fastest algorithms. "trained" is a CUDA graph and a compiled Dice, as in the trainer on
@@ -244,7 +244,8 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
     parser.add_argument("--workers", type=int, default=12, help="steps at a time (12)")
     parser.add_argument("--seconds", type=float, default=420, help="after which what is not done is given up (420)")
     parser.add_argument("--missing", action="store_true", help="only what memory.json has no measurement of")
-    parser.add_argument("--calibrate", action="store_true", help="without measuring: estimates and constants")
+    parser.add_argument("--estimate-only", action="store_true")
+    parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.row:
@@ -252,15 +253,17 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = PLANS) 
         print(json.dumps(measure(Plan(**json.loads(args.row)), args.modes[0])))
         return 0
     file = args.output / "memory.json"
-    if not args.calibrate and not torch.cuda.is_available():
-        parser.error("steps are measured on a GPU, and PyTorch finds none; --calibrate needs none")
-    if args.calibrate and not file.is_file():
-        parser.error(f"{file} does not exist: measure first, without --calibrate")
-    report = json.loads(file.read_text("utf-8")) if args.calibrate else measure_all(plans, args, file)
-    for row in report["rows"]:
-        row.update(estimate(row))
-    write(args.output, "memory", report, markdown(report))
-    print(markdown(report))
+    measured_before = args.estimate_only or args.calibrate
+    if measured_before and not file.is_file():
+        parser.error(f"{file} does not exist: measure first, without --estimate-only and --calibrate")
+    if not measured_before and not torch.cuda.is_available():
+        parser.error("steps are measured on a GPU, and PyTorch finds none")
+    report = json.loads(file.read_text("utf-8")) if measured_before else measure_all(plans, args, file)
+    if not args.calibrate:
+        for row in report["rows"]:
+            row.update(estimate(row))
+        write(args.output, "memory", report, markdown(report))
+        print(markdown(report))
     calibrate(report["rows"])
     return 0
 

@@ -57,6 +57,11 @@ def test_every_kernel_fits_the_card(target: str):
         assert needs["stack"] <= known.get(name, 0), (name, entry["call"])
 
 
+def test_the_page_is_made_from_the_table():
+    page = ROOT / "benchmarks" / "results" / "offline_kernels.md"
+    assert offline_kernels.markdown(TABLE) == page.read_text("utf-8")
+
+
 def test_the_gate_asks_for_what_the_largest_kernel_takes():
     small = [target for target, card in CARDS.items() if card.shared_memory == SMALLEST]
     taken = [

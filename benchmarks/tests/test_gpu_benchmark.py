@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import cpu
 import gpu
 import gpu_tests
+import memory
 import planners
 import pytest
+import waits
 from conftest import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -82,7 +84,7 @@ def test_the_tables_of_steps_are_made_from_their_results(name, tmp_path):
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
-@pytest.mark.parametrize("name, benchmark", [("cpu", cpu), ("planned", planners)])
+@pytest.mark.parametrize("name, benchmark", [("cpu", cpu), ("memory", memory), ("planned", planners), ("waits", waits)])
 def test_other_tables_are_made_from_their_results(name, benchmark):
     assert (
         benchmark.markdown(json.loads((RESULTS / f"{name}.json").read_text())) == (RESULTS / f"{name}.md").read_text()

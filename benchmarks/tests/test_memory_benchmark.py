@@ -67,9 +67,10 @@ def test_what_is_measured_is_not_measured_again(memory, tmp_path, monkeypatch):
 
 
 def test_estimates_are_merged_with_what_was_measured(memory, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        memory.main(["--calibrate", "--out", str(tmp_path)])
-    assert "measure first" in capsys.readouterr().err
+    for words in (["--calibrate"], ["--estimate-only"]):
+        with pytest.raises(SystemExit):
+            memory.main([*words, "--out", str(tmp_path)])
+        assert "measure first" in capsys.readouterr().err
     plans = [memory.Plan("small", (48, 40), (1, 1), 2), memory.Plan("larger", (64, 64), (1, 1), 4, channels=3)]
     rows = [{**vars(p), "levels": p.topology().n_levels} for p in plans]
     for row in rows:
@@ -78,10 +79,13 @@ def test_estimates_are_merged_with_what_was_measured(memory, tmp_path, capsys):
         row["trained"] = {"peak": peak, "allocated": [2 * peak, peak], "reserved": [3 * peak, 2 * peak]}
         row["eager"] = {"failed": "out of memory"}
     (tmp_path / "memory.json").write_text(json.dumps({"date": "then", "device": "a card", "torch": "1", "rows": rows}))
-    assert memory.main(["--calibrate", "--output", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "2D: activations=1.250, fixed=10 MiB; largest deviation 0.0 %" in said
+    assert memory.main(["--estimate-only", "--output", str(tmp_path)]) == 0
+    said, constants = capsys.readouterr().out, "2D: activations=1.250, fixed=10 MiB; largest deviation 0.0 %\n"
     written = (tmp_path / "memory.md").read_text()
+    assert said.endswith(constants)
+    (tmp_path / "memory.md").unlink()
+    assert memory.main(["--calibrate", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == constants and not (tmp_path / "memory.md").exists()
     assert written in said and "a card" in written
     for row, line in zip(json.loads((tmp_path / "memory.json").read_text())["rows"], written.splitlines()[-2:]):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
