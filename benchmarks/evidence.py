@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -68,57 +67,52 @@ def scores(args: argparse.Namespace) -> None:
     _add_to(RESULTS / "evidence" / "state.json", json.loads((args.runs / "state.json").read_text()))
 
 
-def _add_to(file: Path, new: dict) -> None:
-    """What became of runs, beside that of runs before."""
-    from nnunet_lgms.files import atomic_write, read_json
-
-    before = read_json(file) if file.is_file() else {}
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(before | new, indent=1) + "\n")
-
-
 def report(args: argparse.Namespace) -> None:
     from evidence_parts.report import draw, evidence_md, readme_with
 
+    draw(RESULTS)
+    _write(RESULTS / "evidence.md", evidence_md(RESULTS))
+    readme = HERE.parent / "README.md"
+    _write(readme, readme_with(readme.read_text("utf-8"), RESULTS))
+
+
+def _add_to(file: Path, new: dict) -> None:
+    """What became of runs, beside that of runs before."""
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    _write(file, json.dumps(before | new, indent=1) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
     from nnunet_lgms.files import atomic_write
 
-    draw(RESULTS)
-    readme = HERE.parent / "README.md"
-    for file, text in {
-        RESULTS / "evidence.md": evidence_md(RESULTS),
-        readme: readme_with(readme.read_text("utf-8"), RESULTS),
-    }.items():
-        with atomic_write(file) as temporary:
-            temporary.write_text(text, "utf-8")
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    for function in (gather, prepare, train, one, scores, report):
-        command = commands.add_parser(function.__name__)
+    subparsers = parser.add_subparsers(required=True)
+    commands = {f: subparsers.add_parser(f.__name__) for f in (gather, prepare, train, one, scores, report)}
+    for function, command in commands.items():
         command.set_defaults(function=function)
+        if function is not report:
+            command.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="of all these commands")
         if function in (gather, prepare, train):
             names = [stage.removeprefix("sets_") for stage in STAGES]
             command.add_argument("sets", nargs="+", choices=names, metavar="SET", help=", ".join(names))
-        if function is gather:
-            command.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="has a folder for each set")
-        if function is train:
-            command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-            command.add_argument("--epochs", type=int, default=100)
-            command.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
-            command.add_argument("--iterations", type=int, default=STEPS, help="steps an epoch; few for a rehearsal")
-            command.add_argument("--jobs", type=int, default=1, help="trainings at a time, on each GPU")
-            command.add_argument("--seconds", type=float, default=1e9, help="after which trainings are put aside")
-        if function is one:  # what `train` calls
-            command.add_argument("run", metavar="JSON")
-            command.add_argument("--until", type=float, default=time.time() + 1e9)
         if function in (train, one):
             command.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-        if function is scores:
-            command.add_argument("runs", type=Path, help="WORK/runs, or what came back of it")
-        if function is not report:
-            command.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="of all these commands")
+    commands[gather].add_argument("--data", type=Path, required=True, help="with a folder for each set")
+    option = commands[train].add_argument
+    option("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
+    option("--epochs", type=int, default=100)
+    option("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    option("--iterations", type=int, default=STEPS, help="steps an epoch; few for a rehearsal")
+    option("--jobs", type=int, default=1, help="trainings at a time, on each GPU")
+    option("--seconds", type=float, default=1e9, help="after which trainings are put aside")
+    commands[one].add_argument("run", help="in JSON, from `train`")
+    commands[one].add_argument("--until", type=float, required=True, help="seconds since 1970")
+    commands[scores].add_argument("runs", type=Path, help="WORK/runs, or what came back of it")
     args = parser.parse_args()
     if hasattr(args, "work"):
         args.work = args.work.resolve()
@@ -129,7 +123,7 @@ def main() -> None:
         os.environ.setdefault("nnUNet_results", str(args.work / "results"))
     try:
         args.function(args)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         sys.exit(str(error))
 
 

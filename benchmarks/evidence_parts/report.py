@@ -143,7 +143,7 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str) -> list
     done = [run for runs in models.values() for run in runs]
     unit = done[0]["scores"][scores]["unit"]
     ways = [way for way in (scores, f"{scores}-mirrored") if way in done[0]["scores"]]
-    seeds, timed = any(len(runs) > 1 for runs in models.values()), any(run["step_ms_alone"] for run in done)
+    seeds, timed = any(len(runs) > 1 for runs in models.values()), any(run.get("step_ms_alone") for run in done)
     baseline, called = ("default", "the default") if "default" in titles else ("nnunet", "nnU-Net")
     heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}"]
     heads += ["SD of seeds"] * seeds + ["Dice, mirrored"] * (len(ways) - 1)
@@ -162,7 +162,7 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str) -> list
         cells += [f"{spread(runs, scores):.3f}" if len(runs) > 1 else ""] * seeds
         cells += [with_interval(mean_of(runs, way)) for way in ways[1:]]
         cells += [cell for way in ways for cell in against(runs, models.get(baseline, []), way)]
-        steps = [run["step_ms_alone"][0] for run in runs if run["step_ms_alone"]]
+        steps = [run["step_ms_alone"][0] for run in runs if run.get("step_ms_alone")]
         rows.append(cells + [f"{np.mean(steps):.1f}" if steps else NOT_RUN] * timed)
     return table(" | ".join(heads), rows)
 

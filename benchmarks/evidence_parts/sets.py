@@ -51,11 +51,6 @@ def five_folds(patient: str | None = None) -> Rule:
     return lambda folder, cases: patient_splits(cases, n_splits=5, patient=patient and re.compile(patient))
 
 
-def of_the_paper(folder: Path, cases: Sequence[str]) -> list[Split]:
-    """The splits of BUSI that the paper's authors released."""
-    return busi_splits(cases)
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +71,7 @@ class DataSet:
         unseen: sets that its models are tested on without further training.
         images: folder of the images in ``source``.
         masks: folder of the masks.
-        names: templates of the images' and masks' names, where a mask is not named as its image.
+        names: templates of the images' and masks' names, where they differ by more than nnU-Net's channel.
         same: two cases with one image, as published; any others are refused.
     """
 
@@ -116,13 +111,13 @@ SETS = {
         same=("ISIC_0012127", "ISIC_0012970")
     ),
     "busi": DataSet(
-        101, "BUSI", "busi_256", FLAT, GREY, ("lesion",), of_the_paper,
+        101, "BUSI", "busi_256", FLAT, GREY, ("lesion",), lambda folder, cases: busi_splits(cases),
         "BUSI, breast ultrasound; the paper's splits", folds=3, unseen=("stu",), same=("benign_433", "malignant_145")
     ),
     "hippocampus": DataSet(
         4, "Hippocampus", "hippocampus", VOLUMES, MRI, ("anterior", "posterior"), five_folds(),
         "hippocampus, MRI, Medical Segmentation Decathlon; 230 volumes, five folds", folds=5,
-        images="imagesTr", masks="labelsTr", names=("{case}_0000.nii.gz", "{case}.nii.gz")
+        images="imagesTr", masks="labelsTr"
     ),
     "chaos": DataSet(
         106, "CHAOST2", "chaos_t2", VOLUMES, MRI, ("liver", "right_kidney", "left_kidney", "spleen"), five_folds(),

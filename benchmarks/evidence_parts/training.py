@@ -30,6 +30,7 @@ from nnunet_lgms.files import atomic_write, read_json
 from nnunet_lgms.nnunet.paper import nnUNetTrainerLGMSNet_paper2D
 
 from .runs import Run
+from .sets import SETS
 
 TRAINERS = Path(__file__).resolve().parents[2] / "trainers"
 LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
@@ -41,18 +42,11 @@ class OutOfTime(Exception):
 
 
 class Watched:
-    """Put before a trainer's class: counts its seconds, and stops it in time.
+    """Put before a trainer's class: counts its seconds, and stops it in time."""
 
-    Attributes:
-        until: ``time.time()`` at which to stop.
-        file: where progress is kept between calls.
-        progress: epochs, last loss, seconds in steps and between them (the first step of each call, which compiles or
-            records, aside), and GiB of the GPU at the peak.
-    """
-
-    until: float
-    file: Path
-    progress: dict[str, Any]
+    until: float  # ``time.time()`` at which to stop
+    file: Path  # where progress is kept between calls
+    progress: dict[str, Any]  # the first step of each call, which compiles or records, is not in its seconds
     last: float | None = None  # end of the last step
 
     def on_train_epoch_start(self):
@@ -81,13 +75,11 @@ class Watched:
         self.progress["loss"] = float(self.logger.get_value("train_losses", step=-1))
         if self.device.type == "cuda":
             self.progress["peak_gib"] = max(self.progress["peak_gib"], torch.cuda.max_memory_allocated() / 2**30)
-        out_of_time = time.time() > self.until and self.current_epoch < self.num_epochs
-        if out_of_time:
-            self.current_epoch -= 1  # save_checkpoint adds one
-            self.save_checkpoint(str(Path(self.output_folder, LATEST)))
         with atomic_write(self.file) as temporary:
             temporary.write_text(json.dumps(self.progress))
-        if out_of_time:
+        if time.time() > self.until and self.current_epoch < self.num_epochs:
+            self.current_epoch -= 1  # save_checkpoint adds one
+            self.save_checkpoint(str(Path(self.output_folder, LATEST)))
             raise OutOfTime
 
 
@@ -144,9 +136,7 @@ def record_of(run: Run, trainer, device: str) -> dict[str, Any]:
     begins, ends = (trainer.logger.get_value(f"epoch_{k}_timestamps", step=None) for k in ("start", "end"))
     return {
         "run": asdict(run),
-        "title": run.settings.title,
-        "trainer": run.settings.trainer,
-        "plans": run.settings.plans,
+        **asdict(run.settings),
         "dataset": run.of.name,
         "configuration": run.of.configuration,
         "fold": run.fold,
@@ -156,10 +146,8 @@ def record_of(run: Run, trainer, device: str) -> dict[str, Any]:
         "iterations_per_epoch": trainer.num_iterations_per_epoch,
         "iterations": run.epochs * trainer.num_iterations_per_epoch,
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
-        "workers": run.settings.workers,
         "compiled": isinstance(trainer.network, OptimizedModule),
         "cases": dict(zip(("training", "validation"), map(len, trainer.do_split()))),
-        "step_ms_alone": None,  # trainings share the GPU: `gpu.py` measures steps
         "waiting_for_batches": progress["waiting_s"] / max(1e-9, progress["waiting_s"] + progress["steps_s"]),
         "seconds": sum(e - b for b, e in zip(begins, ends)),
         "peak_gib": progress["peak_gib"],
@@ -174,8 +162,6 @@ def _short(number: float) -> float | None:
 
 def predict_all(trainer, run: Run, preprocessed: Path, folder: Path, device: str) -> None:
     """Labels of the validation cases and of the unseen sets, with and without nnU-Net's mirroring, as .npz."""
-    from .sets import SETS
-
     if isinstance(trainer.network, OptimizedModule):
         trainer.network = trainer.network._orig_mod
     trainer.set_deep_supervision_enabled(False)
