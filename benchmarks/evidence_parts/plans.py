@@ -30,16 +30,12 @@ def prepare(row: DataSet, raw: Path, preprocessed: Path) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
     extract_fingerprints([row.number])
-    for planner in ["ExperimentPlanner", *["nnUNetPlannerResEncM"] * bool(row.rule)]:
+    for planner in ("ExperimentPlanner", "nnUNetPlannerResEncM"):
         plan_experiments([row.number], planner)
     preprocess([row.number], configurations=[row.configuration], num_processes=[default_num_processes])
-    if row.rule:
-        shutil.copyfile(raw / row.name / "splits_final.json", preprocessed / row.name / "splits_final.json")
-        write_evidence_plans(row)
-
-
-def write_evidence_plans(row: DataSet) -> None:
-    """The plans of all models, in nnU-Net's folder of preprocessed data."""
+    if not row.rule:
+        return
+    shutil.copyfile(raw / row.name / "splits_final.json", preprocessed / row.name / "splits_final.json")
     for name in {model.plans for model in models_of(row).values()}:
         base, override = CHANGES[name]
         plans = read_plans(row.name, base)

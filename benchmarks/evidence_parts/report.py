@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -105,10 +105,9 @@ def verdicts(results: Results) -> list[str]:
     for name, (rival, called) in product(NETWORKS, RIVALS.items()):
         there = {}
         for stage in STAGES:
-            for epochs in results.schedules(stage)[:1]:
-                ours, theirs = results.of(stage, epochs, name), results.of(stage, epochs, rival)
-                if ours and theirs:
-                    there[stage] = difference(ours, theirs, MIRRORED), p_value(ours, theirs, MIRRORED)
+            ours, theirs = results.longest(stage, name), results.longest(stage, rival)
+            if ours and theirs:
+                there[stage] = difference(ours, theirs, MIRRORED), p_value(ours, theirs, MIRRORED)
         adjusted = dict(zip(there, holm([p for _, p in there.values()])))
         cells = [f"{signed(there[s][0])}, p {adjusted[s]:.2g}" if s in there else NOT_RUN for s in STAGES]
         signs = [np.sign(diff.mean) if adjusted[s] < SIGNIFICANT else 0 for s, (diff, _) in there.items()]
@@ -138,46 +137,54 @@ def unseen_by(results: Results, stage: str) -> list[DataSet]:
 
 def scores_table(results: Results, stage: str, epochs: int, scores: str) -> list[str]:
     """A line a model: scores without mirroring, Dice with it, and differences to nnU-Net's U-Net or the default."""
-    titles = results.titles(stage)
+    titles, mirrored = results.titles(stage), f"{scores}-mirrored"
     models = {name: results.of(stage, epochs, name) for name in titles}
     done = [run for runs in models.values() for run in runs]
     unit = done[0]["scores"][scores]["unit"]
-    ways = [way for way in (scores, f"{scores}-mirrored") if way in done[0]["scores"]]
-    seeds, timed = any(len(runs) > 1 for runs in models.values()), any(run.get("step_ms_alone") for run in done)
     baseline, called = ("default", "the default") if "default" in titles else ("nnunet", "nnU-Net")
-    heads = ["model", "parameters", "epochs × steps", "seeds", "IoU", "Dice", f"HD95, {unit}"]
-    heads += ["SD of seeds"] * seeds + ["Dice, mirrored"] * (len(ways) - 1)
-    heads += [f"Dice against {called}", "", "the same, mirrored", ""][: 2 * len(ways)] + ["step, ms"] * timed
-    rows = []
-    for name, runs in models.items():
-        if not runs:
-            rows.append([titles[name], NOT_RUN])
-            continue
-        cells = [titles[name], f"{runs[0]['parameters'] / 1e6:.2f} M"]
-        cells += [f"{epochs} × {runs[0]['iterations_per_epoch']}"]
-        cells += [", ".join(str(run["run"]["seed"]) for run in runs)]
-        cells += [with_interval(mean_of(runs, scores, metric)) for metric in ("IoU", "Dice")]
-        hd95 = with_interval(mean_of(runs, scores, "HD95"), 1 if unit == "pixels" else 2)
-        cells += ["no spacing" if stage == WITHOUT_SPACING else hd95]
-        cells += [f"{spread(runs, scores):.3f}" if len(runs) > 1 else ""] * seeds
-        cells += [with_interval(mean_of(runs, way)) for way in ways[1:]]
-        cells += [cell for way in ways for cell in against(runs, models.get(baseline, []), way)]
-        steps = [run["step_ms_alone"][0] for run in runs if run.get("step_ms_alone")]
-        rows.append(cells + [f"{np.mean(steps):.1f}" if steps else NOT_RUN] * timed)
-    return table(" | ".join(heads), rows)
+    theirs = models.get(baseline, [])
+
+    def compared(cell: Callable[[Runs, Runs, str], str], way: str) -> Callable[[Runs], str]:
+        return lambda runs: cell(runs, theirs, way) if theirs and runs != theirs else ""
+
+    def distance(runs: Runs) -> str:
+        mean = with_interval(mean_of(runs, scores, "HD95"), 1 if unit == "pixels" else 2)
+        return "no spacing" if stage == WITHOUT_SPACING else mean
+
+    def step(runs: Runs) -> str:
+        alone = [run["step_ms_alone"][0] for run in runs if run.get("step_ms_alone")]
+        return f"{np.mean(alone):.1f}" if alone else NOT_RUN
+
+    columns = [
+        ("parameters", lambda runs: f"{runs[0]['parameters'] / 1e6:.2f} M"),
+        ("epochs × steps", lambda runs: f"{epochs} × {runs[0]['iterations_per_epoch']}"),
+        ("seeds", lambda runs: ", ".join(str(run["run"]["seed"]) for run in runs)),
+        ("IoU", lambda runs: with_interval(mean_of(runs, scores, "IoU"))),
+        ("Dice", lambda runs: with_interval(mean_of(runs, scores))),
+        (f"HD95, {unit}", distance),
+    ]
+    if any(len(runs) > 1 for runs in models.values()):
+        columns.append(("SD of seeds", lambda runs: f"{spread(runs, scores):.3f}" if len(runs) > 1 else ""))
+    differences = [(f"Dice against {called}", compared(gain, scores)), ("", compared(verdict, scores))]
+    if mirrored in done[0]["scores"]:
+        columns.append(("Dice, mirrored", lambda runs: with_interval(mean_of(runs, mirrored))))
+        differences += [("the same, mirrored", compared(gain, mirrored)), ("", compared(verdict, mirrored))]
+    columns += differences
+    if any(run.get("step_ms_alone") for run in done):
+        columns.append(("step, ms", step))
+    cells = {name: [cell(runs) for _, cell in columns] if runs else [NOT_RUN] for name, runs in models.items()}
+    heads = ["model", *(head for head, _ in columns)]
+    return table(" | ".join(heads), [[titles[name], *row] for name, row in cells.items()])
 
 
-def against(ours: Runs, theirs: Runs, scores: str) -> list[str]:
-    """The difference of Dice in two cells: mean with interval, and what it is worth; empty against themselves."""
-    if not theirs or ours == theirs:
-        return ["", ""]
-    return [signed(difference(ours, theirs, scores)), verdict(ours, theirs, scores)]
+def gain(ours: Runs, theirs: Runs, scores: str) -> str:
+    return signed(difference(ours, theirs, scores))
 
 
 def reference_lines(results: Results) -> list[str]:
     """The authors' figures for the paper's first split of BUSI and for STU, and ours."""
     authors, lines = read_json(Path(__file__).with_name("references.json")), []
-    runs = results.of("busi", 250, "published")
+    runs = results.longest("busi", "published")
     for data, title, scores in (("busi", "BUSI, split 1", "validation"), ("stu", "STU", STU)):
         ranges = (f"{m} {' to '.join(f'{v:.3f}' for v in authors[data][m])}" for m in ("IoU", "Dice"))
         ours = (f"{m} {mean_of(runs, scores, m).mean:.3f}" for m in ("IoU", "Dice"))
@@ -220,9 +227,8 @@ def readme_with(readme: str, folder: Path) -> str:
 def headlines(results: Results) -> Iterator[tuple[str, str, dict[str, Runs]]]:
     """Title, scores and the runs of each model, for every data set on which the U-Net was trained."""
     for title, stages, scores in HEADLINES:
-        longest = [(stage, epochs) for stage in stages for epochs in results.schedules(stage)[:1]]
-        for stage, epochs in longest:
-            models = {name: results.of(stage, epochs, name) for name in ("nnunet", *SHOWN)}
+        for stage in stages:
+            models = {name: results.longest(stage, name) for name in ("nnunet", *SHOWN)}
             if models["nnunet"]:
                 yield title, scores, models
                 break
@@ -234,7 +240,7 @@ def readme_accuracy(results: Results) -> list[str]:
     for title, scores, models in headlines(results):
         baseline = models["nnunet"]
         cells = [
-            f"{mean_of(ours, scores).mean:.3f} ({signed(difference(ours, baseline, scores))})" if ours else NOT_RUN
+            f"{mean_of(ours, scores).mean:.3f} ({gain(ours, baseline, scores)})" if ours else NOT_RUN
             for ours in (models["lgmsnet"], models["lgmsnet_nnunetda"])
         ]
         rows.append([title, *cells, f"{mean_of(baseline, scores).mean:.3f}"])

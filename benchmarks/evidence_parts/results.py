@@ -40,6 +40,10 @@ class Results:
         wanted = {"stage": stage, "epochs": epochs, "model": model}
         return [run for run in self.runs if wanted.items() <= run["run"].items()]
 
+    def longest(self, stage: str, model: str) -> Runs:
+        """Those with the stage's longest schedule."""
+        return [run for epochs in self.schedules(stage)[:1] for run in self.of(stage, epochs, model)]
+
     def titles(self, stage: str) -> dict[str, str]:
         """Model → what the tables call it; of stages that are trained no more, the models that were."""
         if stage in STAGES:

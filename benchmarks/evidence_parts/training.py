@@ -1,12 +1,7 @@
 """One training through nnU-Net's own loop, stopped and continued at will, and the prediction of its cases.
 
 The trainers are the plugin's and nnU-Net's as they are, so a model folder that comes out is predicted with by
-``nnUNetv2_predict`` like any other. What differs from ``nnUNetv2_train``:
-
-- an epoch has 100 steps in place of 250, with one batch of validation after it, uncompiled;
-- no "best" checkpoint is kept, as only the last epoch is evaluated, and no progress plot is drawn;
-- the weights are seeded. nnU-Net's worker processes draw their samples unseeded, and it offers no way to seed them, so
-  a training does not repeat exactly.
+``nnUNetv2_predict`` like any other. What differs from ``nnUNetv2_train`` is in docs/explanation/evidence.md.
 """
 
 from __future__ import annotations
