@@ -7,14 +7,29 @@ statistics of its own part of the batch, which on GPUs it does not).
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(seconds=400)  # where the machine is busy, a process may begin minutes after another
+IMPORTED_ONCE = ["torch._dynamo", "nnunetv2.run.run_training"]
+
+
+def processes(function: Callable[..., None], args: tuple, n: int) -> None:
+    """``function(rank, *args)`` in each of ``n`` processes, as ``torch.multiprocessing.spawn`` calls it.
+
+    They are forked from one process that has imported PyTorch and nnU-Net, which costs each of them six seconds, and
+    nothing of this package. Where a system cannot fork, each is started anew.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    torch.multiprocessing.start_processes(function, args, nprocs=n, start_method=method)
 
 
 def start(rank: int, world_size: int, port: int) -> None:
