@@ -30,14 +30,14 @@ def gather(args: argparse.Namespace) -> None:
     from evidence_parts import sets
 
     for row in with_unseen(args.sets):
-        sets.gather(row, args.data, args.work / "raw")
+        sets.gather(row, args.data, args.work / "raw", args.work / "preprocessed")
 
 
 def prepare(args: argparse.Namespace) -> None:
     from evidence_parts import plans
 
     for row in with_unseen(args.sets):
-        plans.prepare(row, args.work / "raw", args.work / "preprocessed")
+        plans.prepare(row)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
-from pathlib import Path
 
 from nnunet_lgms.planning.auto_kernels import components_of
 from nnunet_lgms.planning.override import override_plans
@@ -24,8 +22,8 @@ CHANGES = {
 }
 
 
-def prepare(row: DataSet, raw: Path, preprocessed: Path) -> None:
-    """Plans, splits and preprocessed cases of a gathered set, by nnU-Net's own commands."""
+def prepare(row: DataSet) -> None:
+    """Plans and preprocessed cases of a gathered set, in nnU-Net's folders and by its own functions."""
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
@@ -33,9 +31,6 @@ def prepare(row: DataSet, raw: Path, preprocessed: Path) -> None:
     for planner in ("ExperimentPlanner", "nnUNetPlannerResEncM"):
         plan_experiments([row.number], planner)
     preprocess([row.number], configurations=[row.configuration], num_processes=[default_num_processes])
-    if not row.rule:
-        return
-    shutil.copyfile(raw / row.name / "splits_final.json", preprocessed / row.name / "splits_final.json")
     for name in {model.plans for model in models_of(row).values()}:
         base, override = CHANGES[name]
         plans = read_plans(row.name, base)

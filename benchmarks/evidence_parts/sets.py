@@ -5,18 +5,17 @@ A new set is a row of `SETS`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from nnunet_lgms.data.convert import convert
+from nnunet_lgms.data.convert import convert, write_splits
 from nnunet_lgms.data.folder import describe, find_pairs
 from nnunet_lgms.data.splits import Split, busi_splits, patient_splits
-from nnunet_lgms.files import atomic_write
 
 Rule = Callable[[Path, Sequence[str]], list[Split]]  # (folder of the set, its cases) -> nnU-Net's splits_final.json
 
@@ -30,9 +29,14 @@ PIXELS = 256  # of a side of all images, as in the paper's 2D experiments
 
 def listed(train: str, validation: str) -> Rule:
     """The one split whose two lists of names lie beside the images."""
-    return lambda folder, cases: [
-        {"train": (folder / train).read_text().split(), "val": (folder / validation).read_text().split()}
-    ]
+
+    def rule(folder: Path, cases: Sequence[str]) -> list[Split]:
+        lists = {"train": (folder / train).read_text().split(), "val": (folder / validation).read_text().split()}
+        if wrong := {*lists["train"], *lists["val"]} - set(cases) or set(lists["train"]) & set(lists["val"]):
+            raise ValueError(f"{min(wrong)!r} has no image, or is in both {train} and {validation} of {folder}.")
+        return [lists]
+
+    return rule
 
 
 def seeded(share: float, n: int) -> Rule:
@@ -140,16 +144,16 @@ def with_unseen(names: Sequence[str]) -> list[DataSet]:
     return [SETS[name] for name in dict.fromkeys([*names, *(other for n in names for other in SETS[n].unseen)])]
 
 
-# ---- into nnU-Net's raw folder ---------------------------------------------------------------------------------------
+# ---- into nnU-Net's folders ------------------------------------------------------------------------------------------
 
 
-def gather(row: DataSet, data: Path, raw: Path) -> None:
-    """Writes ``raw/DATASET``, checked as ``nnunet_lgms convert folder`` does it, with its splits beside it.
+def gather(row: DataSet, data: Path, raw: Path, preprocessed: Path) -> None:
+    """Writes ``raw/DATASET``, checked, and its splits to ``preprocessed``, as ``nnunet_lgms convert folder`` does.
 
     Volumes are read with nibabel: SimpleITK's 52 MB are more than may travel to some machines.
 
     Raises:
-        ValueError: see `convert` and `splits_of`.
+        ValueError: see `convert`; or a list names a case that is not there, or one case for both sides.
     """
     folder, is_flat = data / row.source, row.configuration == FLAT
     images, masks = folder / row.images, folder / row.masks
@@ -176,20 +180,4 @@ def gather(row: DataSet, data: Path, raw: Path) -> None:
         find=lambda: find_pairs(description, images, masks, *row.names),
     )
     if row.rule:
-        with atomic_write(raw / row.name / "splits_final.json") as temporary:
-            temporary.write_text(json.dumps(splits_of(row, folder, conversion.identifiers), indent=1) + "\n")
-
-
-def splits_of(row: DataSet, folder: Path, cases: Sequence[str]) -> list[Split]:
-    """The folds of ``splits_final.json``.
-
-    Raises:
-        ValueError: a list names a case that is not there, or one case for both sides.
-    """
-    folds = row.rule(folder, cases)
-    for fold in folds:
-        if unknown := {*fold["train"], *fold["val"]} - set(cases):
-            raise ValueError(f"The splits of {row.title} name {sorted(unknown)[0]!r}, which is not in {folder}.")
-        if both := set(fold["train"]) & set(fold["val"]):
-            raise ValueError(f"The splits of {row.title} put {sorted(both)[0]!r} on both sides.")
-    return folds
+        write_splits(replace(description, paper_splits=partial(row.rule, folder)), conversion, preprocessed)

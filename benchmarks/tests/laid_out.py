@@ -13,10 +13,11 @@ from PIL import Image
 def lay_out(folder: Path, row: DataSet, n: int, size: int = 40) -> None:
     """Files of a set as it is published; flat images have an edge of its own size, masks grey edges."""
     random = np.random.default_rng(0)
-    endings = ("png" if row.channels == GREY else "jpg", "png")
-    defaults = [f"{{case}}.{ending}" for ending in (endings if row.configuration == FLAT else ["nii.gz"] * 2)]
-    for i in range(n):
-        name = str(i) if row.title == "STU" else f"case ({i})"
+    defaults = "{case}.png" if row.channels == GREY else "{case}.jpg", "{case}.png"
+    if row.configuration != FLAT:
+        defaults = "{case}_0000.nii.gz" if row.images == "imagesTr" else "{case}.nii.gz", "{case}.nii.gz"
+    for i in range(40, 40 + n):  # of the lesions with these numbers each of BUSI's published splits has some
+        name = str(i) if row.title == "STU" else f"benign ({i})"
         image, mask = (
             folder / row.source / sub / (template or default).format(case=name)
             for sub, template, default in zip((row.images, row.masks), row.names, defaults)

@@ -237,7 +237,6 @@ def test_rehearsal_from_files_to_scores(tmp_path, monkeypatch):
     from evidence_parts.scores import score_all
     from evidence_parts.training import OutOfTime, train_run
 
-    monkeypatch.setattr("nnunet_lgms.data.convert.default_workers", lambda: 1)
     home, unseen = replace(SETS["hippocampus"], unseen=("acdc",)), replace(SETS["acdc"], rule=None)
     for name, row in (("hippocampus", home), ("acdc", unseen)):
         monkeypatch.setitem(SETS, name, row)
@@ -247,8 +246,8 @@ def test_rehearsal_from_files_to_scores(tmp_path, monkeypatch):
     bench = Workshop(tmp_path / "work")
     with bench.environment(nnUNet_def_n_proc="1"):
         for row in (home, unseen):
-            gather(row, tmp_path, bench.raw)
-            prepare(row, bench.raw, bench.preprocessed)
+            gather(row, tmp_path, bench.raw, bench.preprocessed)
+            prepare(row)
         (tmp_path / "work" / "preprocessed").symlink_to(bench.preprocessed)
         monkeypatch.setenv("nnUNet_n_proc_DA", "0")
         monkeypatch.setenv("nnUNet_results", str(tmp_path / "work" / "results" / run.name))

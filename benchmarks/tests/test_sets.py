@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from evidence_parts.runs import STAGES, models_of, runs_of
-from evidence_parts.sets import FLAT, PIXELS, SETS, gather, splits_of, with_unseen
+from evidence_parts.sets import FLAT, PIXELS, SETS, gather, with_unseen
 from PIL import Image
 
 from .laid_out import lay_out
@@ -24,8 +24,8 @@ def test_a_flat_set_becomes_what_nnunet_reads(tmp_path, name):
     row = SETS[name]
     lay_out(tmp_path, row, 3)
     for file in ("train.txt", "val.txt"):
-        (tmp_path / row.source / file).write_text("case_0" if file == "train.txt" else "case_1")
-    gather(row, tmp_path, tmp_path / "raw")
+        (tmp_path / row.source / file).write_text("benign_40" if file == "train.txt" else "benign_41")
+    gather(row, tmp_path, tmp_path / "raw", tmp_path / "preprocessed")
     folder = tmp_path / "raw" / row.name
     description = json.loads((folder / "dataset.json").read_text())
     images, labels = (sorted((folder / sub).iterdir()) for sub in ("imagesTr", "labelsTr"))
@@ -36,26 +36,27 @@ def test_a_flat_set_becomes_what_nnunet_reads(tmp_path, name):
     with Image.open(labels[0]) as label, Image.open(images[0]) as image:
         assert set(np.unique(label)) == {0, 1} and label.size == image.size == (PIXELS, PIXELS)
         assert len(image.getbands()) == len(description["channel_names"])
-    assert (folder / "splits_final.json").is_file() == (row.rule is not None)
+    assert (tmp_path / "preprocessed" / row.name / "splits_final.json").is_file() == (row.rule is not None)
 
 
 def test_volumes_are_copied_and_read_with_nibabel(tmp_path):
     row = SETS["chaos"]
     lay_out(tmp_path, row, 5)
-    gather(row, tmp_path, tmp_path / "raw")
+    gather(row, tmp_path, tmp_path / "raw", tmp_path / "preprocessed")
     folder = tmp_path / "raw" / row.name
     description = json.loads((folder / "dataset.json").read_text())
     assert description["overwrite_image_reader_writer"] == "NibabelIO" and len(description["labels"]) == 5
-    source = tmp_path / "chaos_t2" / "images" / "case (3).nii.gz"
-    assert (folder / "imagesTr" / "case_3_0000.nii.gz").read_bytes() == source.read_bytes()
-    assert len(json.loads((folder / "splits_final.json").read_text())) == 5
+    source = tmp_path / "chaos_t2" / "images" / "benign (43).nii.gz"
+    assert (folder / "imagesTr" / "benign_43_0000.nii.gz").read_bytes() == source.read_bytes()
+    splits = tmp_path / "preprocessed" / row.name / "splits_final.json"
+    assert len(json.loads(splits.read_text())) == 5
 
 
 def test_a_lost_mask_is_named(tmp_path, capsys):
     lay_out(tmp_path, SETS["kvasir"], 2)
     next((tmp_path / "kvasir" / "masks").iterdir()).unlink()
     with pytest.raises(ValueError, match="cannot be converted"):
-        gather(SETS["kvasir"], tmp_path, tmp_path / "raw")
+        gather(SETS["kvasir"], tmp_path, tmp_path / "raw", tmp_path / "preprocessed")
     assert "has no mask" in capsys.readouterr().err
 
 
@@ -65,26 +66,26 @@ def test_what_is_tested_on_comes_along():
 
 def test_seeded_splits_repeat_and_keep_sides_apart(tmp_path):
     cases = [f"case_{i}" for i in range(10)]
-    folds = splits_of(SETS["kvasir"], tmp_path, cases)
-    assert folds == splits_of(SETS["kvasir"], tmp_path, cases) and len(folds) == 3
+    folds = SETS["kvasir"].rule(tmp_path, cases)
+    assert folds == SETS["kvasir"].rule(tmp_path, cases) and len(folds) == 3
     assert all(len(f["train"]) == 8 and len(f["val"]) == 2 and not set(f["train"]) & set(f["val"]) for f in folds)
     assert len({tuple(f["val"]) for f in folds}) == 3
 
 
 def test_a_patient_is_on_one_side(tmp_path):
     cases = [f"patient{i:03d}_frame{j:02d}" for i in range(12) for j in (1, 9)]
-    folds = splits_of(SETS["acdc"], tmp_path, cases)
+    folds = SETS["acdc"].rule(tmp_path, cases)
     assert len(folds) == 5 and sorted(c for fold in folds for c in fold["val"]) == sorted(cases)
     for fold in folds:
         assert not {c.split("_")[0] for c in fold["train"]} & {c.split("_")[0] for c in fold["val"]}
 
 
-@pytest.mark.parametrize("wrong, said", [("case_9", "which is not in"), ("case_0", "on both sides")])
+@pytest.mark.parametrize("wrong, said", [("case_9", "'case_9' has no image"), ("case_0", "'case_0' .* in both")])
 def test_lists_that_do_not_fit_are_refused(tmp_path, wrong, said):
     (tmp_path / "train.txt").write_text("case_0\ncase_1\n")
     (tmp_path / "val.txt").write_text(f"case_2\n{wrong}\n")
     with pytest.raises(ValueError, match=said):
-        splits_of(SETS["isic"], tmp_path, ["case_0", "case_1", "case_2"])
+        SETS["isic"].rule(tmp_path, ["case_0", "case_1", "case_2"])
 
 
 def test_every_set_is_trained_on_its_splits():
