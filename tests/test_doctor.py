@@ -290,6 +290,26 @@ def test_apples_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     finding = doctor.check_gpu()
     assert finding.state == doctor.WARNING and "MPS" in finding.text and "-device mps" in finding.text
+    assert finding.fix is None and "Not run on such a machine" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("version", "missing"),
+    [("2.6.0", "max_pool3d and no upsample_trilinear3d"), ("2.8.0", "max_pool3d there"), ("2.10.0", None)],
+)
+def test_what_apples_gpu_lacks_is_named_with_the_way_out(
+    version: str, missing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.__version__", version)
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK", raising=False)
+    finding = doctor.check_gpu()
+    assert (finding.fix is not None) == (missing is not None)
+    if missing is not None:
+        assert missing in finding.text and finding.fix.startswith("export PYTORCH_ENABLE_MPS_FALLBACK=1")
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    assert doctor.check_gpu().fix is None
 
 
 @pytest.mark.parametrize(("driver", "fix"), [(12040, "torch<2.11"), (11040, "a newer driver")])

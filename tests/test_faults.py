@@ -161,6 +161,61 @@ def test_datasets_go_to_processes_that_are_spawned(workshop, organs):
         assert np.array_equal(image, expected)
 
 
+SPAWNS = """
+import multiprocessing
+import os
+import sys
+
+from nnunet_lgms import locks
+from open_files import WindowsDisk
+
+let_go = locks._let_go
+
+
+def let_go_in_windows(*arguments):
+    os.name = "nt"
+    try:
+        let_go(*arguments)
+    finally:
+        os.name = "posix"
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    locks._let_go = let_go_in_windows
+    os.__dict__.update(WindowsDisk().functions())
+    command, *sys.argv[1:] = sys.argv[1:]
+    if command == "train":
+        from nnunetv2.run.run_training import run_training_entry
+        run_training_entry()
+    else:
+        from nnunet_lgms.cli import main
+        sys.exit(main([command, *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are open")
+def test_a_training_and_a_prediction_as_on_windows(workshop, organs, tmp_path, clean_env):
+    """Processes are spawned, and no file is replaced or removed while the process that does it has it open."""
+    script = tmp_path / "spawns.py"
+    script.write_text(SPAWNS)
+    env = {**clean_env, **workshop.env, "nnUNet_n_proc_DA": "1", "nnUNet_results": str(tmp_path / "results")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+
+    def run(*words: object) -> None:
+        done = subprocess.run([sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run("train", organs, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
+    folder = tmp_path / "results" / organs / f"{TRAINER}__nnUNetPlans__3d_fullres"
+    assert (folder / "fold_0/validation/summary.json").is_file() and (folder / "fold_0/progress.png").is_file()
+    images, ours = workshop.raw / organs / "imagesTs", tmp_path / "ours"
+    run("predict", "-i", images, "-o", ours, "-m", folder, "-device", "cpu", "--save_probabilities")
+    run("predict", "-i", images, "-o", ours, "-m", folder, "-device", "cpu", "--save_probabilities")  # replaces them
+    assert {"case_0.nii.gz", "case_0.npz", "case_0.pkl"} <= {file.name for file in ours.iterdir()}
+
+
 def test_best_checkpoint_after_a_kill_between_latest_and_best(workshop, tmp_path):
     """nnU-Net saves the latest checkpoint of an epoch first, and looks then whether that epoch was the best."""
     with workshop.environment():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from dataset_replicas import disc, grey, picture, save
+from open_files import WindowsDisk
 
 import nnunet_lgms
 from nnunet_lgms import locks
@@ -189,28 +190,14 @@ def test_no_prediction_takes_the_place_of_another(tmp_path: Path, monkeypatch: p
 # --- files that are open ---------------------------------------------------------------------------------------------
 
 
-class WindowsDisk:
-    """Removes and replaces no file that this process has open, as Windows does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        for function in (os.replace, os.rename, os.unlink):
-            monkeypatch.setattr(os, function.__name__, self._unless_open(function))
-
-    @staticmethod
-    def _unless_open(function):
-        def call(*paths, **options):
-            for path in paths:
-                for number in os.listdir("/proc/self/fd"):
-                    if os.path.realpath(f"/proc/self/fd/{number}") == os.path.realpath(path):
-                        raise PermissionError(13, "it is being used by another process", str(path))
-            return function(*paths, **options)
-
-        return call
+@pytest.fixture
+def windows_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, function in WindowsDisk().functions().items():
+        monkeypatch.setattr(os, name, function)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are open")
-def test_a_lock_is_given_back_where_open_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    WindowsDisk(monkeypatch)
+def test_a_lock_is_given_back_where_open_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows_disk):
     with pytest.raises(PermissionError), locked(tmp_path / ".lock", "test"):  # as on Linux: removed while it is held
         pass
     lock = tmp_path / "folder" / ".lock"
@@ -222,8 +209,7 @@ def test_a_lock_is_given_back_where_open_files_stay(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are open")
-def test_an_error_in_writing_is_told_also_where_the_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    WindowsDisk(monkeypatch)
+def test_an_error_in_writing_is_told_also_where_the_file_stays_open(tmp_path: Path, windows_disk):
     with pytest.raises(RuntimeError, match="the library failed"), atomic_write(tmp_path / "a") as temporary:
         left_open = temporary.open("w")
         raise RuntimeError("the library failed")

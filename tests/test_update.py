@@ -44,6 +44,25 @@ def soon(monkeypatch):
     monkeypatch.setattr(update, "BEFORE_RECORDING", BEFORE_RECORDING)
 
 
+class OnMPS(Tensor):
+    """A tensor that says it is on Apple's GPU."""
+
+    device = torch.device("mps")
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_a_step_is_left_out_by_the_host_where_the_fused_one_does_not_listen(left_out):
+    _, parameters, optimizer = with_gradients("cpu")
+    for p in parameters:
+        p.grad.fill_(torch.nan if left_out else 1.0)
+    before, told = [p.detach().clone() for p in parameters], []
+    step = optimizer.step
+    optimizer.step = lambda: told.append(hasattr(optimizer, "found_inf")) or step()
+    update._step_unless(torch.tensor(left_out).as_subclass(OnMPS), optimizer)
+    assert told == ([] if left_out else [False])
+    assert all(torch.equal(p, old) == left_out for p, old in zip(parameters, before, strict=True))
+
+
 # --- when it records --------------------------------------------------------------------------------------------------
 
 

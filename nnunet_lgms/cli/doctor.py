@@ -206,9 +206,18 @@ def _without_cuda() -> Finding:
 
     if torch.backends.mps.is_available():
         text = (
-            "Apple's GPU (MPS): PyTorch's operators are used, with -device mps. The Triton kernels need an NVIDIA GPU"
+            "Apple's GPU (MPS): PyTorch's operators are used, in float32, with -device mps. The Triton kernels need an "
+            "NVIDIA GPU. Not run on such a machine"
         )
-        return Finding(WARNING, "GPU", f"{text}. Not run on such a machine.")
+        missing = missing_on_mps(torch.__version__)
+        if not missing or os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK", "0") not in ("", "0"):
+            return Finding(WARNING, "GPU", text)
+        text += (
+            f". torch {torch.__version__} has no {' and no '.join(missing)} there, which 3D needs: those go to the CPU"
+        )
+        return Finding(
+            WARNING, "GPU", text, f"{_set('PYTORCH_ENABLE_MPS_FALLBACK', '1')}  # or: pip install 'torch>=2.10'"
+        )
     if shutil.which("nvidia-smi"):
         if torch.version.cuda is None:
             text = f"torch {torch.__version__} is a build without CUDA, though an NVIDIA driver is installed"
@@ -225,6 +234,17 @@ def _without_cuda() -> Finding:
             fix = "a newer driver, or: pip install 'torch<2.11' torchvision" if driver[0] == 12 else "a newer driver"
             return Finding(WARNING, "GPU", text, fix)
     return Finding(WARNING, "GPU", "no CUDA device: training needs -device cpu, and suits small data only")
+
+
+def missing_on_mps(torch_version: str) -> list[str]:
+    """The operators of LGMSNet that PyTorch's builds for macOS of that version lack on Apple's GPU.
+
+    Read from the lists of operators in those builds (torchgen's native_functions.yaml in 2.6.0, 2.7.1, 2.8.0, 2.10.0,
+    2.11.0 and 2.13.0); 2.9 is none of nnU-Net's.
+    """
+    release = _major_and_minor(torch_version)
+    since = {"max_pool3d": (2, 9), "upsample_trilinear3d": (2, 8)}
+    return [operator for operator, first in since.items() if release < first]
 
 
 def _device_without_cuda() -> str:

@@ -40,9 +40,10 @@ def update_weights(
 def _step_unless(left_out: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Steps unless ``left_out``, (); a fused optimiser reads it on its device, for others the host waits for it.
 
-    It takes the way by which a gradient scaler tells an optimiser of infinite gradients.
+    It takes the way by which a gradient scaler tells an optimiser of infinite gradients. PyTorch's kernels for Apple's
+    GPUs do not listen to it (2.6 to 2.10; their fused SGD has no such argument).
     """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if left_out.device.type == "mps" or not getattr(optimizer, "_step_supports_amp_scaling", False):
         if not left_out:
             optimizer.step()
         return
