@@ -40,6 +40,7 @@ from nnunet_lgms.ops import backend, launch
 from nnunet_lgms.ops.triton import (
     attention,
     attention_kernels,
+    bottleneck_kernels,
     conv_kernels,
     conv_weight_kernels,
     depthwise,
@@ -134,18 +135,24 @@ class _Following(TorchDispatchMode):
 
 
 @contextmanager
-def noting(shared_memory: int) -> Iterator[list[Version]]:
-    """Inside, launches are noted in the list, as on a GPU with so much shared memory for a block."""
+def noting(shared_memory: int, major: int) -> Iterator[list[Version]]:
+    """Inside, launches are noted in the list, as on a GPU of such capability and shared memory for a block."""
     versions: list[Version] = []
     device = depthwise._Device(108, shared_memory)
-    with patch.object(depthwise, "_device", lambda _: device), patch.object(launch, "_asked_for", {}) as asked_for:
+    with (
+        patch.object(depthwise, "_device", lambda _: device),
+        patch.object(bottleneck_kernels, "capability", lambda _: (major, 0)),
+        patch.object(launch, "_asked_for", {}) as asked_for,
+    ):
         yield versions
     versions += dict.fromkeys(Version.of(*asked) for asked in asked_for)
 
 
-def step_versions(network: LGMSNet, shape: tuple[int, ...], half: bool, shared_memory: int) -> list[Version]:
+def step_versions(
+    network: LGMSNet, shape: tuple[int, ...], half: bool, shared_memory: int, major: int
+) -> list[Version]:
     """What a training step in float16, or in float32, and a prediction launch."""
-    with noting(shared_memory) as versions, backend.as_on_gpu(), _Following():
+    with noting(shared_memory, major) as versions, backend.as_on_gpu(), _Following():
         for training in (True, False):
             network.train(training)
             x = torch.empty(shape if training else (1, *shape[1:]), device="meta")
@@ -156,9 +163,9 @@ def step_versions(network: LGMSNet, shape: tuple[int, ...], half: bool, shared_m
     return versions
 
 
-def widest_versions(shared_memory: int) -> list[Version]:
+def widest_versions(shared_memory: int, major: int) -> list[Version]:
     """Convolutions and attention at the limits of their kernels, and what several processes launch."""
-    with noting(shared_memory) as versions:
+    with noting(shared_memory, major) as versions:
         for kernel in ((3, 3, 3), (1, 3, 3), (3, 1, 3), (3, 3, 1), (1, 1, 1), (3, 3), (1, 1)):
             widest = 64 if kernel[-1] == 1 else 32
             size = (128,) * 3 if len(kernel) == 3 else (1024, 1024)
@@ -190,22 +197,27 @@ def largest(versions: list[Version]) -> list[Version]:
 
 
 @cache
-def collect(shared_memory: int) -> list[Version]:
-    """The versions that are compiled for GPUs with so much shared memory for a block."""
+def collect(shared_memory: int, major: int) -> list[Version]:
+    """The versions that are compiled for GPUs of such capability, with so much shared memory for a block."""
     noted: list[Version] = []
     for dim, channels, classes, shape in NETWORKS:
         for half in (True, False):
             with torch.device("meta"):
                 network = LGMSNet.paper(channels, classes, dim)
-            noted += step_versions(network, shape, half, shared_memory)
-    return list(dict.fromkeys([*largest(noted), *widest_versions(shared_memory)]))
+            noted += step_versions(network, shape, half, shared_memory, major)
+    return list(dict.fromkeys([*largest(noted), *widest_versions(shared_memory, major)]))
+
+
+def capability(target: str) -> int:
+    """86 of "sm_86"."""
+    return int(target.removeprefix("sm_"))
 
 
 class _Compiler:
     """Triton's driver for a GPU that is not there. Compiled kernels are kept by device: its number is the target's."""
 
     def __init__(self, target: str):
-        self.capability = int(target.removeprefix("sm_"))
+        self.capability = capability(target)
 
     def get_current_device(self) -> int:
         return self.capability
@@ -275,7 +287,7 @@ def main() -> None:
     needed: dict[Version, dict[str, dict[str, int]]] = {}
     for target in args.targets or CARDS:
         began = time.monotonic()
-        versions = collect(CARDS[target].shared_memory)
+        versions = collect(CARDS[target].shared_memory, capability(target) // 10)
         with compiling_for(target):
             for version in versions:
                 needed.setdefault(version, {})[target] = needs(version)

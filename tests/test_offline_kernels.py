@@ -21,10 +21,9 @@ from nnunet_lgms.ops import triton as kernels  # noqa: E402
 
 TABLE = json.loads((ROOT / "benchmarks/results/offline_kernels.json").read_text())
 SMALLEST = min(card.shared_memory for card in CARDS.values())
-# Bytes of a thread into which registers may spill: of float32 in three products, and of gradients in float16. On a B200
-# the bottleneck's spills a lot; that is known, and was not tried there.
+# Bytes of a thread into which registers may spill, of 255 registers of 4 bytes each. Those of the bottleneck's gradient
+# lie outside of its loop, but for 8 loads of 2,336 instructions on an RTX 50.
 MOST_STACK = {
-    "_depthwise_forward_kernel": 320,
     "_depthwise_weight_gradient_kernel": 256,
     "_bottleneck_backward_kernel": 160,
     "_layer_norm_backward_kernel": 16,
@@ -32,7 +31,7 @@ MOST_STACK = {
     "_conv_weight_gradient_kernel": 8,
     "_conv_weight_reduce_kernel": 8,
 }
-MOST_STACK_ON_B200 = {"_bottleneck_backward_kernel": 896}
+NONE_ON_B200 = {"_depthwise_weight_gradient_kernel", "_bottleneck_backward_kernel"}
 
 
 def _largest(kernel: str, target: str) -> dict:
@@ -53,8 +52,8 @@ def test_every_kernel_fits_the_card(target: str):
     for entry in entries:
         name, needs = entry["kernel"].rpartition(":")[2], entry["needs"][target]
         assert needs["shared"] <= CARDS[target].shared_memory, name
-        known = MOST_STACK | (MOST_STACK_ON_B200 if target == "sm_100" else {})
-        assert needs["stack"] <= known.get(name, 0), (name, entry["call"])
+        may_spill = target != "sm_100" or name not in NONE_ON_B200
+        assert needs["stack"] <= may_spill * MOST_STACK.get(name, 0), (name, entry["call"])
 
 
 def test_the_page_is_made_from_the_table():
@@ -83,4 +82,4 @@ def test_the_largest_kernel_still_takes_what_the_table_says(target: str, tmp_pat
 def test_the_widest_convolutions_are_those_of_the_table():
     """New tiles, or wider ones, are compiled before they are tried on somebody's card."""
     known = {(entry["kernel"], entry["call"]) for entry in TABLE["compiled"]}
-    assert {(version.kernel, version.call) for version in offline_kernels.widest_versions(SMALLEST)} <= known
+    assert {(version.kernel, version.call) for version in offline_kernels.widest_versions(SMALLEST, 8)} <= known

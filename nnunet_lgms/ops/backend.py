@@ -23,6 +23,7 @@ VARIABLE = "NNUNET_LGMS_KERNELS"
 SETTINGS = ("auto", "off")
 HAS_TRITON = find_spec("triton") is not None
 CAPABILITY = (8, 0)  # of the oldest GPUs that the kernels are made for: tensor cores with bfloat16 and tf32
+MEASURED = (9, 0)  # capability of the H100 and H200, on which tiles were chosen by the clock
 SHARED_MEMORY = 90_112  # bytes of a block that the largest kernel takes where there is little of it
 ALL_HAVE = 99 << 10  # bytes of shared memory that every GPU of that capability has, where PyTorch does not say it
 
@@ -127,6 +128,15 @@ def _hardware(index: int) -> Decision:
 def shared_memory(device: torch.device | int) -> int:
     """Bytes of shared memory that a block may have on a CUDA device."""
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", ALL_HAVE)
+
+
+@functools.lru_cache(maxsize=16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; of others, such as the interpreter's, that of the GPU that was measured."""
+    if device.type != "cuda":
+        return MEASURED
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
 
 
 def use_kernels(x: Tensor) -> bool:

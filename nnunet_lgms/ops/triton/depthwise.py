@@ -304,6 +304,7 @@ def _depthwise_reduce_kernel(
 # --- the host's part -------------------------------------------------------------------------------------------------
 # Block sizes were measured on an H100 (benchmarks/results/depthwise.md): no tuning at run time, nothing to wait for.
 
+HOPPER = 227 << 10  # bytes of shared memory that a block has on an H100, H200 and B200; others have 99 or 163 KiB
 START = 16  # what starting and ending a program of the weight gradient costs, in steps of its loop
 
 
@@ -376,7 +377,10 @@ def convolve(
     """The convolution, (B, C, [D,] H, W) -> the same; arguments as in `depthwise.py`, x contiguous."""
     b, c, d, h, w = _volume(x)
     groups = _groups(tuple(channels), tuple(kernels))
+    precision = _precision(x.dtype)
     bm, bk, warps, stages = 64, 32, 4, 4 if x.dtype != torch.float32 else 2
+    if precision == "tf32x3" and _device(x.device).shared_memory < HOPPER:  # registers would spill in the loop
+        bm = 32
     bz = 1 if groups.flat else 2
     patches = b * -(-d // bz) * -(-h // 8) * -(-w // 8)
     unit = math.gcd(w, 8)
@@ -390,7 +394,7 @@ def convolve(
     )
     launch(_depthwise_forward_kernel)[(-(-patches // bm), c)](
         x, band, parameters, out, *groups.packed, first_bias, int(residual), tiles, c, d, h, w // unit, patches,
-        *window, unit, bm, bz, bk, _precision(x.dtype), num_warps=warps, num_stages=stages,
+        *window, unit, bm, bz, bk, precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
