@@ -79,7 +79,37 @@ def test_the_largest_kernel_still_takes_what_the_table_says(target: str, tmp_pat
     assert needs["shared"] <= entry["needs"][target]["shared"] and needs["stack"] <= entry["needs"][target]["stack"]
 
 
-def test_the_widest_convolutions_are_those_of_the_table():
+@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
+def test_the_widest_convolutions_are_those_of_the_table(target: str):
     """New tiles, or wider ones, are compiled before they are tried on somebody's card."""
-    known = {(entry["kernel"], entry["call"]) for entry in TABLE["compiled"]}
-    assert {(version.kernel, version.call) for version in offline_kernels.widest_versions(SMALLEST, 8)} <= known
+    known = {(e["kernel"], e["call"]) for e in TABLE["compiled"] if target in e["needs"]}
+    major = offline_kernels.capability(target) // 10
+    versions = offline_kernels.widest_versions(CARDS[target].shared_memory, major)
+    assert {(version.kernel, version.call) for version in versions} <= known
+
+
+def test_the_tile_that_was_measured_stays_and_a_b200_has_its_own():
+    key = ":_bottleneck_backward_kernel"
+    warps = {t: json.loads(_only(key, t)["call"])[1][-1] for t in CARDS}
+    assert warps == {t: ["num_warps", 8 if t == "sm_100" else 4] for t in CARDS}
+
+
+def _only(kernel: str, target: str) -> dict:
+    (entry,) = (e for e in TABLE["compiled"] if e["kernel"].endswith(kernel) and target in e["needs"])
+    return entry
+
+
+def test_a_t4_has_no_use_for_the_kernels():
+    """What docs/reference/requirements.md says of it."""
+    compiled = json.loads((ROOT / "benchmarks/results/offline_turing.json").read_text())["compiled"]
+    assert not any(entry["needs"].get("tensor_cores") for entry in compiled)
+    does_not = {entry["kernel"].rpartition(":")[2] for entry in compiled if "error" in entry["needs"]}
+    assert "_attention_forward_kernel" in does_not
+    whole = [
+        (entry["kernel"].rpartition(":")[2], entry["needs"]) for entry in compiled if "error" not in entry["needs"]
+    ]
+    assert any(name == "_conv_sweep_kernel" and needs["shared"] > 64 << 10 for name, needs in whole)
+    for name in ("_conv_flat_kernel", "_conv_weight_gradient_kernel", "_depthwise_forward_kernel"):
+        assert max(needs["stack"] for kernel, needs in whole if kernel == name) > 1000
+    plain = [needs for name, needs in whole if not needs["multiplies"]]
+    assert plain and all(needs["shared"] <= 64 << 10 and not needs["stack"] for needs in plain)

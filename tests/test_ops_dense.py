@@ -275,18 +275,6 @@ def bottleneck_errors(shape, out_channels, norm1, norm2, device):
     return errors
 
 
-def blackwell_errors(*case):
-    """With the tile of a B200."""
-    from unittest.mock import patch
-
-    from nnunet_lgms.ops.triton import bottleneck_kernels
-
-    tile = bottleneck_kernels._gradient_tile(torch.device("cpu"), 64)
-    with patch.object(bottleneck_kernels, "capability", lambda device: (10, 0)):
-        assert tile == (64, 4) and bottleneck_kernels._gradient_tile(torch.device("cpu"), 64) == (16, 2)
-        return bottleneck_errors(*case)
-
-
 def upsampling_errors(shape, scale, crop, device):
     from nnunet_lgms.ops.triton import upsample as kernels
 
@@ -349,7 +337,6 @@ GROUPS = {
     "norm": (NORMS, norm_errors),
     "biased": (BIASED, biased_errors),
     "bottleneck": (BOTTLENECKS, bottleneck_errors),
-    "bottleneck on a B200": ({name: BOTTLENECKS[name] for name in ("batch", "wide")}, blackwell_errors),
     "upsampling": (UPSAMPLINGS, upsampling_errors),
     "pooling": (POOLINGS, pooling_errors),
 }

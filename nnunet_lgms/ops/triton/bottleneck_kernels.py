@@ -68,14 +68,13 @@ def _rows(b: Bottleneck) -> int:
     return ELEMENTS // b.expand.shape[0]
 
 
-def _gradient_tile(device: torch.device, rows: int) -> tuple[int, int]:
-    """Rows and warps of a program of `_bottleneck_backward_kernel`.
+def _gradient_warps(device: torch.device) -> int:
+    """Warps of a program of `_bottleneck_backward_kernel`.
 
-    The tile of the other kernels makes Triton take the tensor memory of a B200 and spill 888 bytes of a thread: 622 of
-    the loop's 5,024 instructions go there. A quarter of the rows needs neither, and 90 instructions a voxel in place of
-    314 (compiled, not timed).
+    For a B200 Triton takes its tensor memory, and four warps spill 888 bytes of a thread: 622 of the loop's 5,024
+    instructions go there (compiled, not timed). Eight spill nothing.
     """
-    return (rows // 4, 2) if capability(device)[0] == BLACKWELL else (rows, WARPS)
+    return 8 if capability(device)[0] == BLACKWELL else WARPS
 
 
 def _strides(b: Bottleneck) -> tuple[int, ...]:
@@ -140,11 +139,10 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
 
     sums1, grad_expand, grad_expand_bias = grid1.partial(x), partial(hidden, channels), partial(hidden)
     grad_y = map_memory(x, channels, x.shape[2:])
-    fewer, warps = _gradient_tile(x.device, rows)
     launch(wrap_triton(_bottleneck_backward_kernel))[grid1.slices_grid](
         grad, x, *b.norm1.tensors, b.expand, b.expand_bias, *b.norm2.tensors, b.squeeze, *means, grad_y, *sums1,
-        grad_expand, grad_expand_bias, grid1.voxels, grid1.steps * (rows // fewer), *_strides(b),
-        ROWS=fewer, **b.all_constants(), num_warps=warps,
+        grad_expand, grad_expand_bias, grid1.voxels, grid1.steps, *_strides(b),
+        ROWS=rows, **b.all_constants(), num_warps=_gradient_warps(x.device),
     )  # fmt: skip
     grad_weight1, grad_bias1, *means = merge_gradient_sums(grid1, sums1, b.norm1)
     grad_x = input_gradient(grid1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION, out=grad_y)
