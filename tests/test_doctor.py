@@ -251,8 +251,13 @@ def test_a_gpu_without_kernels_is_told_with_the_reason(path: str, reason: str, m
     assert ("54 times" in finding.text) == ("CUDA graphs of them" in finding.text) == (path == "pytorch")
 
 
-def _on_card(monkeypatch: pytest.MonkeyPatch, decision: Decision, launch: str | None = None) -> doctor.Finding:
-    card = SimpleNamespace(name="A card", total_memory=8 << 30, major=8, minor=6)
+def _on_card(
+    monkeypatch: pytest.MonkeyPatch,
+    decision: Decision,
+    launch: str | None = None,
+    capability: tuple[int, int] = (8, 6),
+) -> doctor.Finding:
+    card = SimpleNamespace(name="A card", total_memory=8 << 30, major=capability[0], minor=capability[1])
     monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
     monkeypatch.setattr(doctor, "_launch_one", lambda: launch)
     monkeypatch.setattr("torch.version.cuda", "12.8")
@@ -267,6 +272,30 @@ def test_a_kernel_that_cannot_be_launched_is_a_problem_with_the_way_out(monkeypa
     finding = _on_card(monkeypatch, Decision("kernels", "They run."), launch="fails: no kernel image")
     assert finding.state == doctor.PROBLEM and "a small kernel fails: no kernel image" in finding.text
     assert finding.fix == "export NNUNET_LGMS_KERNELS=off"
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "served"),
+    [
+        ((6, 0), ["sm_75", "sm_80", "sm_90"], False),
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((7, 5), ["sm_70", "sm_80"], True),
+        ((8, 9), ["sm_80", "sm_86"], True),
+        ((12, 0), ["sm_90a", "sm_100"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((8, 6), [], True),
+    ],
+)
+def test_a_card_that_this_torch_has_no_code_for_is_a_problem(
+    capability: tuple[int, int], archs: list[str], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: archs)
+    finding = _on_card(monkeypatch, Decision("pytorch", "Too old."), capability=capability)
+    assert (finding.state == doctor.PROBLEM) == (not served)
+    if not served:
+        assert f"only for {', '.join(archs)}" in finding.text
+        assert finding.fix.startswith("pip install --force-reinstall torch")
+        assert ("whl/cu126" in finding.fix) == (capability < (7, 5))
 
 
 def test_rocm_is_named_and_no_triton_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ SHARED_MEMORY_WARNING_GIB = 1
 # Measured on an H100 (benchmarks/results/depthwise.md)
 SLOWER = "On an H100 a 3D depthwise convolution takes 18 (kernel 3) to 54 times (kernel 9) as long so."
 CUDA_BUILDS = "https://download.pytorch.org/whl/cu128"
+OLDER_CUDA_BUILDS = "https://download.pytorch.org/whl/cu126"  # the last ones for cards before the T4, up to torch 2.14
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,11 @@ def check_gpu() -> Finding:
         text += f", ROCm {torch.version.hip}"
     else:
         text += f", capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
+    capability = properties.major, properties.minor
+    if torch.version.hip is None and not _is_served(capability, archs := torch.cuda.get_arch_list()):
+        text += f"; this torch has no code for that capability, only for {', '.join(archs)}"
+        fix = "pip install --force-reinstall torch torchvision"
+        return Finding(PROBLEM, "GPU", text, f"{fix} --index-url {OLDER_CUDA_BUILDS}" if capability < (7, 5) else fix)
     from nnunet_lgms.ops import kernels_for
     from nnunet_lgms.ops.backend import HAS_TRITON
 
@@ -199,6 +205,17 @@ def check_gpu() -> Finding:
     text += f"; PyTorch's operators are used, {recorded}. {decision.reason} {SLOWER}"
     can_install = not HAS_TRITON and sys.platform == "linux" and torch.version.hip is None
     return Finding(WARNING, "GPU", text, "pip install triton" if can_install else None)
+
+
+def _is_served(capability: tuple[int, int], archs: list[str]) -> bool:
+    """Whether PyTorch's code runs on a card: machine code of its generation, or code that the driver compiles."""
+    for arch in archs:
+        kind, _, number = arch.partition("_")
+        digits = number.rstrip("af")
+        built = int(digits[:-1]), int(digits[-1])
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return not archs  # a build that does not say
 
 
 def _without_cuda() -> Finding:
