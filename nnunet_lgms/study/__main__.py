@@ -14,11 +14,16 @@ STEPS += ("find_best", "predict", "evaluate", "zeroshot", "report")
 
 def main(step: str, study: str, done: str, *names: str) -> int:
     """Runs a step; ``done`` is the file that says so afterwards, ``names`` are the rule's wildcards."""
-    from nnunet_lgms.study import report, steps
     from nnunet_lgms.study.graph import Graph
 
+    if step == "report":  # which needs no PyTorch
+        from nnunet_lgms.study.report import write as run
+    else:
+        from nnunet_lgms.study import steps
+
+        run = getattr(steps, step)
     try:
-        (report.write if step == "report" else getattr(steps, step))(Graph(study), Path(done).absolute(), *names)
+        run(Graph(study), Path(done).absolute(), *names)
     except (ValueError, OSError, MemoryError, RequirementError) as error:
         print(f"nnunet_lgms.study: {sentence(error)}", file=sys.stderr)
         return 2
