@@ -9,12 +9,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# by their seconds; a worker of `make test` takes whole files, and none is left with one of these at the end
-DEAREST = [f"test_{name}" for name in ("study_run", "faults", "features", "export", "end_to_end", "distributed")]
+# By their seconds; a worker of `make test` takes whole files, and none is left with one of these at the end.
+DEAREST = ["study_run", "export", "faults", "features", "end_to_end", "ops_dense", "distributed", "network_runtimes"]
+DEAREST += ["config", "many_gpus", "override", "ops_attention"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: i for i, name in enumerate(DEAREST)}
+    place = {f"test_{name}": i for i, name in enumerate(DEAREST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(DEAREST)))
     if torch.cuda.is_available():
         return

@@ -60,7 +60,7 @@ def slow_disk(monkeypatch) -> threading.Event:
     goes_on, write = threading.Event(), checkpoints.write_checkpoint
 
     def slowly(*args) -> None:
-        assert goes_on.wait(20)
+        assert goes_on.wait(120)
         write(*args)
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", slowly)
@@ -166,7 +166,7 @@ def test_only_the_newest_picture_is_drawn_when_the_process_is_behind(monkeypatch
     goes_on, drawn = threading.Event(), []
 
     def ask(self, content: bytes) -> None:
-        assert goes_on.wait(20)
+        assert goes_on.wait(120)
         drawn.append(aside.pickle.loads(content)[0])
 
     monkeypatch.setattr(ProgressPicture, "_ask", ask)
