@@ -298,7 +298,15 @@ def gradients(network, x):
     return found
 
 
+@pytest.fixture(params=["auto", "off"])
+def operators(request):
+    """The kernels, or PyTorch's operators, as on cards that have none."""
+    with kernels(request.param):
+        yield
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("dim", [2, 3])
 def test_training_on_graphs_is_training(dim, monkeypatch):
     torch.manual_seed(0)
@@ -322,6 +330,7 @@ def test_training_on_graphs_is_training(dim, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("dim", [2, 3])
 def test_predictions_on_graphs_are_predictions(dim):
     """Results live on, as nnU-Net sums mirrored ones, and follow the weights."""
