@@ -256,8 +256,8 @@ def _without_cuda() -> Finding:
 def missing_on_mps(torch_version: str) -> list[str]:
     """The operators of LGMSNet that PyTorch's builds for macOS of that version lack on Apple's GPU.
 
-    Read from the lists of operators in those builds (torchgen's native_functions.yaml in 2.6.0, 2.7.1, 2.8.0, 2.10.0,
-    2.11.0 and 2.13.0); 2.9 is none of nnU-Net's.
+    Read from the lists of operators in those builds (torchgen's native_functions.yaml in 2.6.0, 2.7.1, 2.8.0, 2.10.0
+    and 2.11.0); 2.9 is none of nnU-Net's.
     """
     release = _major_and_minor(torch_version)
     since = {"max_pool3d": (2, 9), "upsample_trilinear3d": (2, 8)}
