@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from planned import configuration
 from volumes import write_volume
+from workshop import Workshop
 
 from nnunet_lgms.cli import main
 from nnunet_lgms.config import settings_of
@@ -471,6 +473,10 @@ TRAINER = """
             super().__init__(plans, configuration, fold, dataset_json, device)
             self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
 
+        def on_train_start(self):
+            super().on_train_start()
+            self.logger.plot_progress_png = lambda folder: None  # its process would cost more than these steps
+
         def perform_actual_validation(self, save_probabilities=False):
             pass  # the test predicts itself
 """
@@ -485,10 +491,13 @@ def test_what_is_no_plans_file_is_never_replaced(dataset, capsys, force):
 
 
 @pytest.mark.slow
-def test_from_override_to_prediction_by_the_printed_commands(tmp_path, clean_env, hippocampus):
-    """Real MRI; raw and preprocessed data are gone when it predicts."""
-    folders = {v: tmp_path / v for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    raw = folders["nnUNet_raw"] / "Dataset999_Hippocampus"
+def test_from_override_to_prediction_by_the_printed_commands(tmp_path, clean_env, hippocampus, monkeypatch, capsys):
+    """Real MRI; raw and preprocessed data are gone when it predicts.
+
+    What is printed is run as a shell runs it; the commands around it are called here, as a process costs seconds.
+    """
+    workshop = Workshop(tmp_path / "nnunet")
+    raw = workshop.raw / "Dataset999_Hippocampus"
     for sub in ("imagesTr", "labelsTr"):
         (raw / sub).mkdir(parents=True)
         for path in sorted((hippocampus / sub).iterdir())[:4]:
@@ -497,46 +506,50 @@ def test_from_override_to_prediction_by_the_printed_commands(tmp_path, clean_env
     (raw / "dataset.json").write_text(json.dumps({**description, "numTraining": 4}))
     cases = sorted(p.name.removesuffix(".nii.gz") for p in (raw / "labelsTr").iterdir())
     (raw / "splits_final.json").write_text(json.dumps([{"train": cases[:3], "val": cases[3:]}]))
-    for folder in ("nnUNet_preprocessed", "nnUNet_results"):
-        folders[folder].mkdir()
     (tmp_path / "trainers").mkdir()
     (tmp_path / "trainers" / "two_steps.py").write_text(textwrap.dedent(TRAINER))
+    workshop.env["nnUNet_extTrainer"] = str(tmp_path / "trainers")
+
+    workshop("plan_and_preprocess", "-d", 999, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    planned = workshop.preprocessed / "Dataset999_Hippocampus" / "nnUNetPlans.json"
+    plans = json.loads(planned.read_text())
+    plans["configurations"]["3d_fullres"]["batch_size"] = 2  # the planner thinks of a GPU
+    planned.write_text(json.dumps(plans))
+    capsys.readouterr()
+    with workshop.environment():
+        assert main(["override", "999", "--apply", "kernels_auto", "--as", "Auto", "-c", "3d_fullres"]) == 0
+    said = capsys.readouterr().out
+    assert "kernels from 8 objects in 4 cases" in said
+    (train,) = re.findall(r"^nnUNetv2_train .*3d_fullres.*$", said, re.M)
+    assert train.endswith(" -device cpu") != torch.cuda.is_available()
+    train = train.removesuffix(" -device cpu").replace("LGMSNet", "LGMSNet_2steps") + " -device cpu"
     env = {
         **clean_env,
-        **{name: str(path) for name, path in folders.items()},
-        "nnUNet_extTrainer": str(tmp_path / "trainers"),
+        **workshop.env,
         "nnUNet_def_n_proc": "1",
+        "nnUNet_n_proc_DA": "0",  # batches are made in the training process
         "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # nnUNetv2_train takes all cores, which other tests may be using
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), clean_env.get("PATH", "")]),
     }
+    done = subprocess.run(shlex.split(train), env=env, cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    def sh(command: str) -> str:
-        done = subprocess.run(shlex.split(command), env=env, cwd=tmp_path, text=True, capture_output=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
-    sh("nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres -np 1 -npfp 1")
-    said = sh(f"{sys.executable} -m nnunet_lgms override 999 --apply kernels_auto --as Auto -c 3d_fullres")
-    assert "kernels from 8 objects in 4 cases" in said
-    (train,) = re.findall(r"^nnUNetv2_train .*3d_fullres.*$", said, re.M)
-    env["nnUNet_n_proc_DA"] = "0"  # batches are made in the training process; nnU-Net's planner cannot count so low
-    assert train.endswith(" -device cpu") != torch.cuda.is_available()
-    sh(train.removesuffix(" -device cpu").replace("LGMSNet", "LGMSNet_2steps") + " -device cpu")
-
-    (model,) = folders["nnUNet_results"].glob("Dataset999_Hippocampus/*__Auto__3d_fullres")
+    (model,) = workshop.results.glob("Dataset999_Hippocampus/*__Auto__3d_fullres")
     model = shutil.move(model, tmp_path / "model")
-    case = tmp_path / "in"
+    case, out = tmp_path / "in", tmp_path / "out"
     case.mkdir()
+    out.mkdir()
     shutil.copy(raw / "imagesTr" / f"{cases[3]}_0000.nii.gz", case)
-    for name, folder in folders.items():
-        shutil.rmtree(folder)
-        env.pop(name)
-    sh(
-        f"nnUNetv2_predict_from_modelfolder -i {case} -o {tmp_path / 'out'} -m {model} -f 0 -chk checkpoint_final.pth "
-        "-device cpu -npp 1 -nps 1 --disable_tta"
-    )
-    predicted = sitk.ReadImage(str(tmp_path / "out" / f"{cases[3]}.nii.gz"))
+    shutil.rmtree(tmp_path / "nnunet")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("nnUNet_extTrainer", workshop.env["nnUNet_extTrainer"])
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    predictor.predict_from_files_sequential(str(case), str(out))
+    predicted = sitk.ReadImage(str(out / f"{cases[3]}.nii.gz"))
     reference = sitk.ReadImage(str(hippocampus / "labelsTr" / f"{cases[3]}.nii.gz"))
     assert predicted.GetSize() == reference.GetSize()
     stored = json.loads((Path(model) / "plans.json").read_text())["configurations"]["3d_fullres"]["lgmsnet"]
