@@ -39,9 +39,11 @@ print(json.dumps([code, [m for m in unwanted if m in sys.modules], [m for m in u
 def bare(tmp_path_factory) -> Path:
     """The interpreter of an environment with the three packages that docs/how-to/deployment.md names, and this one."""
     folder = tmp_path_factory.mktemp("bare")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # this environment's pip; what is not imported is not compiled
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-compile", "--quiet"]
+    pip += ["--disable-pip-version-check"]
     subprocess.run([*pip, "-c", ROOT / "constraints.txt", *NEEDED], check=True, timeout=300)
     # `pip install --no-deps` puts the same folder there; test_packaging holds what a wheel has
     site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
