@@ -386,9 +386,10 @@ def test_the_benchmark_knows_no_number_of_gpus(tmp_path, monkeypatch, capsys, n_
         def train(self, run, n, batch, *args, **more):
             assert (folder / f"{self.plans(batch)}.json").is_file()
             trained.append((n, batch))
-            (self.work / self.name / run / "a" / "b" / "fold_0").mkdir(parents=True, exist_ok=True)
+            fold = self.log(run).parent / "a" / "b" / "fold_0"
+            fold.mkdir(parents=True, exist_ok=True)
             for name in ("latest", "final"):
-                torch.save({"network_weights": {}}, self.fold(run) / f"checkpoint_{name}.pth")
+                torch.save({"network_weights": {}}, fold / f"checkpoint_{name}.pth")
             losses = [0.5] * (self.epochs // 2 if more.get("stops") else self.epochs)
             times = {"seconds": [2.0] * 4, "waiting": [0.1] * 4, "times": [0.0] * 4, "started": 0.0}
             return {"losses": losses, "batch_size": batch, "epochs_done": len(losses), **times}

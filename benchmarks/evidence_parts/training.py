@@ -68,7 +68,9 @@ class Watched:
         super().on_epoch_end()
         self.progress |= {"epoch": self.current_epoch, "epochs": self.num_epochs}
         self.progress["loss"] = float(self.logger.get_value("train_losses", step=-1))
+        self.progress["steps_left_out"] += getattr(self, "steps_left_out", 0)
         if self.device.type == "cuda":
+            self.progress["smallest_scale"] = min(self.progress["smallest_scale"], self.grad_scaler.get_scale())
             self.progress["peak_gib"] = max(self.progress["peak_gib"], torch.cuda.max_memory_allocated() / 2**30)
         with atomic_write(self.file) as temporary:
             temporary.write_text(json.dumps(self.progress))
@@ -112,7 +114,13 @@ def train_run(run: Run, work: Path, device: str, until: float) -> None:
     found = [p for name in (FINAL, LATEST) for p in (work / "results" / run.name).glob(f"*/*/fold_{run.fold}/{name}")]
     trainer = make_trainer(run, preprocessed, device, continued=bool(found))
     trainer.until, trainer.file = until, folder / "progress.json"
-    trainer.progress = {"steps_s": 0.0, "waiting_s": 0.0, "peak_gib": 0.0}
+    trainer.progress = {
+        "steps_s": 0.0,
+        "waiting_s": 0.0,
+        "peak_gib": 0.0,
+        "steps_left_out": 0,
+        "smallest_scale": 2.0**16,
+    }
     trainer.initialize()
     if found:
         trainer.progress = read_json(trainer.file)
@@ -145,7 +153,7 @@ def record_of(run: Run, trainer, device: str) -> dict[str, Any]:
         "cases": dict(zip(("training", "validation"), map(len, trainer.do_split()))),
         "waiting_for_batches": progress["waiting_s"] / max(1e-9, progress["waiting_s"] + progress["steps_s"]),
         "seconds": sum(e - b for b, e in zip(begins, ends)),
-        "peak_gib": progress["peak_gib"],
+        **{key: progress[key] for key in ("peak_gib", "steps_left_out", "smallest_scale")},
         **{key: list(map(_short, trainer.logger.get_value(key, step=None))) for key in CURVES},
         **provenance(device),
     }
