@@ -156,8 +156,8 @@ def rotations_and_flips(
     """Transforms of a training sample ``{"image": (C, *spatial), "segmentation": (1 or 2, *spatial)}``.
 
     The sample may turn by 90, 180 or 270 degrees in a random plane of ``rotation_axes``, the patch is cut from its
-    middle, and each axis of ``mirror_axes`` may flip. What follows is no augmentation of the image but what nnU-Net does
-    to every segmentation. In a cascade that includes its distortions of the previous stage's segmentation, without
+    middle, and each axis of ``mirror_axes`` may flip. What follows is no augmentation of the image but what nnU-Net
+    does to every segmentation. In a cascade that includes its distortions of the previous stage's segmentation, without
     which the second stage learns to copy the first; the paper has no cascade.
 
     Args:
