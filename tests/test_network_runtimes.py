@@ -7,8 +7,8 @@ import io
 import pickle
 import shutil
 import socket
-from datetime import timedelta
 
+import gloo
 import pytest
 import torch
 from networks import tiny_network
@@ -227,7 +227,7 @@ def ddp_process(rank: int, port: int, deep_supervision: bool, path: str) -> None
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=N_PROCESSES,
-        timeout=timedelta(seconds=60),
+        timeout=gloo.TIMEOUT,
     )
     network = DistributedDataParallel(ddp_network(deep_supervision))
     part = ddp_batch().chunk(N_PROCESSES)[rank]
@@ -249,8 +249,7 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(deep_supervision, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     path = tmp_path / "gradients.pt"
-    arguments = (port, deep_supervision, str(path))
-    torch.multiprocessing.spawn(ddp_process, arguments, nprocs=N_PROCESSES)
+    gloo.processes(ddp_process, (port, deep_supervision, str(path)), N_PROCESSES)
 
     network = ddp_network(deep_supervision)
     ddp_loss(network(ddp_batch())).backward()
