@@ -4,7 +4,7 @@
     nox -s "tests-3.12(newest)"           # one of them
     nox -s "tests-3.11(oldest)" -- tests  # the whole suite
 
-What was run, and with what, is in docs/reference/features.md.
+What was run, and with what, is in docs/reference/requirements.md and benchmarks/LOG.md.
 """
 
 import nox

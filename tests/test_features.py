@@ -1,4 +1,4 @@
-"""What nnU-Net's users do, with LGMSNet: one test a feature (the matrix in ``README.md`` lists them).
+"""What nnU-Net's users do, with LGMSNet: one test a feature (the matrix in ``docs/reference/features.md`` lists them).
 
 Commands are nnU-Net's own, called in this process (``workshop.py``); ``test_end_to_end.py`` runs others of them as
 processes. The networks have seen one batch: what is tested is that everything fits together, not what they have learnt.

@@ -36,7 +36,7 @@ class nnUNetTrainerLGMSNet(GraphedTrainer):
 
     The rate of 0.02 is as published because it was stable where it was tried: 250 steps at the full rate on the demo's
     hippocampus set, 2D (bfloat16 autocast) and 3D with five stages (float32), gave gradient norms of 1 to 7, so nothing
-    was clipped, and no activation above 38, where float16 ends at 65504. 500 steps under float16 on an H100, on MRI and
+    was clipped, and no activation above 38, where float16 ends at 65504. 500 steps under float16 on an H200, on MRI and
     on ultrasound, skipped none and left the gradient scaler where it began (benchmarks/results/amp_soundness.json).
 
     Patch and batch size, foreground oversampling and the choice between Dice per batch or per sample are the plan's.
