@@ -27,7 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--nsd-tolerance", type=float, default=1.0, metavar="MM", help="default: 1")
     parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="bootstrap samples (default: 2000)")
     parser.add_argument("--device", help="cuda, cpu or mps (default: the GPU if there is one)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes beside the network (default: nnU-Net's)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads that read, write and evaluate (default: 3, 3 and one per core, at most 8)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

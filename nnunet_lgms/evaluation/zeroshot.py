@@ -89,7 +89,7 @@ def zero_shot(
         tolerance: of NSD, in mm (pixels for flat images).
         n_resamples: bootstrap samples of each interval.
         device: where to predict; default: the GPU if there is one.
-        workers: processes and threads beside the network.
+        workers: threads that read, that write and that evaluate; default: 3, 3, and one per core, at most 8.
         wait: let another run that writes to `output` end first, instead of refusing.
 
     Raises:
