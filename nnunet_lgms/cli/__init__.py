@@ -4,8 +4,8 @@ A command is one module of this package, listed in ``COMMANDS``, with two functi
 parser, ``run(args) -> int`` does the work and returns the exit code. Only the module of the command that was called is
 imported, so ``--help`` and ``--version`` answer at once.
 
-Exit codes: 0 done; 1 the command ran and the answer is no (``doctor`` found a problem); 2 bad input, said in one
-sentence on stderr; 130 interrupted.
+Exit codes: 0 done; 1 the command ran and the answer is no (``doctor`` found a problem, ``predict`` left a case out); 2
+bad input, said in one sentence on stderr; 130 interrupted.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from nnunet_lgms.sentences import out_of_memory, sentence
 # name of the module and of the command -> its line in `nnunet_lgms --help`
 COMMANDS = {
     "doctor": "is this machine ready to train?",
-    "convert": "a downloaded dataset of the paper becomes an nnU-Net dataset",
+    "convert": "a downloaded dataset of the paper, or any folder, becomes an nnU-Net dataset",
     "predict": "nnUNetv2_predict in less time and memory, for any model of nnU-Net v2",
     "evaluate": "Dice, IoU, HD95, NSD, precision and recall, with a report",
     "zeroshot": "test a trained model on datasets that it has not seen",
