@@ -7,6 +7,7 @@ that are not there. Needs numpy alone, and a MiB of memory, whatever the size of
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
 import os
@@ -67,6 +68,16 @@ def check_image_file(path: Path) -> None:
 
 class _CutShort(Exception):
     """What is missing."""
+
+
+def _seek(file: BinaryIO, offset: int, whence: int = os.SEEK_SET) -> None:
+    """Goes where a header points to, which may be beyond the end of any file."""
+    try:
+        file.seek(offset, whence)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise _CutShort(f"it goes on {offset} bytes further") from error
 
 
 @contextmanager
@@ -138,7 +149,7 @@ def _check_voxels(file: BinaryIO, nifti: _Nifti, path: Path) -> None:
         kind = nifti.float_type and np.dtype(nifti.float_type)
     except TypeError:  # this machine has no float of 16 bytes
         kind = None
-    file.seek(nifti.start)
+    _seek(file, nifti.start)
     left = nifti.n_bytes
     while left > 0 and (part := file.read(min(left, CHUNK))):
         left -= len(part)
@@ -236,5 +247,5 @@ def _check_tiff(file: BinaryIO) -> None:
         if offset in seen:
             raise _CutShort("its pages go round in a circle")
         seen.add(offset)
-        file.seek(offset)
-        file.seek(read(count) * entry, os.SEEK_CUR)
+        _seek(file, offset)
+        _seek(file, read(count) * entry, os.SEEK_CUR)

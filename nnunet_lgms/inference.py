@@ -16,7 +16,7 @@ from nnunet_lgms.arrays import checked_image, is_flat
 from nnunet_lgms.dataset_json import n_channels
 from nnunet_lgms.files import one_line, read_json, shown
 from nnunet_lgms.names import check_plans_names
-from nnunet_lgms.nnunet_folders import shipped_models
+from nnunet_lgms.nnunet_folders import model_path
 
 if TYPE_CHECKING:
     import torch
@@ -162,9 +162,7 @@ def load_predictor(
     Raises:
         ValueError: the folder is no trained model, a fold is missing, or its trainer cannot be found.
     """
-    folder = Path(model_folder)
-    if not folder.exists():
-        folder = shipped_models().get(str(model_folder), folder)
+    folder = model_path(model_folder)
     trained = trained_folds(folder, checkpoint)
     folds = trained if folds is None else [str(fold) for fold in folds]
     if not folds:

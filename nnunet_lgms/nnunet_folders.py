@@ -77,3 +77,20 @@ def shipped_models() -> dict[str, Path]:
     package = Path(__file__).parent
     folders = [folder for place in (package.parent, package) for folder in sorted((place / "models").glob("*"))]
     return {folder.name: folder for folder in folders if (folder / "plans.json").is_file()}
+
+
+def model_path(model: str | Path) -> Path:
+    """The folder or zip of a model that is given by its path or, where it is shipped, by its name.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if Path(model).exists():
+        return Path(model)
+    shipped = shipped_models()
+    if str(model) in shipped:
+        return shipped[str(model)]
+    raise ValueError(
+        f"{shown(str(model))} is neither a folder or zip of a trained model nor the name of a shipped one: there are "
+        f"{', '.join(shipped) or 'none'}."
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_lgms.files import read_json, shown
 from nnunet_lgms.inference import folds_among, model_files
-from nnunet_lgms.nnunet_folders import shipped_models
+from nnunet_lgms.nnunet_folders import model_path
 
 if TYPE_CHECKING:
     from nnunet_lgms.architecture.lgmsnet import LGMSNet
@@ -67,23 +67,6 @@ def load(model: str | Path, *, fold: int | str | None = None, checkpoint: str = 
             "checkpoint must be those of one training."
         ) from error
     return network.eval()
-
-
-def model_path(model: str | Path) -> Path:
-    """The folder or zip of a model that is given by its path or, where it is shipped, by its name.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if Path(model).exists():
-        return Path(model)
-    shipped = shipped_models()
-    if str(model) in shipped:
-        return shipped[str(model)]
-    raise ValueError(
-        f"{shown(str(model))} is neither a folder or zip of a trained model nor the name of a shipped one: there are "
-        f"{', '.join(shipped) or 'none'}."
-    )
 
 
 def _zipped(path: Path) -> dict:

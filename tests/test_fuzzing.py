@@ -10,6 +10,7 @@ import io
 import json
 import os
 import string
+import struct
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -34,6 +35,7 @@ from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.data.find import Case, find_cases
 from nnunet_lgms.evaluation.label_mapping import map_labels, read_mapping_file
 from nnunet_lgms.evaluation.labels import LabelSet
+from nnunet_lgms.image_files import check_image_file
 from nnunet_lgms.nnunet_files import Reader
 from nnunet_lgms.planning.auto_kernels import measure_components
 from nnunet_lgms.planning.override import override_plans
@@ -236,6 +238,22 @@ def png() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.mark.parametrize("start", [2.4e13, 1e30])
+def test_voxels_that_begin_beyond_the_end_of_any_file(tmp_path, start):
+    path = tmp_path / "labels.nii"
+    path.write_bytes(nifti()[:108] + struct.pack("<f", start) + nifti()[112:])
+    with pytest.raises(ValueError, match="is damaged or was cut short"):
+        check_image_file(path)
+
+
+@pytest.mark.parametrize("offset", [1 << 60, (1 << 64) - 1])
+def test_pages_beyond_the_end_of_any_file(tmp_path, offset):
+    path = tmp_path / "labels.tif"
+    path.write_bytes(b"II+\0" + struct.pack("<HHQ", 8, 0, offset))
+    with pytest.raises(ValueError, match="is damaged or was cut short"):
+        check_image_file(path)
 
 
 @pytest.mark.slow

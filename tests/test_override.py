@@ -157,6 +157,9 @@ def test_says_when_more_memory_is_needed(dataset, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "3d_fullres: a training step needs about" in said
     assert "nnunet_lgms plan 999 --vram GB --apply large" in said
+    assert main(["override", "999", "--batch-size", "3", "-c", "2d", "--as", "Three"]) == 0
+    said = capsys.readouterr().out
+    assert "2d: a training step needs about" in said and "for a smaller" not in said
 
 
 def test_auto_is_resolved_printed_and_repeatable(dataset, capsys):

@@ -321,6 +321,9 @@ def test_a_broken_case_is_named_and_the_others_go_on(volume: tuple[Path, Path], 
     for name in ("a", "c"):
         shutil.copy(file, images / f"{name}_0000.nii.gz")
     (images / "b_0000.nii.gz").write_bytes(file.read_bytes()[:3000])
+    samples = sitk.GetArrayFromImage(sitk.ReadImage(str(file))).astype(np.float32)
+    samples[0, 0, 0] = np.nan
+    sitk.WriteImage(sitk.GetImageFromArray(samples), images / "d_0000.nii.gz")
     (images / "._a_0000.nii.gz").write_text("macOS")
     out = tmp_path / "out"
     words = [
@@ -339,12 +342,14 @@ def test_a_broken_case_is_named_and_the_others_go_on(volume: tuple[Path, Path], 
     ]
     assert main([*words, "--json-times", str(tmp_path / "times.json")]) == 1
     said = capsys.readouterr().err
-    assert "[2/3] b: " in said and "cut short" in said and "1 of 3 cases are not predicted: b" in said
+    assert "[2/4] b: " in said and "cut short" in said and "2 of 4 cases are not predicted: b, d" in said
+    assert "[4/4] d: " in said and "NaN or infinity" in said and f"The others are in {out}." in said
     assert sorted(f.name for f in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
     times = json.loads((tmp_path / "times.json").read_text())
     assert times["seconds"]["total"] > times["seconds"]["start"] > 0
     assert times["cases"]["a"].keys() == {"read", "preprocess", "network", "export", "write"}
     shutil.copy(file, images / "b_0000.nii.gz")
+    (images / "d_0000.nii.gz").unlink()
     before = (out / "a.nii.gz").stat().st_mtime_ns
     (out / "c.nii.gz").unlink()
     left = out / f".{2**30}.c.nii.gz"  # of a call that was killed: no process has this number

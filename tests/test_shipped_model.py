@@ -10,6 +10,7 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_lgms import load, predict
+from nnunet_lgms.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = "hippocampus_025"  # of the fold that the model was validated on
@@ -82,3 +83,13 @@ def test_load_names_the_shipped_models(tmp_path):
 def test_predict_takes_a_shipped_model_by_its_name():
     image = np.random.default_rng(0).normal(size=(1, 20, 24, 20))
     assert predict("hippocampus", image, spacing=(1, 1, 1), device="cpu").shape == (20, 24, 20)
+
+
+def test_the_command_takes_a_shipped_model_by_its_name(hippocampus, tmp_path, capsys):
+    (images := tmp_path / "images").mkdir()
+    shutil.copy(hippocampus / "imagesTr" / f"{CASE}_0000.nii.gz", images)
+    words = ["predict", "-i", str(images), "-o", str(tmp_path / "out"), "-device", "cpu", "--disable_tta", "-m"]
+    assert main([*words, "hippocampos"]) == 2
+    assert "nor the name of a shipped one: there are hippocampus." in capsys.readouterr().err
+    assert main([*words, "hippocampus"]) == 0
+    assert (tmp_path / "out" / f"{CASE}.nii.gz").is_file()

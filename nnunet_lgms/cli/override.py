@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
         write_plans(target, new, args.force)
     print(f"{target.name} written beside {start}.json of {dataset}.")
     smaller = f"nnunet_lgms override {args.dataset} --plans {name} --patch-size N ... --batch-size N"
-    for remark in remarks:
-        print(f"{remark}; for a smaller patch or batch: {smaller}, or {_plan(args)}")
+    for needs, is_more in remarks:
+        print(needs + (f"; for a smaller patch or batch: {smaller}, or {_plan(args)}" if is_more else ""))
     print("\nTrain and predict with:\n")
     print(commands)
     return 0

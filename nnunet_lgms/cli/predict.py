@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         dest="model_folder",
         type=Path,
         metavar="FOLDER",
-        help="…/DatasetXXX_Name/TRAINER__PLANS__CONFIG",
+        help="…/DatasetXXX_Name/TRAINER__PLANS__CONFIG, or the name of a shipped model, hippocampus",
     )
     model.add_argument("-d", dest="dataset", metavar="DATASET", help="number or name, below $nnUNet_results")
     model.add_argument("-c", dest="configuration", metavar="CONFIG", help="2d, 3d_fullres, …")
@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
             part_id=args.part_id,
         )
     except CasesFailed as failed:
-        print(f"nnunet_lgms: {failed} The others are in {args.output}.", file=sys.stderr)
+        others = f" The others are in {args.output}." if len(failed.errors) < failed.n_cases else ""
+        print(f"nnunet_lgms: {failed}{others}", file=sys.stderr)
         code = 1
     if args.json_times is not None:
         from nnunet_lgms.files import atomic_write
@@ -120,15 +121,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model_folder(args: argparse.Namespace) -> Path:
+    from nnunet_lgms.nnunet_folders import model_path, nnunet_folder
+
     if args.model_folder is not None:
         if args.dataset or args.configuration:
             raise ValueError("Give the model either by its folder, -m, or by -d, -c, -p and -tr.")
-        return args.model_folder
+        return model_path(args.model_folder)
     if not (args.dataset and args.configuration):
         raise ValueError("Which model? Give its folder with -m, or the data set with -d and the configuration with -c.")
     from nnunetv2.utilities.file_path_utilities import get_output_folder
-
-    from nnunet_lgms.nnunet_folders import nnunet_folder
 
     nnunet_folder("nnUNet_results")
     try:

@@ -85,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"\r{title}: {time.perf_counter() - begin:.1f} s -> {target}", flush=True)
     if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(cases)} cases are not predicted, for the reasons above: {', '.join(failed)}; the "
-            f"others are in {folder}."
+        others = f"; the others are in {folder}" if len(failed) < len(cases) else ""
+        print(
+            f"nnunet_lgms: {len(failed)} of {len(cases)} cases are not predicted, for the reasons above: "
+            f"{', '.join(failed)}{others}.",
+            file=sys.stderr,
         )
-    return 0
+    return int(bool(failed))
 
 
 def targets_of(cases: list[str], output: Path, ending: str) -> dict[str, Path]:

@@ -127,8 +127,8 @@ def estimate_training_memory(
 
 def memory_remarks(
     old: dict[str, Any], new: dict[str, Any], configurations: Sequence[str] | None, dataset_json: dict[str, Any]
-) -> list[str]:
-    """What the training steps of ``new`` plans need, a line each.
+) -> list[tuple[str, bool]]:
+    """What the training steps of ``new`` plans need, a sentence each, and whether that is clearly more or too much.
 
     Of configurations that need clearly more memory than in ``old``, that have another patch, batch or number of levels,
     or that need more than this machine's card has.
@@ -156,9 +156,11 @@ def memory_remarks(
         except ValueError:  # settings that no network can be built from: nothing to compare with
             continue
         after = gib(new, name)
-        if after > min(card, CLEARLY_MORE * before) or shape_of(old, name) != shape_of(new, name):
+        is_more = after > min(card, CLEARLY_MORE * before)
+        if is_more or shape_of(old, name) != shape_of(new, name):
             more = f", more than the {card:.1f} of this card" if after > card else ""
-            remarks.append(f"{name}: a training step needs about {after:.1f} GiB instead of {before:.1f}{more}")
+            needs = f"{name}: a training step needs about {after:.1f} GiB instead of {before:.1f}{more}"
+            remarks.append((needs, is_more))
     return remarks
 
 

@@ -26,6 +26,7 @@ class CasesFailed(ValueError):
 
     Attributes:
         errors: what went wrong, by the names of the cases.
+        n_cases: of the list.
     """
 
     def __init__(self, errors: Mapping[str, BaseException], n_cases: int):
@@ -33,7 +34,7 @@ class CasesFailed(ValueError):
         super().__init__(
             f"{len(errors)} of {n_cases} cases are not predicted: {', '.join(errors)} (the first: {first})."
         )
-        self.errors = dict(errors)
+        self.errors, self.n_cases = dict(errors), n_cases
 
 
 def find_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
