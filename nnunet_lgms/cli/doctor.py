@@ -301,11 +301,11 @@ def check_compile() -> Finding:
     """Would nnU-Net compile the network, and does what torch.compile and Triton build with exist?"""
     if not _has_cuda():
         return Finding(OK, "compile", "nnU-Net does not compile on this machine, nothing is needed")
-    if os.environ.get("nnUNet_compile", "true").lower() not in ("true", "1", "t"):
+    from nnunet_lgms.graphs.compilation import is_wanted, why_not_compiled
+
+    if not is_wanted():
         text = f"switched off (nnUNet_compile is {os.environ['nnUNet_compile']!r}), so training is slower"
         return Finding(WARNING, "compile", text, _unset("nnUNet_compile"))
-    from nnunet_lgms.graphs.compilation import why_not_compiled
-
     if (reason := why_not_compiled("cuda:0")) is not None:
         return Finding(OK, "compile", f"{reason} A training on one GPU is recorded as CUDA graphs instead")
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "gcc", "gcc", "cc", "clang"])), None)

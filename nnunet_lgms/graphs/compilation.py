@@ -1,4 +1,4 @@
-"""Where ``torch.compile`` cannot be had: its compiler for GPUs is Triton."""
+"""Where ``torch.compile`` is not wanted, or cannot be had: its compiler for GPUs is Triton."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from importlib.util import find_spec
 import torch
 
 OLDEST = (7, 0)  # compute capability that torch.compile asks for; below it, its first step ends with GPUTooOldForTriton
+
+
+def is_wanted() -> bool:
+    """Whether the user leaves compilation on; nnU-Net's variable and its words for yes."""
+    return os.environ.get("nnUNet_compile", "true").lower() in ("true", "1", "t")
 
 
 def why_not_compiled(device: torch.device | str) -> str | None:

@@ -1,6 +1,5 @@
 """A fast trainer of nnU-Net's for LGMSNet: CUDA graphs, Python a step ahead of the GPU, unusable steps left out."""
 
-import os
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from nnunet_lgms.files import one_line
 from nnunet_lgms.graphs.ahead import LossOfAStep, StepResult, copied_ahead
-from nnunet_lgms.graphs.compilation import why_not_compiled
+from nnunet_lgms.graphs.compilation import is_wanted, why_not_compiled
 from nnunet_lgms.graphs.data_parallel import GraphedDataParallel
 from nnunet_lgms.graphs.recording import can_be_recorded
 from nnunet_lgms.graphs.step import record_step, training_step
@@ -72,8 +71,9 @@ class GraphedTrainer(RobustTrainer):
         parameter = next(self.network.parameters())
         if use_kernels(parameter):
             return self._do_i_compile()
-        asked = os.environ.get("nnUNet_compile", "true").lower() in ("true", "1", "t")
-        return asked and can_be_recorded(parameter) and not self.is_ddp and why_not_compiled(self.device) is not None
+        if not is_wanted() or self.is_ddp:
+            return False
+        return can_be_recorded(parameter) and why_not_compiled(self.device) is not None
 
     def _own_network(self) -> nn.Module:
         return self.network.module if self.is_ddp else self.network
