@@ -59,6 +59,13 @@ def per_case(runs: Runs, scores: str, metric: str = "Dice") -> pd.Series:
     return values.groupby(level=0, sort=False).apply(lambda seeds: seeds.mean(skipna=False))
 
 
+def of_both(ours: Runs, theirs: Runs) -> tuple[Runs, Runs]:
+    """The trainings whose seeds both have, in the order of the seeds."""
+    seeds = sorted({run["run"]["seed"] for run in ours} & {run["run"]["seed"] for run in theirs})
+    by_seed = [{run["run"]["seed"]: run for run in runs} for runs in (ours, theirs)]
+    return [by_seed[0][seed] for seed in seeds], [by_seed[1][seed] for seed in seeds]
+
+
 def mean_of(runs: Runs, scores: str, metric: str = "Dice") -> Mean:
     """The mean over cases with its 95 % bootstrap interval."""
     return bootstrap_mean(per_case(runs, scores, metric).to_numpy())

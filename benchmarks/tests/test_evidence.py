@@ -148,6 +148,26 @@ def test_sets_are_counted_as_ahead_level_and_behind(tmp_path):
     assert "| 0, 1 |" in report.stage_lines(results, "sets_kvasir")[2]
 
 
+def test_the_recipes_in_3d_are_compared_where_both_were_trained(tmp_path):
+    """With the seeds that both have; the sentence below the table says on which sets there is a difference."""
+    random, runs = np.random.default_rng(0), []
+    base = random.uniform(0.6, 0.9, 30)
+    for stage, gained in (("sets_acdc", -0.05), ("sets_hippocampus", 0.0), ("sets_chaos", 0.05)):
+        noise = random.normal(0, 0.01, 30)
+        runs += [
+            result("lgmsnet", list(base), 0, stage),
+            result("lgmsnet_paper3d", list(base + gained + noise - noise.mean()), 0, stage),
+            result("lgmsnet_paper3d", list(base + 0.09), 1, stage),  # the other recipe has no such seed
+        ]
+    lines = report.recipes_in_3d(write_results(tmp_path, *runs))
+    assert line_of(lines, "ACDC").startswith("| ACDC | 0 | ") and line_of(lines, "ACDC").endswith(
+        "worse on these cases |"
+    )
+    assert "+0.000 [" in line_of(lines, "Hippocampus") and line_of(lines, "LA2018").startswith("| LA2018 | not run |")
+    assert lines[-1] == ("The 3D recipe is better on CHAOST2, worse on ACDC; no difference was shown on Hippocampus.")
+    assert "better" not in "\n".join(report.recipes_in_3d(write_results(tmp_path / "none", runs[0])))
+
+
 def test_readme_needs_its_markers():
     with pytest.raises(ValueError, match="once each"):
         report.readme_with("# No markers", RESULTS)
