@@ -130,7 +130,7 @@ def recipes_in_3d(results: Results) -> list[str]:
     pairs = {s: of_both(results.longest(s, "lgmsnet_paper3d"), results.longest(s, "lgmsnet")) for s in stages}
     pairs = {stage: (ours, theirs) for stage, (ours, theirs) in pairs.items() if ours}
     adjusted = dict(zip(pairs, holm([p_value(*pair, MIRRORED) for pair in pairs.values()])))
-    rows, said = [], {"better": [], "worse": [], "neither": []}
+    rows, said = [], {}
     for stage in stages:
         title = STAGES[stage].title
         if stage not in pairs:
@@ -141,11 +141,13 @@ def recipes_in_3d(results: Results) -> list[str]:
         seeds = ", ".join(str(run["run"]["seed"]) for run in ours)
         means = [with_interval(mean_of(runs, MIRRORED)) for runs in (theirs, ours)]
         rows.append([title, seeds, *means, gain(ours, theirs, MIRRORED), f"{adjusted[stage]:.2g}", found])
-        said[found.split()[0] if found.split()[0] in said else "neither"].append(title)
+        what = (
+            f"is {found.split()[0]} on" if found.startswith(("better", "worse")) else "made no difference that shows on"
+        )
+        said.setdefault(what, []).append(title)
     lines = table("set | seeds | 2D recipe | 3D recipe | 3D against 2D recipe | p | the 3D recipe is", rows)
-    names = {which: " and ".join(titles) or "no set" for which, titles in said.items()}
-    answer = f"The 3D recipe is better on {names['better']}, worse on {names['worse']}; no difference was shown on "
-    return [*lines, "", f"{answer}{names['neither']}."] if pairs else lines
+    answer = ", ".join(f"{what} {' and '.join(titles)}" for what, titles in said.items())
+    return [*lines, "", f"The 3D recipe {answer}."] if pairs else lines
 
 
 def stage_lines(results: Results, stage: str) -> list[str]:
