@@ -44,6 +44,7 @@ from nnunet_lgms.ops.triton import (
     conv_kernels,
     conv_weight_kernels,
     depthwise,
+    device,
     norm_act_kernels,
 )
 from nnunet_lgms.planning.memory import OnGPU
@@ -138,9 +139,8 @@ class _Following(TorchDispatchMode):
 def noting(shared_memory: int, major: int) -> Iterator[list[Version]]:
     """Inside, launches are noted in the list, as on a GPU of such capability and shared memory for a block."""
     versions: list[Version] = []
-    device = depthwise._Device(108, shared_memory)
     with (
-        patch.object(depthwise, "_device", lambda _: device),
+        patch.object(device, "sizes", lambda _: device.Device(108, shared_memory)),
         patch.object(bottleneck_kernels, "capability", lambda _: (major, 0)),
         patch.object(launch, "_asked_for", {}) as asked_for,
     ):

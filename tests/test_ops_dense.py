@@ -56,7 +56,7 @@ EPILOGUES = {  # input shape, output channels, kernel, groups, activation, scale
     "2d_point": ((2, 16, 7, 9), 4, (1, 1), 1, "gelu", False, True),
 }
 # Sweeping through the map where that can be done, also if its planes are small, and never.
-WAYS = {"LEAST_FULL": 0}, {"MAX_BAND": 0}
+WAYS = {"LEAST_FULL": 0}, {"LEAST_FULL": 2}
 NORMS = {  # input shape, norm, activation, mean of the input
     "instance_silu": ((2, 16, 5, 6, 7), InstanceNorm3d(16), "silu", 1),
     "instance_large_mean": ((2, 4, 3, 3, 3), InstanceNorm3d(4), "relu", 30),
@@ -400,10 +400,11 @@ def network_errors():
 
 GRIDS = {  # input shape, output channels, kernel, whether the map is swept
     "3d": ((2, 32, 128, 128, 128), 16, (3, 3, 3), True),
-    "3d_bands_too_large": ((2, 32, 64, 64, 64), 32, (3, 3, 3), False),
+    "3d_wide": ((2, 32, 64, 64, 64), 32, (3, 3, 3), True),
+    "3d_few_channels": ((2, 4, 128, 128, 128), 16, (3, 3, 3), True),
     "3d_thick_slices": ((2, 16, 128, 128, 128), 16, (1, 3, 3), False),
     "2d": ((16, 32, 256, 256), 16, (3, 3), True),
-    "2d_narrow": ((16, 32, 256, 64), 16, (3, 3), False),
+    "2d_narrow": ((16, 32, 256, 40), 16, (3, 3), False),
     "point": ((16, 32, 256, 256), 16, (1, 1), False),
 }
 

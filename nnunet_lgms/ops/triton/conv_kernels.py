@@ -9,10 +9,10 @@ product with a mirrored band. Sums are in float32. There are two ways to go thro
 
 * `_conv_sweep_kernel`, for kernels of 3 along the outermost axis: a program keeps its block of tiles of a plane and
   walks through the planes. An input plane is loaded once for the three planes of outputs that it belongs to, whose sums
-  wait in registers, and the band matrices are loaded once for the whole walk. With tiles of 1 x 2, an output of a 3^3
-  kernel costs 3 loads of 2 voxels in place of 9 of 3. A 2D map counts as planes of one row, (H, 1, W), so that its rows
-  are walked. On an H100 this is up to 40 % faster than the other way, as long as sums and bands fit, which they do for
-  16 channels to 32 or back.
+  wait side by side in registers, and one product serves all three. Band matrices stay in shared memory for the whole
+  walk; the inputs of the next planes arrive meanwhile. With more than 8 channels a tile is one output and a
+  product takes one tap along x, so that a band has no zeros; with fewer, it takes two outputs and their run, because a
+  product wants 16 numbers. A 2D map counts as planes of one row, (H, 1, W), so that its rows are walked.
 * `_conv_flat_kernel`, for all else: the tiles of all planes one after the other, each by itself. With tiles of 2 x 2,
   an output of a 3^3 kernel costs 3 loads of 4 voxels. A 2D map is one plane, (1, H, W).
 
@@ -38,14 +38,17 @@ from torch import Tensor
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import wrap_triton
 from nnunet_lgms.ops.memory_format import map_memory
+from nnunet_lgms.ops.triton import device
 from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
-MAX_N = 64  # results of a tile, beyond that it shrinks
-MAX_BAND = 128 * 32  # numbers of a band matrix, of which a sweep keeps up to nine at hand
-PLANES = 16  # of outputs that a program sweeps, and loads two more
+MAX_N = 64  # results of a tile that does not sweep, beyond that it shrinks
+SWEEP_BLOCK = 64  # tiles of a program that sweeps
+PLANES = 16, 64  # of outputs that a program sweeps, at least and at most; it loads two more
+PROGRAMS = 512  # are enough for a sweep, which walks further rather than have more
+STAGING = 4096  # bytes of shared memory, through which a sweep writes its results
 LEAST_FULL = 0.75  # of the blocks of a plane: a sweep does not fill them with tiles of the next
 BAND_NUMBERS = 1024  # of the band matrices, that one program writes
 
@@ -64,7 +67,7 @@ class Tiling(NamedTuple):
     @classmethod
     def of(cls, kernel: Sequence[int], c_in: int, c_out: int, sweeps: bool) -> Tiling:
         kz, ky, kx = as_3d(kernel, sweeps)
-        tx = 2 if kx == 3 else 1
+        tx = 2 if kx == 3 and not (sweeps and (c_in > 8 or c_out > 16)) else 1
         ty = 2 if ky == 3 and not sweeps and 2 * tx * c_out <= MAX_N else 1
         return cls(kz, ky, kx, ty, tx, c_in, c_out)
 
@@ -85,7 +88,13 @@ class Tiling(NamedTuple):
 
     @property
     def k(self) -> int:
-        return max(16, triton.next_power_of_2(self.run))
+        """Numbers of an input row that one product takes: those of a tap if the tile is one output, else the run."""
+        return max(16, triton.next_power_of_2(self.c_in if self.tx == 1 else self.run))
+
+    @property
+    def products(self) -> int:
+        """Products that an input row goes into, for the planes of outputs together."""
+        return self.kx if self.tx == 1 else 1
 
     @property
     def n(self) -> int:
@@ -129,22 +138,23 @@ class _LaunchGrid(NamedTuple):
     def of(cls, x: Tensor, kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
         """The better grid for c_in channels of a map like x to c_out."""
         arguments = x.shape[2:], kernel, c_in, c_out
-        return cls._sweep(*arguments) or cls._flat(*arguments)
+        return cls._sweep(x, *arguments) or cls._flat(*arguments)
 
     @classmethod
-    def _sweep(cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid | None:
+    def _sweep(cls, x: Tensor, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid | None:
         """The grid that sweeps through the map, or None where the other way is better."""
         t, size = Tiling.of(kernel, c_in, c_out, True), as_3d(size, True)
-        if t.kz != 3 or t.k * t.n > MAX_BAND:
-            return None
-        block, options = _sweep_options(t)
         depth, height, width = size
         tiles = height * triton.cdiv(width, t.tx)
-        blocks = triton.cdiv(tiles, block)
-        if tiles < LEAST_FULL * blocks * block:
+        blocks = triton.cdiv(tiles, SWEEP_BLOCK)
+        if t.kz != 3 or tiles < LEAST_FULL * blocks * SWEEP_BLOCK:
             return None
-        steps = triton.cdiv(depth, triton.cdiv(depth, PLANES))
-        return cls(_conv_sweep_kernel, t, size, tiles, block, steps, blocks * triton.cdiv(depth, steps), options)
+        least, most = PLANES
+        steps = min(max(blocks * x.shape[0] * depth // PROGRAMS, least), most)
+        steps = triton.cdiv(depth, triton.cdiv(depth, steps))
+        programs = blocks * triton.cdiv(depth, steps)
+        options = {"num_warps": 4, "num_stages": _sweep_stages(t, x)}
+        return cls(_conv_sweep_kernel, t, size, tiles, SWEEP_BLOCK, steps, programs, options)
 
     @classmethod
     def _flat(cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
@@ -155,15 +165,11 @@ class _LaunchGrid(NamedTuple):
         return cls(_conv_flat_kernel, t, size, tiles, block, 1, triton.cdiv(tiles, block), options)
 
 
-# Tiles of a block, warps and stages, as they were fastest on an H100.
-
-
-def _sweep_options(t: Tiling) -> tuple[int, dict[str, int]]:
-    if t.c_in <= 4:
-        return 64, {"num_warps": 4, "num_stages": 2}
-    if t.ky == 3 and max(t.c_in, t.c_out) <= 16:
-        return 32, {"num_warps": 2, "num_stages": 2}
-    return 64, {"num_warps": 4, "num_stages": 1}  # a second stage would double the shared memory
+def _sweep_stages(t: Tiling, x: Tensor) -> int:
+    """Planes of inputs that are on their way or at hand: as many as leave room for a second program."""
+    bands, inputs = t.ky * t.products * t.k * 4 * t.n, t.ky * t.products * SWEEP_BLOCK * t.k
+    room = device.sizes(x.device).shared_memory // 2
+    return next((n for n in (3, 2) if (bands + n * inputs) * x.element_size() + STAGING <= room), 1)
 
 
 def _flat_options(t: Tiling) -> tuple[int, dict[str, int]]:
@@ -354,6 +360,49 @@ def _conv_flat_kernel(
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _input(
+    x, tile, tiles, plane, dy, dx, D, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, TX: tl.constexpr,
+    COLUMNS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, K) inputs of every tile: COLUMNS voxels of a plane from (dy, dx) off the tile's first output."""
+    _, row, column = _place(tile, H, W, 1, TX)
+    k = tl.arange(0, K)
+    planes = tl.zeros_like(tile) + plane  # the interpreter has no masks of single numbers
+    exists = (tile < tiles) & (row + dy >= 0) & (row + dy < H) & (planes >= 0) & (planes < D)
+    columns = (column + dx)[:, None] + (k // C_IN)[None, :]
+    inside = exists[:, None] & (columns >= 0) & (columns < W) & (k < COLUMNS * C_IN)[None, :]
+    within = k if X_STRIDE == C_IN else k // C_IN * X_STRIDE + k % C_IN
+    first = (row * W + column) * X_STRIDE
+    x += ((plane * H + dy) * W + dx) * X_STRIDE
+    return tl.load(x + first[:, None] + within[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _bands(band, dy, dx, C_IN: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr,
+           COLUMNS: tl.constexpr, K: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """(K, 4 N) band matrices of an input for the planes of outputs before it, here, behind it, and nothing."""
+    k, n = tl.arange(0, K)[:, None], tl.arange(0, 4 * N)[None, :]
+    run: tl.constexpr = (TX + KX - 1) * C_IN
+    dz = 2 - n // N
+    place = ((dz * KY + dy) * run + dx * C_IN + k) * N + n % N
+    return tl.load(band + place, mask=(k < COLUMNS * C_IN) & (dz >= 0), other=0.0)
+
+
+@triton.jit
+def _next_plane(sums, BLOCK: tl.constexpr, N: tl.constexpr):
+    """(BLOCK, 4 N) sums of three planes -> those of the first, (BLOCK, N), and all moved on by a plane.
+
+    What moves are the names of registers.
+    """
+    halves = tl.permute(tl.reshape(sums, (BLOCK, 2, 2, N)), (0, 3, 2, 1))
+    even, odd = tl.split(halves)  # (BLOCK, N, 2) each
+    before, here = tl.split(even)
+    behind, nothing = tl.split(odd)
+    moved = tl.join(tl.join(here, behind), tl.join(nothing, nothing))
+    return before, tl.reshape(tl.permute(moved, (0, 3, 2, 1)), (BLOCK, 4 * N))
+
+
 @triton.jit(do_not_specialize=["x_part", "out_part", "steps", "tiles", "D", "H", "W"])
 def _conv_sweep_kernel(
     x,  # (B, D, H, W, X_STRIDE), of which C_IN channels are read, those of part x_part
@@ -369,37 +418,32 @@ def _conv_sweep_kernel(
     TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tiles in `steps` planes of a sample."""
-    ROWS: tl.constexpr = TY + KY - 1
+    COLUMNS: tl.constexpr = 1 if TX == 1 else TX + KX - 1  # of an input row, that one product takes
+    LOADS: tl.constexpr = TX + KX - COLUMNS  # of an input row
     sample, out_first = tl.program_id(1), out_part * C_OUT
     places = (tiles + BLOCK - 1) // BLOCK
     begin = tl.program_id(0) // places * steps
     end = tl.minimum(begin + steps, D)
     x += sample * D * H * W * X_STRIDE + x_part * C_IN
     tile = tl.program_id(0) % places * BLOCK + tl.arange(0, BLOCK)
-    _, row, _ = _place(tile, H, W, TY, TX)
-    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
     offset, in_plane = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
     offset += sample * D * H * W * OUT_STRIDE + out_first
     bands = ()
-    for i in tl.static_range(3 * ROWS):
-        bands = bands + (_band(band, i, C_IN, KX, TX, K, N),)
+    for i in tl.static_range(KY * LOADS):
+        bands = bands + (_bands(band, i // LOADS, i % LOADS, C_IN, KY, KX, TX, COLUMNS, K, N),)
     # Sums of the outputs in the plane before the one that is read, in this one and in the next.
-    before, here, behind = (tl.zeros((BLOCK, N), tl.float32), tl.zeros((BLOCK, N), tl.float32),
-                            tl.zeros((BLOCK, N), tl.float32))  # fmt: skip
+    sums = tl.zeros((BLOCK, 4 * N), tl.float32)
     for plane in range(begin - 1, end + 1):
-        planes = tl.zeros((BLOCK,), tl.int32) + plane  # the interpreter has no masks of single numbers
-        for i in tl.static_range(ROWS):
-            dy = i - KY // 2
-            exists = (row + dy >= 0) & (row + dy < H) & (planes >= 0) & (planes < D)
-            run = tl.load(x + (plane * H + dy) * W * X_STRIDE + runs, mask=in_row & exists[:, None], other=0.0)
-            before = tl.dot(run, bands[2 * ROWS + i], before)
-            here = tl.dot(run, bands[ROWS + i], here)
-            behind = tl.dot(run, bands[i], behind)
+        for i in tl.static_range(KY * LOADS):
+            dy, dx = i // LOADS - KY // 2, i % LOADS - KX // 2
+            values = _input(x, tile, tiles, plane, dy, dx, D, H, W, X_STRIDE, C_IN, TX, COLUMNS, K)
+            sums = tl.dot(values, bands[i], sums)
+        total, sums = _next_plane(sums, BLOCK, N)
         # The first two planes complete no output of this walk.
+        planes = tl.zeros((BLOCK,), tl.int32) + plane
         place, inside = offset + (plane - 1) * H * W * OUT_STRIDE, in_plane & (planes > begin)[:, None]
         total = _epilogue(
-            before, place, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE, BIAS,
+            total, place, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE, BIAS,
             EPILOGUE, EPS, AFFINE, ACT, RESIDUAL, C_OUT, N, LANES,
         )  # fmt: skip
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
-        before, here, behind = here, behind, tl.zeros((BLOCK, N), tl.float32)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import wrap_triton
+from nnunet_lgms.ops.triton import device
 from nnunet_lgms.ops.triton.conv_kernels import Tiling, as_3d
 
 MAX_K = 64  # numbers of a run, beyond that its channels are summed in parts
@@ -76,12 +76,6 @@ class _Options(NamedTuple):
         return cls(64, 4, {"num_warps": 4, "num_stages": 2})
 
 
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    """Of a GPU; the interpreter and the meta device count as a small one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def _across(height: int, width: int, block: int) -> int:
     """Tiles of a block along x, so that blocks of so many tiles cover a plane of height x width tiles with fewest."""
 
@@ -108,7 +102,7 @@ def weight_gradient(grad: Tensor, xs: Sequence[Tensor], weight: Tensor, groups: 
     columns, rows = triton.cdiv(columns, across), triton.cdiv(height, options.block // across)
     places = grad.shape[0] * columns * rows * depth
     products = groups // len(xs) * p.in_parts * p.out_parts
-    programs = min(places, triton.cdiv(options.occupancy * _processors(grad.device), products))
+    programs = min(places, triton.cdiv(options.occupancy * device.sizes(grad.device).processors, products))
     steps = triton.cdiv(places, programs)
     programs = triton.cdiv(places, steps)
     group_in, group_out = weight.shape[1], weight.shape[0] // groups

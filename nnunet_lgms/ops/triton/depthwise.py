@@ -30,15 +30,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnunet_lgms.ops.backend import shared_memory
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.triton import device
 
 PATCH = tl.constexpr(8)  # outputs per axis of a patch
 BN = tl.constexpr(64)  # outputs of a patch
@@ -347,18 +346,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "tf32x3"
 
 
-class _Device(NamedTuple):
-    processors: int
-    shared_memory: int  # bytes that a program may have
-
-
-@lru_cache(maxsize=16)
-def _device(device: torch.device) -> _Device:
-    if device.type != "cuda":  # the interpreter, or the meta device
-        return _Device(4, 1 << 17)
-    return _Device(torch.cuda.get_device_properties(device).multi_processor_count, shared_memory(device))
-
-
 def _volume(x: Tensor) -> tuple[int, int, int, int, int]:
     """B, C, D, H, W; a 2D map is one plane."""
     b, c, *spatial = x.shape
@@ -379,7 +366,7 @@ def convolve(
     groups = _groups(tuple(channels), tuple(kernels))
     precision = _precision(x.dtype)
     bm, bk, warps, stages = 64, 32, 4, 4 if x.dtype != torch.float32 else 2
-    if precision == "tf32x3" and _device(x.device).shared_memory < HOPPER:  # registers would spill in the loop
+    if precision == "tf32x3" and device.sizes(x.device).shared_memory < HOPPER:  # registers would spill in the loop
         bm = 32
     bz = 1 if groups.flat else 2
     patches = b * -(-d // bz) * -(-h // 8) * -(-w // 8)
@@ -404,16 +391,16 @@ def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequenc
     b, c, d, h, w = _volume(x)
     groups = _groups(tuple(channels), tuple(kernels))
     precision = _precision(x.dtype)
-    device = _device(x.device)
+    gpu = device.sizes(x.device)
     warps, stages = 8, 3 if x.dtype != torch.float32 else 2
     dz, step = (1, 64) if groups.flat else (2, 32)
-    if device.shared_memory < 1 << 17 or precision == "tf32x3":  # consumer cards have 99 KiB
+    if gpu.shared_memory < 1 << 17 or precision == "tf32x3":  # consumer cards have 99 KiB
         dz, step, stages = 1, 32, 2
     zb, yb, xb = _block(d, -(-h // 8), -(-w // 8), step)
     blocks_z, blocks_y, blocks_x = -(-d // zb), -(-h // (8 * yb)), -(-w // (8 * xb))
     blocks = b * blocks_z * blocks_y * blocks_x
     tasks = groups.tasks(dz)
-    splits = _splits(tasks, blocks, device.processors)
+    splits = _splits(tasks, blocks, gpu.processors)
     unit = math.gcd(w, 8)
     workspace = torch.empty(splits * 64 * groups.taps, dtype=torch.float32, device=x.device)
     out = torch.empty(groups.taps, dtype=torch.float32, device=x.device)

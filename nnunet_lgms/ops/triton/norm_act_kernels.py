@@ -29,7 +29,8 @@ from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_
 
 MAX_CHANNELS = 512
 TILE = 4096  # elements of a program that writes a map
-SUM_TILE = 2048  # elements that a program of the sums holds at once: it keeps two sums for each
+SUM_TILE = 8192  # bytes of a map that a program of the sums takes at once
+SUM_PROGRAMS = 512  # of the sums over a map, each for a slice of a sample
 MERGED = 8192  # slices x channels that are merged by one program, at most
 MERGED_CHANNELS = 8  # that one program merges: a sector of memory
 
@@ -58,7 +59,7 @@ class MergeGrid:
         return {
             "slices": merged,
             "channels": self.channels,
-            "PIECES": min(n for n in (16, 128, most) if n >= merged),  # few versions to compile
+            "PIECES": min(n for n in (16, SUM_PROGRAMS, most) if n >= merged),  # few versions to compile
             "LANES": self.lanes,
             "GROUP": self.group_channels,
         }
@@ -70,7 +71,7 @@ class LaunchGrid:
     Args:
         channels: those of x if None.
         rows: voxels that a program of the sums holds at once.
-        slices: of a sample, at most; a program of the sums works on one.
+        slices: of a sample, at most; a program of the sums works on one. If None, those that make SUM_PROGRAMS in all.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class LaunchGrid:
         self.batch, self.channels = x.shape[0], channels or x.shape[1]
         self.voxels = x[0, 0].numel()
         self.lanes = triton.next_power_of_2(self.channels)
-        tile_rows, sum_rows = max(1, TILE // self.lanes), rows or max(1, SUM_TILE // self.lanes)
+        tile_rows, sum_rows = max(1, TILE // self.lanes), rows or max(1, SUM_TILE // (self.lanes * x.element_size()))
         self.merge = MergeGrid(self.batch, self.channels, kind, groups)
         tiles = triton.cdiv(self.voxels, sum_rows)
-        self.steps = triton.cdiv(tiles, min(tiles, self.merge.most_slices, slices or tiles))
+        slices = slices or max(1, SUM_PROGRAMS // self.batch)
+        self.steps = triton.cdiv(tiles, min(tiles, self.merge.most_slices, slices))
         self.slices = triton.cdiv(tiles, self.steps)
         self.sample_stride = 0 if kind == "batch" else self.channels
         self.tiles_grid = (triton.cdiv(self.voxels, tile_rows), self.batch)
@@ -319,6 +321,7 @@ def _moments_kernel(
     ACT: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred second moment of a slice of voxels, per channel."""
+    STAGES: tl.constexpr = 2 if ACT == 4 else 3  # blocks on their way or at hand: gelu takes longer than they do
     voxels = _known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     begin = tl.program_id(0) * steps * ROWS
@@ -330,7 +333,7 @@ def _moments_kernel(
     origin = before_norm(origin, ACT)
     first = tl.zeros((ROWS, LANES), tl.float32)
     second = tl.zeros((ROWS, LANES), tl.float32)
-    for step in range(steps):
+    for step in tl.range(steps, num_stages=STAGES):
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         value = tl.load(x + places(0, voxel, channel, voxels, C, FIRST), mask=inside, other=0.0)
@@ -470,6 +473,7 @@ def _gradient_sums_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums of g, the gradient behind the norm, and of g times the normalised x."""
+    STAGES: tl.constexpr = 2 if ACT == 4 else 3
     voxels = _known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
@@ -477,7 +481,7 @@ def _gradient_sums_kernel(
     begin = tl.program_id(0) * steps * ROWS
     sum_g = tl.zeros((ROWS, LANES), tl.float32)
     sum_gx = tl.zeros((ROWS, LANES), tl.float32)
-    for step in range(steps):
+    for step in tl.range(steps, num_stages=STAGES):
         voxel = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
