@@ -30,7 +30,7 @@ OLDER = {
     "ablations_busi": "Ablations, BUSI, the published levels",
     "ablations_hippocampus": "Ablations, hippocampus, the planned levels",
 }
-#: lines of the README's table and of the picture: title, stages that measure it (the first that was run counts), scores
+#: lines of the README's table and of the picture: title, stages that measure it (see `headlines`), scores
 HEADLINES = [
     *(
         (row.about.split(";")[0], [stage], MIRRORED)
@@ -257,17 +257,19 @@ def readme_with(readme: str, folder: Path) -> str:
 
 
 def headlines(results: Results) -> Iterator[tuple[str, str, dict[str, Runs]]]:
-    """Title, scores and the runs of each model, for every data set on which the U-Net was trained."""
+    """Title, scores and the runs of each model, for every data set on which the U-Net was trained.
+
+    Where several stages measure a set, the one with the most of the README's networks stands for it, else the newest.
+    """
     for title, stages, scores in HEADLINES:
-        for stage in stages:
-            models = {name: results.longest(stage, name) for name in ("nnunet", *SHOWN)}
-            if models["nnunet"]:
-                yield title, scores, models
-                break
+        found = [{name: results.longest(stage, name) for name in ("nnunet", *SHOWN)} for stage in stages]
+        found = [models for models in found if models["nnunet"]]
+        if found:  # of equals, max takes the first, which is the newest
+            yield title, scores, max(found, key=lambda models: sum(bool(models[name]) for name in NETWORKS[:2]))
 
 
 def readme_accuracy(results: Results) -> list[str]:
-    """Dice as nnU-Net predicts by default; the newest stage of a data set stands for it."""
+    """Dice as nnU-Net predicts by default."""
     rows, steps = [], []
     for title, scores, models in headlines(results):
         baseline = models["nnunet"]

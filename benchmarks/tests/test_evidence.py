@@ -148,6 +148,21 @@ def test_sets_are_counted_as_ahead_level_and_behind(tmp_path):
     assert "| 0, 1 |" in report.stage_lines(results, "sets_kvasir")[2]
 
 
+def test_the_stage_with_most_networks_stands_for_a_set(tmp_path):
+    """A newer stage in which not all were trained takes no network out of the README."""
+    older = [result(name, [0.5, 0.6], 0, "hippocampus") for name in ("lgmsnet", "lgmsnet_nnunetda", "nnunet")]
+    newer = [result(name, [0.7, 0.8], 0, "sets_hippocampus") for name in ("lgmsnet", "nnunet")]
+    for folder, more, dice in (
+        ("some", [], "0.550"),
+        ("all", [result("lgmsnet_nnunetda", [0.7, 0.8], 0, "sets_hippocampus")], "0.750"),
+    ):
+        runs = [
+            run | {"scores": {"validation-mirrored": run["scores"]["validation"]}} for run in (*older, *newer, *more)
+        ]
+        line = line_of(report.readme_accuracy(write_results(tmp_path / folder, *runs)), "hippocampus")
+        assert line.count(dice) == 3 and "not run" not in line
+
+
 def test_the_recipes_in_3d_are_compared_where_both_were_trained(tmp_path):
     """With the seeds that both have; the sentence below the table says on which sets there is a difference."""
     random, runs = np.random.default_rng(0), []
