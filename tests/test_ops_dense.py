@@ -84,6 +84,9 @@ UPSAMPLINGS = {  # input shape, scale, voxels cropped
     "anisotropic_cropped": ((2, 4, 3, 4, 5), (1, 2, 2), 1),
     "factors_3_and_4": ((1, 3, 4, 3), (4, 3), 1),
     "single_pixel": ((1, 3, 1, 1), (2, 2), 1),
+    "more_planes_than_a_program_has": ((1, 16, 11, 2, 3), (2, 2, 2), 1),
+    "odd_factors_and_one_that_stays": ((1, 2, 3, 5, 2), (3, 1, 4), 2),
+    "thick_slices": ((2, 8, 3, 4, 5), (1, 2, 2), 0),
 }
 POOLINGS = {  # input shape, stride
     "2x": ((2, 8, 4, 6, 8), (2, 2, 2)),
@@ -283,10 +286,14 @@ def upsampling_errors(shape, scale, crop, device):
     expected = linear_upsample(x.double(), scale, size)
     grad = draw(expected.shape, device)
     (grad_x,) = torch.autograd.grad(expected, x, grad.double())
-    return [
-        relative(kernels.linear_upsample(x.detach(), scale, size), expected.detach()),
-        relative(kernels._upsample_backward(grad, scale, shape[2:]), grad_x),
-    ]
+    found = []
+    for programs in (1, kernels.PROGRAMS):  # of many planes, of one
+        with patch.object(kernels, "PROGRAMS", programs):
+            found.append(kernels.linear_upsample(x.detach(), scale, size))
+            found.append(kernels._upsample_backward(grad, scale, shape[2:]))
+    out, out_grad, *again = found
+    assert torch.equal(out, again[0]) and torch.equal(out_grad, again[1])
+    return [relative(out, expected.detach()), relative(out_grad, grad_x)]
 
 
 def pooling_errors(shape, stride, device):
