@@ -15,10 +15,14 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
     """Number of processes that this one may use: its CPU cores, at most 8 (more wait for the disk)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    return min(8, cores())
 
 
 def parallel_map(

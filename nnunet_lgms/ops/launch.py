@@ -2,7 +2,8 @@
 
 Triton compiles a kernel when it is launched first, so a network's first step compiles its hundred kernels one after the
 other. What a step would launch is known before, though: what was asked for inside :func:`only_compiling` is compiled at
-its end, by as many threads as there are cores.
+its end, by as many threads as there are cores. Workers of :mod:`nnunet_lgms.ops.compiling` begin before that, and leave
+the threads little to do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lgms.ops.backend import kernel_failed
+from nnunet_lgms.ops.compiling import compiled_by_workers, fix_key, function_of
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 # Kernel, arguments and keywords of the launches that are only compiled, each once; None where launches are launches.
 _asked_for: dict[tuple, None] | None = None
+_ask_workers: Callable[..., None] | None = None  # who are told of each of them at once
 
 
 def launch(kernel: JITFunction) -> _Launch | _Asked:
@@ -66,21 +69,26 @@ def _is_triton_s(error: Exception) -> bool:
 
 
 def _name(kernel: Any) -> str:
-    kernel = kernel if hasattr(kernel, "fn") else getattr(kernel, "kernel", kernel)  # within what `wrap_triton` gives
-    return getattr(kernel, "fn", kernel).__name__
+    function = function_of(kernel)
+    return getattr(function, "fn", function).__name__
 
 
 class _Asked:
     """A kernel that notes what it is asked for."""
 
     def __init__(self, kernel: JITFunction):
+        fix_key(function_of(kernel))
         self._kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def note(*args: Any, **kwargs: Any) -> None:
             # of a tensor the compiler knows the type, and that it is aligned
             args = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in args)
-            _asked_for[self._kernel, args, tuple(kwargs.items())] = None
+            assert _asked_for is not None
+            asked = self._kernel, args, tuple(kwargs.items())
+            if _ask_workers is not None and asked not in _asked_for:
+                _ask_workers(self._kernel, args, kwargs)
+            _asked_for[asked] = None
 
         return note
 
@@ -88,13 +96,14 @@ class _Asked:
 @contextmanager
 def only_compiling() -> Iterator[None]:
     """Inside, operators give memory without content; at its end, the kernels that they would launch are compiled."""
-    global _asked_for
-    _asked_for = {}
-    try:
-        yield
-        asked_for = list(_asked_for)
-    finally:
-        _asked_for = None
+    global _asked_for, _ask_workers
+    with compiled_by_workers() as ask_workers:
+        _asked_for, _ask_workers = {}, ask_workers
+        try:
+            yield
+            asked_for = list(_asked_for)
+        finally:
+            _asked_for = _ask_workers = None
     if asked_for:
         _compile(asked_for)
 

@@ -1,0 +1,168 @@
+"""Kernels that workers compile, for a GPU that need not be there."""
+
+import io
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from offline_kernels import compiling_for  # noqa: E402
+
+from nnunet_lgms.ops import compiling  # noqa: E402
+from nnunet_lgms.ops import launch as launching  # noqa: E402
+from nnunet_lgms.ops.launch import launch, only_compiling  # noqa: E402
+from nnunet_lgms.ops.triton import attention_kernels  # noqa: E402
+from nnunet_lgms.ops.triton.layout import _transpose_kernel  # noqa: E402
+
+COMPILED_HERE, FOUND = False, True
+DIES = "raise SystemExit(1)"
+HANGS = "import time; time.sleep(60)"
+
+
+class Step:
+    """Two launches, and what became of them: ``compiled`` has an entry each, ``started`` the workers."""
+
+    def __init__(self):
+        self.compiled, self.started, self.popen = [], [], subprocess.Popen
+
+    def take(self) -> list[bool]:
+        """As in a new process, whose kernels are in Triton's cache on the disk or nowhere."""
+        _transpose_kernel.device_caches.clear()
+        self.compiled.clear()
+        with only_compiling():
+            self.launch()
+        return list(self.compiled)
+
+    def launch(self) -> None:
+        half, whole = (torch.zeros(2, dtype=dtype) for dtype in (torch.float16, torch.float32))
+        for x in (half, whole):
+            launch(_transpose_kernel)[(1,)](x, x, 64, TO_LAST=True, C=4, LANES=4, ROWS=64)
+
+    def start(self, command: list[str], **kwargs) -> subprocess.Popen:
+        process = self.popen(command, **kwargs)
+        self.started += [process] if "-c" in command else []  # Triton starts others
+        return process
+
+
+@pytest.fixture
+def step(monkeypatch, tmp_path):
+    step = Step()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **_: step.compiled.append(cache_hit))
+    monkeypatch.setattr(compiling, "cores", lambda: 4)
+    monkeypatch.setattr(compiling, "WORTH_WORKERS", 2)
+    monkeypatch.setattr(compiling.subprocess, "Popen", step.start)
+    monkeypatch.setattr(launching, "_build_launcher", lambda kernel: None)
+    with compiling_for("sm_90"):
+        yield step
+    _transpose_kernel.device_caches.clear()
+    assert all(worker.returncode is not None for worker in step.started)
+
+
+@pytest.mark.slow
+def test_what_workers_compile_is_found_and_nobody_is_started_for_what_is_there(step):
+    assert step.take() == [FOUND, FOUND]
+    assert len(step.started) == 2
+    step.started.clear()
+    assert step.take() == [FOUND, FOUND]
+    assert not step.started
+
+
+def test_a_few_kernels_are_compiled_by_threads(step, monkeypatch):
+    monkeypatch.setattr(compiling, "WORTH_WORKERS", 3)
+    assert step.take() == [COMPILED_HERE, COMPILED_HERE]
+    assert step.take() == [FOUND, FOUND]
+    assert not step.started
+
+
+@pytest.mark.parametrize("worker", [DIES, HANGS])
+def test_without_workers_all_is_compiled_here(step, monkeypatch, worker: str):
+    monkeypatch.setattr(compiling, "_WORKER", worker)
+    monkeypatch.setattr(compiling, "PATIENCE", 0.1)
+    assert step.take() == [COMPILED_HERE, COMPILED_HERE]
+    assert step.started
+
+
+def test_a_program_that_cannot_be_started_is_no_error(step, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/program")
+    assert step.take() == [COMPILED_HERE, COMPILED_HERE]
+
+
+def test_one_that_failed_is_the_last(step, monkeypatch):
+    monkeypatch.setattr(compiling, "_WORKER", DIES)
+    workers = compiling._Workers(1)
+    for x in range(2, 8):
+        workers.ask(_transpose_kernel, (torch.float16, torch.float16, x), dict(TO_LAST=True, C=4, LANES=4, ROWS=64))
+    workers.wait()
+    workers.end()
+    assert len(step.started) == 1
+
+
+def test_after_an_error_no_worker_is_left(step, monkeypatch):
+    monkeypatch.setattr(compiling, "_WORKER", HANGS)
+    with pytest.raises(RuntimeError, match="no memory"), only_compiling():
+        step.launch()
+        raise RuntimeError("no memory")
+    assert not step.compiled
+
+
+def test_a_worker_answers_what_it_cannot_compile_and_ends_with_its_input(step, monkeypatch, capsys):
+    good = compiling._job(
+        _transpose_kernel, (torch.float16, torch.float16, 64), dict(TO_LAST=True, C=4, LANES=4, ROWS=64)
+    )
+    bad = compiling._job(_transpose_kernel, (), {})
+    unknown = pickle.dumps((pickle.loads(good)[0], "nnunet_lgms.no_module", "no_kernel", (), {}))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bad + unknown + good)))
+    compiling.work()
+    assert capsys.readouterr().out == "\n\n\n"
+    assert step.compiled == [COMPILED_HERE]
+
+
+def test_who_looks_for_kernels_is_in_nobody_s_way(step, monkeypatch):
+    monkeypatch.setattr(compiling._here, "only_looks", True, raising=False)
+    cache = compiling._only_looking(triton.runtime.cache.FileCacheManager)("KEY")
+    with pytest.raises(compiling._NotCompiled):
+        cache.get_group("kernel.json")
+    found = []
+    other = threading.Thread(target=lambda: found.append(cache.get_group("kernel.json")))
+    other.start()
+    other.join()
+    assert found == [None]
+
+
+def test_keys_do_not_depend_on_what_was_compiled_before():
+    """Both gradients of attention call a function with constants."""
+    functions = [f for f in vars(attention_kernels).values() if isinstance(f, triton.JITFunction)]
+    gradients = [f for f in functions if "gradient_kernel" in f.__name__]
+    keys = []
+    for order in (gradients, gradients[::-1]):
+        for function in functions:
+            function.hash, function.used_global_vals = None, {}
+        for gradient in order:
+            compiling.fix_key(gradient)
+        keys.append([gradient.cache_key for gradient in gradients])
+    assert len(gradients) == 2 and keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(3, 1, 0), (4, 1, 3), (16, 1, 15), (128, 1, 15), (16, 4, 3), (16, 8, 0)]
+)
+def test_the_cores_are_shared(monkeypatch, cores: int, ranks: int, workers: int):
+    monkeypatch.setattr(compiling, "cores", lambda: cores)
+    monkeypatch.setattr(compiling.dist, "is_initialized", lambda: ranks > 1)
+    monkeypatch.setattr(compiling.dist, "get_world_size", lambda: ranks)
+    assert compiling._most_workers() == workers
+
+
+def test_who_always_compiles_needs_no_workers(monkeypatch):
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    monkeypatch.setattr(compiling, "cores", lambda: 16)
+    assert compiling._most_workers() == 0
