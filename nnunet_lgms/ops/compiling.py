@@ -1,19 +1,21 @@
 """Triton kernels compiled by processes beside this one.
 
-Python and most of Triton's compiler hold the interpreter's lock, so that of many threads fewer than three get on. What
-workers compile lies in Triton's cache on the disk afterwards, where this process looks before it compiles anything.
-Nothing else is taken from them: whatever goes wrong with a worker costs time, and never a result.
+Python and most of Triton's compiler hold the interpreter's lock, so that of many threads fewer than three get on. A
+process is started that imports the compiler once, while this one still notes which kernels it needs, and then forks a
+worker for each core. What they compile lies in Triton's cache on the disk afterwards, where this process looks before
+it compiles anything. Nothing else is taken from them: whatever goes wrong there costs time, and never a result.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import pkgutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -23,12 +25,12 @@ from torch import distributed as dist
 
 from nnunet_lgms.parallel import cores
 
-MOST_WORKERS = 15
-FEWEST_CORES = 4  # with fewer, what workers import takes longer than they save
-WORTH_WORKERS = 16  # missing kernels: threads have compiled fewer before a worker has PyTorch imported
+MOST_WORKERS = 16
+FEWEST_CORES = 4  # with fewer, what is imported takes longer than is saved
+WORTH_WORKERS = 16  # missing kernels: threads have compiled fewer before another process has PyTorch imported
 PATIENCE = 300  # seconds for all kernels together
 
-_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from nnunet_lgms.ops.compiling import work; work()"
+_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from nnunet_lgms.ops.compiling import work; work(int(sys.argv[1]))"
 _here = threading.local()
 
 
@@ -46,7 +48,7 @@ def compiled_by_workers() -> Iterator[Callable[..., None]]:
     workers = _Workers(most)
     try:
         yield workers.ask
-        workers.wait()
+        workers.compile()
     finally:
         workers.end()
 
@@ -58,70 +60,45 @@ def _most_workers() -> int:
         return 0
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     mine = cores() // ranks  # each compiles what it needs
-    return min(MOST_WORKERS, mine - 1) if mine >= FEWEST_CORES and not knobs.compilation.always_compile else 0
+    if mine < FEWEST_CORES or not hasattr(os, "fork") or knobs.compilation.always_compile:
+        return 0
+    return min(MOST_WORKERS, mine)
 
 
 class _Workers:
-    """Processes that are each given one kernel after the other, by a thread of this one that waits for the answer."""
+    """The process that :func:`work` is run by, and what it is to compile."""
 
     def __init__(self, most: int):
-        self._threads = ThreadPoolExecutor(most, "compiling")
-        self._missing: list[bytes] = []  # kernels that nobody compiles yet
-        self._given: list[Future] = []
-        self._started: list[subprocess.Popen] = []
-        self._idle: list[subprocess.Popen] = []
-        self._lock = threading.Lock()
-        self._ended = False  # or one has failed, so that the next would fail as well
+        self._most = most
+        self._missing: list[bytes] = []
+        self._process: subprocess.Popen | None = None
 
     def ask(self, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Has a kernel compiled if it is not in the cache, which is looked at only until workers are needed."""
+        """Notes a kernel if it is not in the cache, which is looked at only until it is clear that many are missing."""
         with suppress(Exception):  # whatever it is, it is said where the kernel is compiled without a worker
-            job = _job(kernel, args, kwargs)
-            if self._given or not _is_compiled(kernel, args, kwargs):
-                self._missing.append(job)
-            if self._given or len(self._missing) >= WORTH_WORKERS:
-                self._given += [self._threads.submit(self._give, job) for job in self._missing]
-                self._missing.clear()
+            if self._process is None and _is_compiled(kernel, args, kwargs):
+                return
+            self._missing.append(_job(kernel, args, kwargs))
+            if self._process is None and len(self._missing) >= WORTH_WORKERS:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _PROGRAM, str(self._most), *sys.path],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,  # so that it can be ended with all that it started
+                )
 
-    def _give(self, job: bytes) -> None:
-        answer = b""
-        try:
-            worker = self._idle_worker()
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdin.write(job)
-            answer = worker.stdout.readline()
-            self._idle.append(worker)
-        finally:
-            self._ended |= not answer
-
-    def _idle_worker(self) -> subprocess.Popen:
-        with self._lock:
-            if self._ended:
-                raise ChildProcessError("no workers any more")
-            if self._idle:
-                return self._idle.pop()
-            worker = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, *sys.path],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            self._started.append(worker)
-            return worker
-
-    def wait(self) -> None:
-        wait(self._given, PATIENCE)
+    def compile(self) -> None:
+        if self._process is not None:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                self._process.communicate(b"".join(self._missing), PATIENCE)
 
     def end(self) -> None:
-        with self._lock:
-            self._ended = True
-        for worker in self._started:
-            worker.kill()
-        self._threads.shutdown(cancel_futures=True)
-        for worker in self._started:
-            with worker:  # waits for its end and closes the pipes
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(OSError), self._process:  # waits for its end and closes the pipe
                 pass
 
 
@@ -201,18 +178,41 @@ def fix_key(function: Any) -> None:
         hash(function)  # of that key
 
 
-def work() -> None:
-    """Compiles the kernels that come through the standard input, each answered by a line, until that is closed."""
-    from triton.runtime import driver
+def work(most: int) -> None:
+    """Compiles the kernels that come through the standard input, in so many processes; ends when all are compiled."""
+    import nnunet_lgms.ops.triton as kernels
 
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        import_module(module.name)
+    jobs = list(_jobs())
+    take, give = os.pipe()  # numbers of jobs, of which each process reads the next
+    os.write(give, b"".join(number.to_bytes(2, "little") for number in range(len(jobs))))
+    os.close(give)
+    children = []
+    for _ in range(min(most, len(jobs))):
+        child = os.fork()
+        if child == 0:
+            while number := os.read(take, 2):
+                with suppress(Exception):  # which is raised again where the kernel is needed
+                    _compile(*jobs[int.from_bytes(number, "little")])
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def _jobs() -> Iterator[tuple]:
     while True:
         try:
-            target, module, name, args, kwargs = pickle.load(sys.stdin.buffer)
+            yield pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        driver.set_active(_Driver(target))
-        with suppress(Exception):  # which is raised again where the kernel is needed
-            kernel = getattr(import_module(module), name)
-            fix_key(kernel)
-            kernel.warmup(*args, grid=(1,), **kwargs)
-        print(flush=True)
+
+
+def _compile(target: Any, module: str, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(target))
+    kernel = getattr(import_module(module), name)
+    fix_key(kernel)
+    kernel.warmup(*args, grid=(1,), **kwargs)
