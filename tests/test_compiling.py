@@ -109,7 +109,7 @@ def test_what_cannot_be_compiled_keeps_nobody_from_the_rest(step):
     good, bad = compiling._job(_transpose_kernel, *arguments), compiling._job(_transpose_kernel, (), {})
     unknown = pickle.dumps((pickle.loads(good)[0], "nnunet_lgms.no_module", "no_kernel", (), {}))
     command = [sys.executable, "-c", compiling._PROGRAM, "2", *sys.path]
-    subprocess.run(command, input=bad + unknown + good, check=True, timeout=120)
+    subprocess.run(command, input=bad + unknown + good + compiling._LAST, check=True, timeout=120)
     assert step.take() == [FOUND, COMPILED_HERE]
 
 

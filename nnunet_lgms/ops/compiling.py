@@ -31,6 +31,7 @@ WORTH_WORKERS = 16  # missing kernels: threads have compiled fewer before anothe
 PATIENCE = 300  # seconds for all kernels together
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from nnunet_lgms.ops.compiling import work; work(int(sys.argv[1]))"
+_LAST = pickle.dumps(None)  # after all jobs: the pipe may stay open where another thread forked a process meanwhile
 _here = threading.local()
 
 
@@ -92,7 +93,7 @@ class _Workers:
     def compile(self) -> None:
         if self._process is not None:
             with suppress(OSError, subprocess.TimeoutExpired):
-                self._process.communicate(b"".join(self._missing), PATIENCE)
+                self._process.communicate(b"".join([*self._missing, _LAST]), PATIENCE)
 
     def end(self) -> None:
         if self._process is not None:
@@ -179,7 +180,11 @@ def fix_key(function: Any) -> None:
 
 
 def work(most: int) -> None:
-    """Compiles the kernels that come through the standard input, in so many processes; ends when all are compiled."""
+    """Compiles the kernels that come through the standard input, in so many processes; ends when all are compiled.
+
+    Raises:
+        EOFError: the input ended before the last one, with the process that it comes from.
+    """
     import nnunet_lgms.ops.triton as kernels
 
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
@@ -202,11 +207,8 @@ def work(most: int) -> None:
 
 
 def _jobs() -> Iterator[tuple]:
-    while True:
-        try:
-            yield pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
+    while (job := pickle.load(sys.stdin.buffer)) is not None:
+        yield job
 
 
 def _compile(target: Any, module: str, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
