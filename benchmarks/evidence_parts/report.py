@@ -70,8 +70,8 @@ TESTED = (
 )
 RECIPES = (
     "LGMSNet with the recipe of the paper's 2D experiments, `nnUNetTrainerLGMSNet`, and with that of its released 3D "
-    "script, `nnUNetTrainerLGMSNet_paper3D`: the same plans, levels, steps, splits and seeds. Dice, mirrored; "
-    "differences and p as above, adjusted for the sets of this table."
+    "script, `nnUNetTrainerLGMSNet_paper3D`: the same plans, levels, steps, splits and seeds. Dice, mirrored but for "
+    "the last two columns; differences and p as above, adjusted for the sets of this table."
 )
 
 
@@ -137,17 +137,18 @@ def recipes_in_3d(results: Results) -> list[str]:
             rows.append([title, NOT_RUN])
             continue
         ours, theirs = pairs[stage]
-        found = verdict(ours, theirs, MIRRORED)
+        found, plain = verdict(ours, theirs, MIRRORED), [cell(ours, theirs, "validation") for cell in (gain, verdict)]
         seeds = ", ".join(str(run["run"]["seed"]) for run in ours)
         means = [with_interval(mean_of(runs, MIRRORED)) for runs in (theirs, ours)]
-        rows.append([title, seeds, *means, gain(ours, theirs, MIRRORED), f"{adjusted[stage]:.2g}", found])
+        rows.append([title, seeds, *means, gain(ours, theirs, MIRRORED), f"{adjusted[stage]:.2g}", found, *plain])
         what = (
             f"is {found.split()[0]} on" if found.startswith(("better", "worse")) else "made no difference that shows on"
         )
         said.setdefault(what, []).append(title)
-    lines = table("set | seeds | 2D recipe | 3D recipe | 3D against 2D recipe | p | the 3D recipe is", rows)
+    compared = "3D against 2D recipe | p | the 3D recipe is | the same, not mirrored | "
+    lines = table(f"set | seeds | 2D recipe | 3D recipe | {compared}", rows)
     answer = ", ".join(f"{what} {' and '.join(titles)}" for what, titles in said.items())
-    return [*lines, "", f"The 3D recipe {answer}."] if pairs else lines
+    return [*lines, "", f"Mirrored, the 3D recipe {answer}."] if pairs else lines
 
 
 def stage_lines(results: Results, stage: str) -> list[str]:
@@ -228,7 +229,7 @@ def runs_table(results: Results, state: Path) -> list[str]:
     rows = []
     for run in results.runs:
         versions = f"torch {run['versions']['torch']}, nnunetv2 {run['versions']['nnunetv2']}"
-        about = [run["date"], run["device"], versions, (run["commit"] or "not committed")[:12]]
+        about = [run["date"], run["device"], versions, (run["commit"] or "")[:12] or "not committed"]
         rows.append([f"`{run['name']}`", *about, f"{run['seconds']:.0f}", f"{run['waiting_for_batches']:.0%}"])
     left = {name: what for name, what in read_json(state).items() if name not in {run["name"] for run in results.runs}}
     rows += [[f"`{name}`", what] for name, what in left.items()]
