@@ -409,6 +409,8 @@ GRIDS = {  # input shape, output channels, kernel, whether the map is swept
     "3d": ((2, 32, 128, 128, 128), 16, (3, 3, 3), True),
     "3d_wide": ((2, 32, 64, 64, 64), 32, (3, 3, 3), True),
     "3d_few_channels": ((2, 4, 128, 128, 128), 16, (3, 3, 3), True),
+    "3d_columns": ((2, 64, 128, 128, 128), 32, (3, 3, 1), True),
+    "3d_wide_columns": ((2, 64, 128, 128, 128), 64, (3, 3, 1), False),  # its bands alone are 96 KiB
     "3d_thick_slices": ((2, 16, 128, 128, 128), 16, (1, 3, 3), False),
     "2d": ((16, 32, 256, 256), 16, (3, 3), True),
     "2d_narrow": ((16, 32, 256, 40), 16, (3, 3), False),

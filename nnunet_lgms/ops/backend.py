@@ -24,7 +24,7 @@ SETTINGS = ("auto", "off")
 HAS_TRITON = find_spec("triton") is not None
 CAPABILITY = (8, 0)  # of the oldest GPUs that the kernels are made for: tensor cores with bfloat16 and tf32
 MEASURED = (9, 0)  # capability of the H100 and H200, on which tiles were chosen by the clock
-SHARED_MEMORY = 90_112  # bytes of a block that the largest kernel takes where there is little of it
+SHARED_MEMORY = 77_824  # bytes of a block that the largest kernel takes where there is little of it
 ALL_HAVE = 99 << 10  # bytes of shared memory that every GPU of that capability has, where PyTorch does not say it
 
 

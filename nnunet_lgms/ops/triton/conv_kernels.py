@@ -10,9 +10,10 @@ product with a mirrored band. Sums are in float32. There are two ways to go thro
 * `_conv_sweep_kernel`, for kernels of 3 along the outermost axis: a program keeps its block of tiles of a plane and
   walks through the planes. An input plane is loaded once for the three planes of outputs that it belongs to, whose sums
   wait side by side in registers, and one product serves all three. Band matrices stay in shared memory for the whole
-  walk; the inputs of the next planes arrive meanwhile. With more than 8 channels a tile is one output and a
-  product takes one tap along x, so that a band has no zeros; with fewer, it takes two outputs and their run, because a
-  product wants 16 numbers. A 2D map counts as planes of one row, (H, 1, W), so that its rows are walked.
+  walk; where shared memory has room for them, the inputs of the next planes arrive meanwhile. With more than 8 channels
+  to read, or 16 to write, a tile is one output and a product takes one tap along x, so that a band has no zeros; with
+  fewer, it takes two outputs and their run, because a product wants 16 numbers. A 2D map counts as planes of one row,
+  (H, 1, W), so that its rows are walked.
 * `_conv_flat_kernel`, for all else: the tiles of all planes one after the other, each by itself. With tiles of 2 x 2,
   an output of a 3^3 kernel costs 3 loads of 4 voxels. A 2D map is one plane, (1, H, W).
 
@@ -45,12 +46,14 @@ if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
 MAX_N = 64  # results of a tile that does not sweep, beyond that it shrinks
+MAX_SWEEP_N = 32  # results of a tile that sweeps, which has four times as many sums in registers
 SWEEP_BLOCK = 64  # tiles of a program that sweeps
 PLANES = 16, 64  # of outputs that a program sweeps, at least and at most; it loads two more
 PROGRAMS = 512  # are enough for a sweep, which walks further rather than have more
 STAGING = 4096  # bytes of shared memory, through which a sweep writes its results
 LEAST_FULL = 0.75  # of the blocks of a plane: a sweep does not fill them with tiles of the next
 BAND_NUMBERS = 1024  # of the band matrices, that one program writes
+SUMS_STAY = hasattr(triton, "knobs")  # in registers: Triton 3.3 moves them from plane to plane through shared memory
 
 
 class Tiling(NamedTuple):
@@ -147,13 +150,14 @@ class _LaunchGrid(NamedTuple):
         depth, height, width = size
         tiles = height * triton.cdiv(width, t.tx)
         blocks = triton.cdiv(tiles, SWEEP_BLOCK)
-        if t.kz != 3 or tiles < LEAST_FULL * blocks * SWEEP_BLOCK:
+        stages = _sweep_stages(t, x)
+        if t.kz != 3 or t.n > MAX_SWEEP_N or tiles < LEAST_FULL * blocks * SWEEP_BLOCK or stages == 0:
             return None
         least, most = PLANES
         steps = min(max(blocks * x.shape[0] * depth // PROGRAMS, least), most)
         steps = triton.cdiv(depth, triton.cdiv(depth, steps))
         programs = blocks * triton.cdiv(depth, steps)
-        options = {"num_warps": 4, "num_stages": _sweep_stages(t, x)}
+        options = {"num_warps": 4, "num_stages": stages}
         return cls(_conv_sweep_kernel, t, size, tiles, SWEEP_BLOCK, steps, programs, options)
 
     @classmethod
@@ -166,10 +170,12 @@ class _LaunchGrid(NamedTuple):
 
 
 def _sweep_stages(t: Tiling, x: Tensor) -> int:
-    """Planes of inputs that are on their way or at hand: as many as leave room for a second program."""
-    bands, inputs = t.ky * t.products * t.k * 4 * t.n, t.ky * t.products * SWEEP_BLOCK * t.k
-    room = device.sizes(x.device).shared_memory // 2
-    return next((n for n in (3, 2) if (bands + n * inputs) * x.element_size() + STAGING <= room), 1)
+    """Planes of inputs that are on their way or at hand: as many as leave room for a second program; 0: none fits."""
+    inputs = t.ky * t.products * SWEEP_BLOCK * t.k * x.element_size()
+    others = t.ky * t.products * t.k * 4 * t.n * x.element_size()  # the bands
+    others += STAGING if SUMS_STAY else SWEEP_BLOCK * 4 * t.n * 4
+    room = device.sizes(x.device).shared_memory
+    return next((n for n in (3, 2) if others + n * inputs <= room // 2), int(others <= room))
 
 
 def _flat_options(t: Tiling) -> tuple[int, dict[str, int]]:
