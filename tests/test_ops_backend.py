@@ -160,6 +160,7 @@ def errors():
         CompilationError("tl.dot(a, b)", None, "wrong"),
         RuntimeError("PassManager::run failed"),
         subprocess.CalledProcessError(1, ["gcc"]),
+        PermissionError(13, "Permission denied", "/.triton"),
     ]
 
 
@@ -169,7 +170,7 @@ def card(monkeypatch):
     return Card(monkeypatch)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_an_operator_goes_on_without_the_kernel_that_failed(number, card):
     kernel = Kernel(errors()[number])
 

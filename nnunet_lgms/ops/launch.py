@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def _is_triton_s(error: Exception) -> bool:
     """Whether a kernel cannot be built, or cannot run on this GPU whatever it is given."""
     from triton.errors import TritonError
 
-    if isinstance(error, TritonError | CalledProcessError):  # the latter of the C compiler
+    if isinstance(error, TritonError | CalledProcessError | OSError):  # of its C compiler; of its cache on the disk
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in ("PassManager", "C compiler"))
 
@@ -105,7 +106,7 @@ def only_compiling() -> Iterator[None]:
         finally:
             _asked_for = _ask_workers = None
     if asked_for:
-        _compile(asked_for)
+        copy_context().run(_compile, asked_for)  # where a compilation ends with an error, Triton's mode stays on
 
 
 def _compile(asked_for: list[tuple]) -> None:
