@@ -24,13 +24,34 @@ from nnunet_lgms.ops.triton.layout import _transpose_kernel  # noqa: E402
 COMPILED_HERE, FOUND = False, True
 DIES = "raise SystemExit(1)"
 HANGS = "import time; time.sleep(60)"
+FORKS_ONCE = """import os
+fork, allowed = os.fork, [True]
+def fork_once():
+    if not allowed:
+        raise BlockingIOError("processes")
+    return allowed.clear() or fork()
+os.fork = fork_once
+"""
+NEVER_COMPILED = """import signal, sys, time
+sys.path[:] = sys.argv[2:]
+from nnunet_lgms.ops import compiling
+def never(*job):
+    print(open("/proc/self/oom_score_adj").read(), end="", flush=True)
+    time.sleep(60)
+def jobs(jobs=compiling._jobs):
+    assert 0 < signal.alarm(0) <= compiling.PATIENCE
+    compiling.PATIENCE = 1
+    return jobs()
+compiling._compile, compiling._jobs = never, jobs
+compiling.work(2)
+"""
 
 
 class Step:
     """Two launches, and what became of them: ``compiled`` has an entry each, ``started`` the workers."""
 
     def __init__(self):
-        self.compiled, self.started, self.popen = [], [], subprocess.Popen
+        self.compiled, self.started, self.popen, self.tried = [], [], subprocess.Popen, 0
 
     def take(self) -> list[bool]:
         """As in a new process, whose kernels are in Triton's cache on the disk or nowhere."""
@@ -46,6 +67,7 @@ class Step:
             launch(_transpose_kernel)[(1,)](x, x, 64, TO_LAST=True, C=4, LANES=4, ROWS=64)
 
     def start(self, command: list[str], **kwargs) -> subprocess.Popen:
+        self.tried += "-c" in command
         process = self.popen(command, **kwargs)
         self.started += [process] if "-c" in command else []  # Triton starts others
         return process
@@ -90,9 +112,44 @@ def test_without_workers_all_is_compiled_here(step, monkeypatch, worker: str):
     assert step.started
 
 
-def test_a_program_that_cannot_be_started_is_no_error(step, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/no/such/program")
+@pytest.mark.parametrize("python", ["/no/such/program", "", None])
+def test_a_program_that_cannot_be_started_is_no_error_and_tried_once(step, monkeypatch, python: str | None):
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(compiling, "WORTH_WORKERS", 1)
     assert step.take() == [COMPILED_HERE, COMPILED_HERE]
+    assert step.tried == 1 and not step.started
+
+
+@pytest.mark.slow
+def test_one_worker_does_it_all_where_no_more_can_be_forked(step, monkeypatch):
+    monkeypatch.setattr(compiling, "_PROGRAM", FORKS_ONCE + compiling._PROGRAM)
+    assert step.take() == [FOUND, FOUND]
+    assert step.started[0].returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux tells it")
+def test_workers_end_in_time_by_themselves_and_first_where_memory_is_short(step):
+    job = compiling._job(_transpose_kernel, (torch.float16, torch.float16, 64), {})
+    command = [sys.executable, "-c", NEVER_COMPILED, "2", *sys.path]
+    process = subprocess.run(command, input=2 * job + compiling._LAST, stdout=subprocess.PIPE, timeout=50)
+    assert process.returncode == 0 and process.stdout.split() == [b"1000", b"1000"]
+
+
+def test_an_error_of_the_compiler_leaves_triton_as_it_was(step, monkeypatch):
+    monkeypatch.setattr(compiling, "WORTH_WORKERS", 9)
+    mode = pytest.importorskip("triton.runtime._async_compile").active_mode
+    x = torch.zeros(2)
+    with only_compiling():
+        launch(_transpose_kernel)[(1,)](x, x, 64, TO_LAST=True, C=4, LANES=3, ROWS=64)  # not a power of two
+    assert mode.get() is None
+    assert step.take() == [COMPILED_HERE, COMPILED_HERE]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error_before_a_launch(step, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert step.take() == []
 
 
 def test_after_an_error_no_worker_is_left(step, monkeypatch):
@@ -147,6 +204,18 @@ def test_the_cores_are_shared(monkeypatch, cores: int, ranks: int, workers: int)
     monkeypatch.setattr(compiling.dist, "is_initialized", lambda: ranks > 1)
     monkeypatch.setattr(compiling.dist, "get_world_size", lambda: ranks)
     assert compiling._most_workers() == workers
+
+
+def test_an_application_that_is_no_python_starts_none(monkeypatch):
+    monkeypatch.setattr(compiling, "cores", lambda: 16)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert compiling._most_workers() == 0
+
+
+def test_a_triton_with_other_knobs_is_no_error(monkeypatch):
+    monkeypatch.setattr(compiling, "cores", lambda: 16)
+    monkeypatch.setattr(triton.knobs, "compilation", object())
+    assert compiling._most_workers() == 0
 
 
 def test_who_always_compiles_needs_no_workers(monkeypatch):

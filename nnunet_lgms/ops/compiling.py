@@ -55,13 +55,17 @@ def compiled_by_workers() -> Iterator[Callable[..., None]]:
 
 
 def _most_workers() -> int:
+    if getattr(sys, "frozen", False):  # this is an application, not Python: it would be started again and again
+        return 0
     try:
         from triton import knobs
-    except ImportError:  # before Triton 3.4
+
+        compiles_again = knobs.compilation.always_compile
+    except (ImportError, AttributeError):  # before Triton 3.4, or knobs of other names
         return 0
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     mine = cores() // ranks  # each compiles what it needs
-    if mine < FEWEST_CORES or not hasattr(os, "fork") or knobs.compilation.always_compile:
+    if mine < FEWEST_CORES or not hasattr(os, "fork") or compiles_again:
         return 0
     return min(MOST_WORKERS, mine)
 
@@ -80,7 +84,7 @@ class _Workers:
             if self._process is None and _is_compiled(kernel, args, kwargs):
                 return
             self._missing.append(_job(kernel, args, kwargs))
-            if self._process is None and len(self._missing) >= WORTH_WORKERS:
+            if len(self._missing) == WORTH_WORKERS:  # once, also if nothing can be started
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", _PROGRAM, str(self._most), *sys.path],
                     stdin=subprocess.PIPE,
@@ -97,7 +101,7 @@ class _Workers:
 
     def end(self) -> None:
         if self._process is not None:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):  # nobody is left
                 os.killpg(self._process.pid, signal.SIGKILL)
             with suppress(OSError), self._process:  # waits for its end and closes the pipe
                 pass
@@ -182,11 +186,17 @@ def fix_key(function: Any) -> None:
 def work(most: int) -> None:
     """Compiles the kernels that come through the standard input, in so many processes; ends when all are compiled.
 
+    Without the process that it comes from it ends as well, at the latest after PATIENCE. Where memory is short, it is
+    ended in place of that process.
+
     Raises:
         EOFError: the input ended before the last one, with the process that it comes from.
     """
     import nnunet_lgms.ops.triton as kernels
 
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # forked processes have it as well
+        file.write("1000")
+    _end_in_time()
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         import_module(module.name)
     jobs = list(_jobs())
@@ -195,8 +205,12 @@ def work(most: int) -> None:
     os.close(give)
     children = []
     for _ in range(min(most, len(jobs))):
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError:  # no more processes are allowed, or no memory is left for them
+            break
         if child == 0:
+            _end_in_time()
             while number := os.read(take, 2):
                 with suppress(Exception):  # which is raised again where the kernel is needed
                     _compile(*jobs[int.from_bytes(number, "little")])
@@ -204,6 +218,12 @@ def work(most: int) -> None:
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
+
+
+def _end_in_time() -> None:
+    """Has this process, but none that it forks, ended after PATIENCE even if it never comes back from the compiler."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(PATIENCE)
 
 
 def _jobs() -> Iterator[tuple]:
