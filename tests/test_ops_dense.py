@@ -422,7 +422,8 @@ GRIDS = {  # input shape, output channels, kernel, whether the map is swept
 def test_convolutions_sweep_where_that_is_faster(case):
     kernels = pytest.importorskip("nnunet_lgms.ops.triton.conv_kernels")
     shape, out_channels, kernel, sweeps = GRIDS[case]
-    grid = kernels._LaunchGrid.of(torch.empty(shape, device="meta"), kernel, shape[1], out_channels)
+    x = torch.empty(shape, dtype=torch.float16, device="meta")
+    grid = kernels._LaunchGrid.of(x, kernel, shape[1], out_channels)
     assert grid.function is (kernels._conv_sweep_kernel if sweeps else kernels._conv_flat_kernel)
     blocks = -(-grid.tiles // grid.block) * (grid.size[0] if sweeps else 1)
     assert blocks <= grid.programs * grid.steps < 1.1 * blocks  # all of the map, and none has much less to do
