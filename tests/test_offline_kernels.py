@@ -22,12 +22,13 @@ from nnunet_lgms.ops import triton as kernels  # noqa: E402
 TABLE = json.loads((ROOT / "benchmarks/results/offline_kernels.json").read_text())
 SMALLEST = min(card.shared_memory for card in CARDS.values())
 # Bytes of a thread into which registers may spill, of 255 registers of 4 bytes each. Those of the bottleneck's gradient
-# lie outside of its loop, but for 8 loads of 2,336 instructions on an RTX 50.
+# lie outside of its loop, but for 8 loads of 2,336 instructions on an RTX 50; those of the sweep, on a B200, are at
+# most 6 loads of 691 instructions.
 MOST_STACK = {
     "_depthwise_weight_gradient_kernel": 256,
     "_bottleneck_backward_kernel": 160,
     "_layer_norm_backward_kernel": 16,
-    "_conv_flat_kernel": 16,
+    "_conv_sweep_kernel": 24,
     "_conv_weight_gradient_kernel": 8,
     "_conv_weight_reduce_kernel": 8,
 }
