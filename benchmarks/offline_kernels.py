@@ -142,7 +142,7 @@ def noting(shared_memory: int, major: int) -> Iterator[list[Version]]:
     with (
         patch.object(device, "sizes", lambda _: device.Device(108, shared_memory)),
         patch.object(bottleneck_kernels, "capability", lambda _: (major, 0)),
-        patch.object(launch, "_asked_for", {}) as asked_for,
+        patch.object(launch._here, "asked_for", {}) as asked_for,
     ):
         yield versions
     versions += dict.fromkeys(Version.of(*asked) for asked in asked_for)

@@ -47,6 +47,31 @@ def test_nothing_is_launched_and_each_version_compiled_once(monkeypatch):
     assert len(kernel.launched) == 1
 
 
+def test_a_thread_that_computes_meanwhile_launches(monkeypatch):
+    monkeypatch.setattr(launching, "_build_launcher", lambda kernel: None)
+    kernel, other = Kernel(), Kernel()
+    with only_compiling():
+        thread = threading.Thread(target=lambda: launch(other)[(3,)](1))
+        thread.start()
+        thread.join()
+        launch(kernel)[(3,)](torch.zeros(2))
+        assert not torch._C._is_multithreading_enabled()  # gradients are of this thread, also on a GPU
+    assert torch._C._is_multithreading_enabled()
+    assert other.launched == [((3,), (1,), {})] and not other.compiled
+    assert not kernel.launched
+
+
+def test_what_triton_does_not_compile_needs_no_launcher():
+    class Interpreted(Kernel):
+        def warmup(self, *args, grid, **kwargs):
+            super().warmup(*args, grid=grid, **kwargs)
+
+    kernel = Interpreted()
+    with only_compiling():
+        launch(kernel)[(3,)](1)
+    assert kernel.compiled == [((1,), {})]
+
+
 def test_a_kernel_that_cannot_be_compiled_ahead_fails_where_it_is_launched():
     from triton.compiler.errors import CompilationError
 

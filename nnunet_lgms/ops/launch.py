@@ -9,6 +9,7 @@ the threads little to do.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -26,9 +27,16 @@ if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-# Kernel, arguments and keywords of the launches that are only compiled, each once; None where launches are launches.
-_asked_for: dict[tuple, None] | None = None
-_ask_workers: Callable[..., None] | None = None  # who are told of each of them at once
+
+class _Here(threading.local):
+    """What becomes of the launches of a thread, as others may predict meanwhile."""
+
+    # Kernel, arguments and keywords of those that are only compiled, each once; None where launches are launches.
+    asked_for: dict[tuple, None] | None = None
+    ask_workers: Callable[..., None] | None = None  # who are told of each of them at once
+
+
+_here = _Here()
 
 
 def launch(kernel: JITFunction) -> _Launch | _Asked:
@@ -38,7 +46,7 @@ def launch(kernel: JITFunction) -> _Launch | _Asked:
         KernelsSwitchedOff: at the launch, where Triton cannot build the kernel or the GPU has not the memory for it;
             see :func:`nnunet_lgms.ops.backend.kernel_failed`.
     """
-    return _Launch(kernel) if _asked_for is None else _Asked(kernel)
+    return _Launch(kernel) if _here.asked_for is None else _Asked(kernel)
 
 
 class _Launch:
@@ -85,26 +93,28 @@ class _Asked:
         def note(*args: Any, **kwargs: Any) -> None:
             # of a tensor the compiler knows the type, and that it is aligned
             args = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in args)
-            assert _asked_for is not None
+            assert _here.asked_for is not None
             asked = self._kernel, args, tuple(kwargs.items())
-            if _ask_workers is not None and asked not in _asked_for:
-                _ask_workers(self._kernel, args, kwargs)
-            _asked_for[asked] = None
+            if _here.ask_workers is not None and asked not in _here.asked_for:
+                _here.ask_workers(self._kernel, args, kwargs)
+            _here.asked_for[asked] = None
 
         return note
 
 
 @contextmanager
 def only_compiling() -> Iterator[None]:
-    """Inside, operators give memory without content; at its end, the kernels that they would launch are compiled."""
-    global _asked_for, _ask_workers
-    with compiled_by_workers() as ask_workers:
-        _asked_for, _ask_workers = {}, ask_workers
+    """Inside, operators give memory without content; at its end, the kernels that they would launch are compiled.
+
+    That is so in this thread, where gradients are computed as well then, and in no other one.
+    """
+    with compiled_by_workers() as ask_workers, torch.autograd.set_multithreading_enabled(False):
+        _here.asked_for, _here.ask_workers = {}, ask_workers
         try:
             yield
-            asked_for = list(_asked_for)
+            asked_for = list(_here.asked_for)
         finally:
-            _asked_for = _ask_workers = None
+            _here.asked_for = _here.ask_workers = None
     if asked_for:
         copy_context().run(_compile, asked_for)  # where a compilation ends with an error, Triton's mode stays on
 
@@ -118,7 +128,8 @@ def _compile(asked_for: list[tuple]) -> None:
         try:
             with together(threads):
                 kernels = [kernel.warmup(*args, grid=(1,), **dict(kwargs)) for kernel, args, kwargs in asked_for]
-            list(threads.map(_build_launcher, {id(kernel): kernel for kernel in map(_compiled, kernels)}.values()))
+            kernels = filter(None, map(_compiled, kernels))  # Triton's interpreter compiles none
+            list(threads.map(_build_launcher, {id(kernel): kernel for kernel in kernels}.values()))
         except Exception as error:  # at its launch, the kernel fails again, and somebody is there to do without it
             if not _is_triton_s(error):
                 raise
