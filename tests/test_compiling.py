@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,22 @@ def test_who_looks_for_kernels_is_in_nobody_s_way(step, monkeypatch):
     other.start()
     other.join()
     assert found == [None]
+
+
+def test_threads_that_look_at_once_leave_triton_s_manager_as_it_was(step):
+    class Kernel:
+        def __init__(self, *meanwhile: threading.Thread):
+            self.meanwhile = meanwhile
+
+        def warmup(self, grid):
+            for thread in self.meanwhile:
+                thread.start()
+            time.sleep(0.1 if self.meanwhile else 0.3)
+
+    other = threading.Thread(target=lambda: compiling._is_compiled(Kernel(), (), {}))
+    assert compiling._is_compiled(Kernel(other), (), {})
+    other.join()
+    assert triton.knobs.cache.manager_class is None
 
 
 def test_keys_do_not_depend_on_what_was_compiled_before():

@@ -33,6 +33,7 @@ PATIENCE = 300  # seconds for all kernels together
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from nnunet_lgms.ops.compiling import work; work(int(sys.argv[1]))"
 _LAST = pickle.dumps(None)  # after all jobs: the pipe may stay open where another thread forked a process meanwhile
 _here = threading.local()
+_looks = threading.Lock()  # what one thread finds as Triton's cache manager, and restores, is not another one's
 
 
 @contextmanager
@@ -135,7 +136,7 @@ def _is_compiled(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     from triton import knobs
     from triton.runtime.cache import FileCacheManager
 
-    with knobs.cache.scope():
+    with _looks, knobs.cache.scope():
         knobs.cache.manager_class = _only_looking(knobs.cache.manager_class or FileCacheManager)
         _here.only_looks = True
         try:
