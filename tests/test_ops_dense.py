@@ -335,10 +335,23 @@ def channels_errors(shape, sizes, device):
     return [*errors, relative(kernels._concatenate(parts), x)]
 
 
+INFINITE = {"3d": ((1, 16, 9, 4, 5), 16, (3, 3, 3)), "few_channels": ((1, 4, 9, 4, 5), 8, (3, 3, 3))}
+
+
+def infinite_errors(shape, out_channels, kernel, device):
+    """Planes that an infinite number reaches, against PyTorch: its neighbours and no others."""
+    x, weight = draw(shape, device).to(half(device)), torch.randn(out_channels, shape[1], *kernel).to(device)
+    x[0, :, 3, 2, 2] = float("inf")
+    expected = F.conv3d(x.float(), weight, padding=1).isfinite()
+    found = both_ways(lambda kernels: [kernels.convolve([x], weight.to(x.dtype), None, 1).isfinite()])
+    return [float(not torch.equal(finite.all((1, 3, 4)), expected.all((1, 3, 4)))) for finite in found]
+
+
 GROUPS = {
     "channels": (CHANNELS, channels_errors),
     "layout": (LAYOUTS, layout_errors),
     "convolution": (CONVOLUTIONS, convolution_errors),
+    "infinite": (INFINITE, infinite_errors),
     "weight_gradient": (WEIGHT_GRADIENTS, weight_gradient_errors),
     "epilogue": (EPILOGUES, epilogue_errors),
     "norm": (NORMS, norm_errors),

@@ -27,7 +27,7 @@ from nnunet_lgms.parallel import cores
 
 MOST_WORKERS = 16
 FEWEST_CORES = 4  # with fewer, what is imported takes longer than is saved
-WORTH_WORKERS = 16  # missing kernels: threads have compiled fewer before another process has PyTorch imported
+WORTH_WORKERS = 100  # missing kernels, as of a training step: a prediction's, threads compile while others import
 PATIENCE = 300  # seconds for all kernels together
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from nnunet_lgms.ops.compiling import work; work(int(sys.argv[1]))"

@@ -404,7 +404,8 @@ def _next_plane(sums, BLOCK: tl.constexpr, N: tl.constexpr):
     halves = tl.permute(tl.reshape(sums, (BLOCK, 2, 2, N)), (0, 3, 2, 1))
     even, odd = tl.split(halves)  # (BLOCK, N, 2) each
     before, here = tl.split(even)
-    behind, nothing = tl.split(odd)
+    behind, _ = tl.split(odd)  # which is not zero but NaN, where an input is infinite
+    nothing = tl.zeros((BLOCK, N), tl.float32)
     moved = tl.join(tl.join(here, behind), tl.join(nothing, nothing))
     return before, tl.reshape(tl.permute(moved, (0, 3, 2, 1)), (BLOCK, 4 * N))
 
