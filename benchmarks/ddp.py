@@ -2,8 +2,8 @@
 
     python benchmarks/ddp.py    # on all visible GPUs; or --gpus N, or some of its --parts
 
-On noise with patches of ``--synthetic`` (128) voxels per axis and on the hippocampus cases of the demo, trainings that
-start together, as that takes the longest, and after their first epoch go on one after the other:
+One training after the other, on noise with patches of ``--synthetic`` (128) voxels per axis and on the hippocampus
+cases of the demo:
 
 - speed_synthetic, speed_hippocampus: throughput with the planned batch on one GPU and on each of all; the loss curves
   of one GPU and of all with the same global batch, the planned one or, where that is less, a sample for each.
@@ -31,13 +31,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 import torch
-from commands import children, measured_training, start, stop, wait, wait_until, words_of
+from commands import children, measured_training, start, wait, wait_until, words_of
 from record import command_line, provenance, write
 from training_sets import CONFIGURATION, TRAIN, prepare, timings
 
@@ -84,44 +83,11 @@ class Bench:
         Raises:
             RuntimeError: it fails, or does not end.
         """
-        return self._to_the_end(run, self.start(run, n, batch, *args, **more), stops)
-
-    def train_in_turn(self, wanted: dict[str, tuple[int, int]]) -> dict[str, dict]:
-        """Runs trainings that have the GPUs to themselves after their first epochs; what their trainers measured.
-
-        Args:
-            wanted: run → how many GPUs, and their global batch.
-
-        Raises:
-            RuntimeError: as `train`.
-        """
-        gates = {run: self.log(run).with_name("gate") for run in wanted}
-        for run, gate in gates.items():  # of another call
-            for file in (gate, *self.files(run, "at_the_gate")):
-                file.unlink(missing_ok=True)
-        started = {run: self.start(run, *of, MEASURED_GATE=gates[run]) for run, of in wanted.items()}
-        try:
-            for run, process in started.items():
-                wait_until(partial(self._at_the_gate, run, process), process, self.log(run))
-            done = {}
-            for run, process in started.items():
-                gates[run].touch()
-                done[run] = self._to_the_end(run, process)
-            return done
-        finally:
-            for process in started.values():
-                if process.poll() is None:
-                    stop(process)
-
-    def _at_the_gate(self, run: str, process: subprocess.Popen) -> bool:
-        """Or at its end, which then says why."""
-        return bool(self.files(run, "at_the_gate")) or process.poll() is not None
-
-    def _to_the_end(self, run: str, process: subprocess.Popen, stops: bool = False) -> dict:
-        code = wait(process, self.log(run))
+        begin = time.time()
+        code = wait(self.start(run, n, batch, *args, **more), self.log(run))
         if (code != 0) != stops:
             raise RuntimeError(f"{run} ended with {code}: {self.log(run).read_text()[-1500:]}")
-        return self.measured(run)
+        return {**self.measured(run), "started": begin}
 
     def log(self, run: str) -> Path:
         return self.work / self.name / run / "log.txt"
@@ -145,12 +111,13 @@ def mean_difference(first: dict, second: dict) -> float:
 
 
 def compare_speed(bench: Bench) -> dict:
-    wanted = {"one": (1, bench.shared), "all": (bench.n, bench.shared), "each": (bench.n, bench.n * bench.batch)}
-    if bench.shared != bench.batch:
-        wanted["planned"] = (1, bench.batch)
-    runs = bench.train_in_turn(wanted)
-    runs.setdefault("planned", runs["one"])
-    times = {name: timings(run) for name, run in runs.items()}
+    runs = {
+        "one": bench.train("one", 1, bench.shared),
+        "all": bench.train("all", bench.n, bench.shared),
+        "each": bench.train("all_planned_batch_each", bench.n, bench.n * bench.batch),
+    }
+    runs["planned"] = runs["one"] if bench.shared == bench.batch else bench.train("one_planned", 1, bench.batch)
+    times = {name: timings(run, run["started"]) for name, run in runs.items()}
     speed = {name: run["batch_size"] * bench.iterations / times[name]["epoch_s"] for name, run in runs.items()}
     return {
         "patch_size": bench.patch,
@@ -158,6 +125,7 @@ def compare_speed(bench: Bench) -> dict:
         "shared_batch": bench.shared,
         "losses": {name: runs[name]["losses"] for name in ("one", "all")},
         "mean_difference_one_all": mean_difference(runs["one"], runs["all"]),
+        "first_epoch_and_start_s": {name: times[name]["first_epoch_s"] for name in ("one", "all")},
         "samples_per_second": {
             "one, planned batch": speed["planned"],
             "one, shared batch": speed["one"],

@@ -69,7 +69,13 @@ def make_synthetic(raw: Path, size: int) -> None:
     (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 6, "file_ending": ".nii.gz"}))
 
 
-def timings(measured: dict) -> dict[str, float]:
-    """Seconds of an epoch (median) and share of waiting for batches, both after the first."""
+def timings(measured: dict, started: float) -> dict[str, float]:
+    """Seconds from the start of the command to the end of the first epoch, seconds of an epoch (median) and share of
+    waiting for batches, both after the first.
+    """
     seconds, waiting = measured["seconds"][1:], measured["waiting"][1:]
-    return {"epoch_s": statistics.median(seconds), "waiting": sum(waiting) / sum(seconds)}
+    return {
+        "first_epoch_s": measured["times"][0] + measured["seconds"][0] - started,
+        "epoch_s": statistics.median(seconds),
+        "waiting": sum(waiting) / sum(seconds),
+    }

@@ -18,8 +18,7 @@ from nnunet_lgms.nnunet.trainer import nnUNetTrainerLGMSNet
 class Measured:
     """MEASURED_EPOCHS epochs of MEASURED_ITERATIONS steps; MEASURED_STOP=n breaks off after epoch n.
 
-    A step of validation and a checkpoint an epoch, unless MEASURED_LIKE_NNUNET=1 leaves both as nnU-Net has them. With
-    MEASURED_GATE=FILE the second epoch waits for that file, so that no other training disturbs what follows.
+    A step of validation and a checkpoint an epoch, unless MEASURED_LIKE_NNUNET=1 leaves both as nnU-Net has them.
     """
 
     def initialize(self):
@@ -43,19 +42,9 @@ class Measured:
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        if self.current_epoch == 1 and "MEASURED_GATE" in os.environ:
-            self._wait_at(Path(os.environ["MEASURED_GATE"]))
         self.begin = self.end_of_step = self._now()
         self.waiting.append(0.0)
         self.times.append(time.time())
-
-    def _wait_at(self, gate: Path) -> None:
-        if self.local_rank == 0:
-            Path(self.output_folder, "at_the_gate").touch()
-        while not gate.exists():
-            time.sleep(0.05)
-        if self.is_ddp:  # the processes go on together
-            dist.barrier()
 
     def train_step(self, batch: dict) -> dict:
         self.waiting[-1] += time.perf_counter() - self.end_of_step  # for the batch
