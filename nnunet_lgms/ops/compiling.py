@@ -15,10 +15,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from torch import distributed as dist
@@ -103,7 +104,8 @@ class _Workers:
     def end(self) -> None:
         if self._process is not None:
             with suppress(OSError):  # nobody is left
-                os.killpg(self._process.pid, signal.SIGKILL)
+                if hasattr(os, "killpg"):
+                    os.killpg(self._process.pid, signal.SIGKILL)
             with suppress(OSError), self._process:  # waits for its end and closes the pipe
                 pass
 
@@ -204,27 +206,28 @@ def work(most: int) -> None:
     take, give = os.pipe()  # numbers of jobs, of which each process reads the next
     os.write(give, b"".join(number.to_bytes(2, "little") for number in range(len(jobs))))
     os.close(give)
-    children = []
-    for _ in range(min(most, len(jobs))):
-        try:
-            child = os.fork()
-        except OSError:  # no more processes are allowed, or no memory is left for them
-            break
-        if child == 0:
-            _end_in_time()
-            while number := os.read(take, 2):
-                with suppress(Exception):  # which is raised again where the kernel is needed
-                    _compile(*jobs[int.from_bytes(number, "little")])
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    workers = [get_context("fork").Process(target=_take, args=(take, jobs)) for _ in range(min(most, len(jobs)))]
+    with suppress(OSError):  # no more processes are allowed, or no memory is left for them
+        for worker in workers:
+            worker.start()
+    for worker in workers:
+        if worker.pid is not None:
+            worker.join()
+
+
+def _take(take: int, jobs: Sequence[tuple]) -> None:
+    """Compiles one job after the other, until others have taken the rest."""
+    _end_in_time()
+    while number := os.read(take, 2):
+        with suppress(Exception):  # which is raised again where the kernel is needed
+            _compile(*jobs[int.from_bytes(number, "little")])
 
 
 def _end_in_time() -> None:
     """Has this process, but none that it forks, ended after PATIENCE even if it never comes back from the compiler."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(PATIENCE)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(PATIENCE)
 
 
 def _jobs() -> Iterator[tuple]:
