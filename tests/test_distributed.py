@@ -388,9 +388,6 @@ def test_the_benchmark_knows_no_number_of_gpus(tmp_path, monkeypatch, capsys, n_
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
 
     class Bench(ddp.Bench):
-        def train_in_turn(self, wanted):
-            return {run: self.train(run, *of) for run, of in wanted.items()}
-
         def train(self, run, n, batch, *args, **more):
             assert (folder / f"{self.plans(batch)}.json").is_file()
             trained.append((n, batch))
@@ -399,7 +396,7 @@ def test_the_benchmark_knows_no_number_of_gpus(tmp_path, monkeypatch, capsys, n_
             for name in ("latest", "final"):
                 torch.save({"network_weights": {}}, fold / f"checkpoint_{name}.pth")
             losses = [0.5] * (self.epochs // 2 if more.get("stops") else self.epochs)
-            times = {"seconds": [2.0] * 4, "waiting": [0.1] * 4}
+            times = {"seconds": [2.0] * 4, "waiting": [0.1] * 4, "times": [0.0] * 4, "started": 0.0}
             return {"losses": losses, "batch_size": batch, "epochs_done": len(losses), **times}
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
