@@ -37,6 +37,7 @@ from triton.runtime.driver import driver
 
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.ops import backend, launch
+from nnunet_lgms.ops.compiling import AbsentDriver, function_of
 from nnunet_lgms.ops.triton import (
     attention,
     attention_kernels,
@@ -86,7 +87,7 @@ class Version(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Any, arguments: tuple, options: tuple) -> Version:
-        function = kernel if hasattr(kernel, "fn") else kernel.kernel  # within what `wrap_triton` gives
+        function = function_of(kernel)
         names = [str(a) if isinstance(a, torch.dtype) else a for a in arguments]
         return cls(f"{function.fn.__module__}:{function.fn.__name__}", json.dumps([names, options]))
 
@@ -213,26 +214,10 @@ def capability(target: str) -> int:
     return int(target.removeprefix("sm_"))
 
 
-class _Compiler:
-    """Triton's driver for a GPU that is not there. Compiled kernels are kept by device: its number is the target's."""
-
-    def __init__(self, target: str):
-        self.capability = capability(target)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-
 @contextmanager
 def compiling_for(target: str) -> Iterator[None]:
     before = dict(vars(driver))
-    driver.set_active(_Compiler(target))
+    driver.set_active(AbsentDriver(GPUTarget("cuda", capability(target), 32)))
     try:
         yield
     finally:

@@ -150,16 +150,19 @@ def _is_compiled(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-class _Driver(NamedTuple):
-    """As much of Triton's driver as its compiler asks for, for a GPU that the process does not touch."""
+class AbsentDriver(NamedTuple):
+    """As much of Triton's driver as its compiler asks for, for a GPU that the process does not touch.
 
-    target: Any
+    Compiled kernels are kept by device, whose number is the architecture's.
+    """
+
+    target: Any  # Triton's GPUTarget
 
     def get_current_target(self) -> Any:
         return self.target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> Any:
+        return self.target.arch
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -238,7 +241,7 @@ def _jobs() -> Iterator[tuple]:
 def _compile(target: Any, module: str, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
     from triton.runtime import driver
 
-    driver.set_active(_Driver(target))
+    driver.set_active(AbsentDriver(target))
     kernel = getattr(import_module(module), name)
     fix_key(kernel)
     kernel.warmup(*args, grid=(1,), **kwargs)

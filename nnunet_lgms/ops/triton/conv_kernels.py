@@ -140,13 +140,12 @@ class _LaunchGrid(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
         """The better grid for c_in channels of a map like x to c_out."""
-        arguments = x.shape[2:], kernel, c_in, c_out
-        return cls._sweep(x, *arguments) or cls._flat(*arguments)
+        return cls._sweep(x, kernel, c_in, c_out) or cls._flat(x, kernel, c_in, c_out)
 
     @classmethod
-    def _sweep(cls, x: Tensor, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid | None:
+    def _sweep(cls, x: Tensor, kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid | None:
         """The grid that sweeps through the map, or None where the other way is better."""
-        t, size = Tiling.of(kernel, c_in, c_out, True), as_3d(size, True)
+        t, size = Tiling.of(kernel, c_in, c_out, True), as_3d(x.shape[2:], True)
         depth, height, width = size
         tiles = height * triton.cdiv(width, t.tx)
         blocks = triton.cdiv(tiles, SWEEP_BLOCK)
@@ -161,8 +160,8 @@ class _LaunchGrid(NamedTuple):
         return cls(_conv_sweep_kernel, t, size, tiles, SWEEP_BLOCK, steps, programs, options)
 
     @classmethod
-    def _flat(cls, size: Sequence[int], kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
-        t, size = Tiling.of(kernel, c_in, c_out, False), as_3d(size, False)
+    def _flat(cls, x: Tensor, kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
+        t, size = Tiling.of(kernel, c_in, c_out, False), as_3d(x.shape[2:], False)
         block, options = _flat_options(t)
         depth, height, width = size
         tiles = depth * triton.cdiv(height, t.ty) * triton.cdiv(width, t.tx)

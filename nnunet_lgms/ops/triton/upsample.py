@@ -66,7 +66,9 @@ _upsample_backward.register_autograd(
 )
 
 
-def _launch(kernel, source: Tensor, size: Sequence[int], coarse, fine, scale: Sequence[int]) -> Tensor:
+def _launch(
+    kernel, source: Tensor, size: Sequence[int], coarse: Sequence[int], fine: Sequence[int], scale: Sequence[int]
+) -> Tensor:
     """The map of `size` that `kernel` makes of `source`; one is `coarse`, the other `fine`."""
     batch, channels = source.shape[:2]
     target = map_memory(source, channels, size)
