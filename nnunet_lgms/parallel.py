@@ -9,8 +9,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from functools import partial
 from typing import TypeVar
 
-from tqdm import tqdm
-
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
@@ -46,6 +44,8 @@ def parallel_map(
     Raises:
         Whatever `function` raises first; inputs that have not begun by then are dropped.
     """
+    from tqdm import tqdm  # which the runtime does without
+
     if workers <= 1 or len(inputs) <= 1:
         return [function(i) for i in tqdm(inputs, desc=description)]
     n_workers = min(workers, len(inputs))

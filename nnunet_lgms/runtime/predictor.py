@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import onnxruntime
 
 from nnunet_lgms.arrays import checked_image
 from nnunet_lgms.files import one_line
+from nnunet_lgms.parallel import cores
 from nnunet_lgms.runtime.description import Description, check_pair
 from nnunet_lgms.runtime.images import Case, check_channels, read_case, write_labels
 from nnunet_lgms.runtime.preprocessing import preprocess
@@ -58,7 +58,7 @@ class Predictor:
         self.step = step
         check_pair(path)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
+        options.intra_op_num_threads = threads or cores()
         options.log_severity_level = 3  # warnings about constants that could be folded are for the exporter
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -177,8 +177,3 @@ def _from_array(samples: np.ndarray, spacing: Sequence[float] | None, descriptio
     samples, spacing, flat = checked_image(samples, spacing)
     check_channels(len(samples), description, "The array")
     return Case(samples, spacing, flat)
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
