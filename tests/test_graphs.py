@@ -17,7 +17,7 @@ from nnunet_lgms.graphs import network as graphed
 from nnunet_lgms.graphs import recorded
 from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.graphs.recording import can_be_recorded
-from nnunet_lgms.ops import exchange, kernels
+from nnunet_lgms.ops import backend, exchange, kernels, set_kernels
 
 SHAPE = {2: (4, 3, 96, 120), 3: (2, 1, 40, 48, 44)}
 
@@ -214,6 +214,37 @@ def test_pytorchs_operators_are_recorded_where_no_kernels_run(recorded, recorder
     assert recorder.made == recorded and (network._prediction is not None) == recorded
 
 
+@torch.no_grad()
+def test_for_few_predictions_nothing_is_compiled_or_tried_out(recorder, monkeypatch):
+    compiled, tried_out = [], []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    monkeypatch.setattr(backend, "_hardware", lambda index: backend.Decision("kernels", "There is a GPU."))
+    monkeypatch.setattr(graphed, "use_kernels", lambda x: backend.kernels_for("cuda:0").path == "kernels")
+    monkeypatch.setattr(graphed, "only_compiling", lambda: compiled.append(True) or nullcontext())
+    network = GraphedLGMSNet.paper(1, 2, dim=2).eval()
+    network.register_forward_pre_hook(lambda *_: compiled.clear())
+    plain = network._with_converted_weights
+    monkeypatch.setattr(
+        network,
+        "_with_converted_weights",
+        lambda x: tried_out.append((bool(compiled), torch.backends.cudnn.benchmark)) or plain(x),
+    )
+    x = torch.zeros(1, 1, 16, 16)
+    for few in (True, False, True):  # as many windows of one shape, for which graphs are made anew
+        network.few_predictions, tried_out[:], recorder.made = few, [], 0
+        network(x)
+        assert tried_out == ([(False, False)] if few else [(True, True)] * 2) and network._prediction is None
+        network(x), network(x)
+        assert recorder.made == 1 and tried_out[-1] == (False, not few)
+    set_kernels("on")
+    try:
+        network(x)
+        assert tried_out[-1] == (True, True)
+    finally:
+        set_kernels("auto")
+
+
 def test_a_graph_is_for_nvidias_gpus(monkeypatch):
     on_gpu = SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -353,6 +384,29 @@ def test_predictions_on_graphs_are_predictions(dim):
         assert relative(network(images[0]), expected[0]) < 1e-3
     network.half().float()
     assert network._prediction is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [2, 3])
+def test_few_predictions_compile_nothing_and_repeat(dim, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.manual_seed(0)
+    plain = LGMSNet.paper(SHAPE[dim][1], 3, dim=dim).cuda().eval()
+    x = torch.randn(SHAPE[dim], device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda"):
+        expected = plain(x)
+        monkeypatch.setattr(JITFunction, "_do_compile", lambda *_, **__: pytest.fail("a kernel is compiled"))
+        results = []
+        for _ in range(2):
+            network = GraphedLGMSNet.paper(SHAPE[dim][1], 3, dim=dim).cuda().eval()
+            network.load_state_dict(plain.state_dict())
+            network.few_predictions = True
+            results += [network(x) for _ in range(4)]
+            assert network._prediction is not None
+    assert relative(results[0], expected) < 2e-2  # float16
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.gpu

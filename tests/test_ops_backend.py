@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -91,17 +92,41 @@ def test_every_reason_is_one_sentence(monkeypatch):
     ] * 4
 
 
-@pytest.mark.parametrize("setting", ["on", None, "AUTO"])
-def test_a_switch_has_two_settings(setting):
-    with pytest.raises(ValueError, match=f"'auto' or 'off', not {setting!r}"):
+@pytest.mark.parametrize("setting", ["yes", None, "AUTO"])
+def test_a_switch_has_three_settings(setting):
+    with pytest.raises(ValueError, match=f"'auto', 'on' or 'off', not {setting!r}"):
         set_kernels(setting)
 
 
-@pytest.mark.parametrize(("value", "setting"), [("off", "off"), ("ON", "auto"), ("auto", "auto")])
+@pytest.mark.parametrize(("value", "setting"), [("off", "off"), ("ON", "on"), ("auto", "auto")])
 def test_the_environment_variable_is_the_first_setting(value, setting):
     assert backend._setting_of(value) == setting
-    with pytest.raises(ValueError, match="NNUNET_LGMS_KERNELS is 'no': set it to auto or off, or unset it."):
+    with pytest.raises(ValueError, match="NNUNET_LGMS_KERNELS is 'no': set it to auto, on or off, or unset it."):
         backend._setting_of("no")
+
+
+@pytest.mark.parametrize("setting", ["auto", "on", "off"])
+def test_where_nothing_is_prepared_a_thread_goes_without_kernels_that_are_not_asked_for(setting, monkeypatch):
+    Card(monkeypatch)
+    cudnn = SimpleNamespace(benchmark=True)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+
+    def path() -> str:
+        return kernels_for("cuda").path
+
+    outside = {"auto": "kernels", "on": "kernels", "off": "pytorch"}[setting]
+    set_kernels(setting)
+    with backend.nothing_prepared():
+        assert path() == (outside if setting == "on" else "pytorch") and cudnn.benchmark == (setting == "on")
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(path).result() == outside
+        with backend.nothing_prepared():
+            assert kernels_for("cuda").reason.endswith(".")
+        assert path() == (outside if setting == "on" else "pytorch")
+    assert path() == outside and cudnn.benchmark
+    with pytest.raises(KeyError), backend.nothing_prepared():
+        raise KeyError
+    assert path() == outside and cudnn.benchmark
 
 
 def test_a_decision_is_a_constant_of_compiled_code_and_the_switch_compiles_anew(monkeypatch):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 from nnunet_lgms.architecture.lgmsnet import LGMSNet
 from nnunet_lgms.graphs.recorded import RecordedPrediction, RecordedStep
 from nnunet_lgms.graphs.recording import can_be_recorded, in_all_or_none
-from nnunet_lgms.ops.backend import use_kernels
+from nnunet_lgms.ops.backend import nothing_prepared, use_kernels
 from nnunet_lgms.ops.launch import only_compiling
 
 # Predictions of one kind that are computed before one is recorded: a graph takes as long as these to make.
@@ -40,7 +41,13 @@ class GraphedLGMSNet(LGMSNet):
     :func:`use_kernels`): neither asks the GPU for a number. Predictions are recorded by themselves, when inputs of the
     same shape come again and again, as windows of an image do; only the latest graph is kept. A graph ends when the
     weights move to another place (``.to``, ``.half``), not when they change.
+
+    Attributes:
+        few_predictions: whether so few are to come that what is compiled or tried out for them takes longer than it
+            saves: they go through PyTorch's operators then, with cuDNN's first choice of algorithms.
     """
+
+    few_predictions = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -62,7 +69,8 @@ class GraphedLGMSNet(LGMSNet):
             return super().forward(x)
         with torch.cuda.device_of(x):
             if not self.training and not torch.is_grad_enabled():
-                return self._predict(x)
+                with nothing_prepared() if self.few_predictions else nullcontext():
+                    return self._predict(x)
             return self._training_step(x) if self._kind(x) == self._training_kind else super().forward(x)
 
     @staticmethod
@@ -110,7 +118,7 @@ class GraphedLGMSNet(LGMSNet):
                 buffer.copy_(before)
 
     def _predict(self, x: Tensor) -> Tensor | list[Tensor]:
-        kind = self._kind(x)
+        kind = self._kind(x), use_kernels(x), self.few_predictions
         if kind != self._prediction_kind:
             self._prediction_kind, self._prediction, self._computed = kind, None, 0
             if use_kernels(x):

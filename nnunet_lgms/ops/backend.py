@@ -1,14 +1,16 @@
 """The path that an operator takes: the Triton kernels of this package, or PyTorch's own operators.
 
 There is one switch, :func:`set_kernels`, whose first value is the environment variable NNUNET_LGMS_KERNELS, and one
-decision for every device, :func:`kernels_for`, which says why. A kernel that Triton cannot build, or that a GPU has not
-the memory for, switches the kernels off on its device: the operator runs again on PyTorch's path, with one warning.
+decision for every device, :func:`kernels_for`, which says why. Who has little to compute goes without kernels inside of
+:func:`nothing_prepared`. A kernel that Triton cannot build, or that a GPU has not the memory for, switches the kernels
+off on its device: the operator runs again on PyTorch's path, with one warning.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 VARIABLE = "NNUNET_LGMS_KERNELS"
-SETTINGS = ("auto", "off")
+SETTINGS = ("auto", "on", "off")
 HAS_TRITON = find_spec("triton") is not None
 CAPABILITY = (8, 0)  # of the oldest GPUs that the kernels are made for: tensor cores with bfloat16 and tf32
 MEASURED = (9, 0)  # capability of the H100 and H200, on which tiles were chosen by the clock
@@ -40,10 +42,9 @@ class KernelsSwitchedOff(RuntimeError):
 
 
 def _setting_of(value: str) -> str:
-    value = {"on": "auto"}.get(value.lower(), value.lower())
-    if value not in SETTINGS:
-        raise ValueError(f"{VARIABLE} is {value!r}: set it to auto or off, or unset it.")
-    return value
+    if value.lower() not in SETTINGS:
+        raise ValueError(f"{VARIABLE} is {value!r}: set it to auto, on or off, or unset it.")
+    return value.lower()
 
 
 _setting = _setting_of(os.environ.get(VARIABLE, "auto"))
@@ -51,17 +52,28 @@ _failed: dict[int, str] = {}  # kernels that failed, by index of the device
 _as_on_gpu = False
 
 
-def set_kernels(setting: str) -> None:
-    """Switches the Triton kernels: "auto" uses them on every device that they are made for, "off" on none.
+class _Here(threading.local):
+    """What holds for a thread, as others may predict meanwhile."""
 
-    Code that ``torch.compile`` has compiled is compiled anew, graphs that were recorded stay as they are.
+    without_kernels = False
+
+
+_here = _Here()
+
+
+def set_kernels(setting: str) -> None:
+    """Switches the Triton kernels.
+
+    "on" uses them on every device that they are made for, "off" on none; "auto" is "on", but for predictions that are
+    too few to compile kernels for. Code that ``torch.compile`` has compiled is compiled anew, a training step that was
+    recorded stays as it is.
 
     Raises:
-        ValueError: ``setting`` is neither of the two.
+        ValueError: ``setting`` is none of the three.
     """
     global _setting
     if setting not in SETTINGS:
-        raise ValueError(f"set_kernels takes 'auto' or 'off', not {setting!r}.")
+        raise ValueError(f"set_kernels takes 'auto', 'on' or 'off', not {setting!r}.")
     _setting = setting
 
 
@@ -76,6 +88,24 @@ def kernels(setting: str) -> Iterator[None]:
         set_kernels(before)
 
 
+@contextmanager
+def nothing_prepared() -> Iterator[None]:
+    """Inside, operators that this thread calls are PyTorch's, and cuDNN tries out no algorithms.
+
+    With the setting "on", kernels are compiled and algorithms tried out as outside.
+    """
+    if _setting == "on":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, _here.without_kernels
+    cudnn.benchmark, _here.without_kernels = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, _here.without_kernels = before
+
+
 def kernels_for(device: torch.device | str) -> Decision:
     """The path that operators take for tensors on ``device``, and why."""
     device = torch.device(device)
@@ -83,6 +113,8 @@ def kernels_for(device: torch.device | str) -> Decision:
         return Decision("pytorch", f"The Triton kernels are for NVIDIA GPUs, not for the device {device.type!r}.")
     if _setting == "off":
         return Decision("pytorch", f"The Triton kernels are switched off ({VARIABLE} or set_kernels).")
+    if _here.without_kernels:
+        return Decision("pytorch", "To compile the Triton kernels would take longer than they save.")
     index = torch.cuda.current_device() if device.index is None else device.index
     if index in _failed:
         return Decision("pytorch", _failed[index])
