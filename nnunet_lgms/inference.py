@@ -85,6 +85,7 @@ def predict(
     several = isinstance(image, (list, tuple)) and any(isinstance(i, (list, tuple, np.ndarray)) for i in image)
     images = list(image) if several else [image]
     predictor = load_predictor(model_folder, folds=folds, checkpoint=checkpoint, device=device, progress=progress)
+    predictor.n_cases = len(images)
     results = [_predict_one(predictor, one, spacing, return_probabilities) for one in images]
     return results if several else results[0]
 

@@ -127,7 +127,7 @@ def _zero_shot(
             missing = discard_outdated(target, maker, files, Reader.of_dataset(model))
             print(f"Predicting {dataset.name} with fold {fold}: {len(missing)} of {len(files)} cases")
             if missing:
-                _predict(predictor, {case: files[case] for case in missing}, target, options["workers"])
+                _predict(predictor, files, target, options["workers"])
 
     rows, remarks, at_home = [], [], {}
     for dataset, label_mapping in prepared:
@@ -178,10 +178,11 @@ def _prepare(
 
 
 def _predict(predictor, cases: Mapping[str, Sequence[Path]], target: Path, workers: int | None) -> None:
+    """Those of the cases that are not there."""
     images = [[str(path) for path in files] for files in cases.values()]
     outputs = [str(target / case) for case in cases]  # to which nnU-Net adds the ending
     if workers == 1:
-        predictor.predict_from_files_sequential(images, outputs)
+        predictor.predict_from_files_sequential(images, outputs, overwrite=False)
         return
     processes = (
         {}
@@ -191,7 +192,7 @@ def _predict(predictor, cases: Mapping[str, Sequence[Path]], target: Path, worke
             "num_processes_segmentation_export": workers,
         }
     )
-    predictor.predict_from_files(images, outputs, **processes)
+    predictor.predict_from_files(images, outputs, overwrite=False, **processes)
 
 
 def _evaluate_unseen(

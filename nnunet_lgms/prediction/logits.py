@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,9 +15,12 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nnunet_lgms.prediction.amount import LITTLE, Grid, n_windows
+from nnunet_lgms.prediction.preprocessing import own_spacing
 from nnunet_lgms.prediction.sliding_window import SlidingWindow, Start, mirrored_mean, windows_at_once
 from nnunet_lgms.prediction.stages import Stages
 from nnunet_lgms.prediction.without_compiler import OptimizedModule, nnUNetPredictor
+from nnunet_lgms.splines import new_shape
 
 #: voxels of all windows and mirrored copies that go through a network together: eight of 128^3 on a GPU. On a CPU a
 #: larger batch is no faster a window.
@@ -74,13 +78,41 @@ class LogitsPredictor(nnUNetPredictor):
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """As its parent's, on the CPU: (C, Z, Y, X) -> (heads, Z, Y, X) float16. Labels need no such array."""
+        self._expect(little=False)
         with torch.inference_mode():
             return torch.cat([part.cpu() for part in self._rows(data, *self._ways()[0])], 1)
 
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """As its parent's: logits (heads, Z, Y, X) of the model that the network is now."""
+        self._expect(little=False)
         with torch.inference_mode():
             return torch.cat(list(self._rows(input_image, *self._ways()[0], n_models=1, load=False)), 1)
+
+    def _is_little(self, n_cases: int, first: Callable[[], Grid]) -> bool:
+        """Whether the network of a list of cases has so little to compute that it had better compile nothing.
+
+        It depends on the work alone, not on what is compiled already, so that the same call gives the same labels.
+
+        Args:
+            n_cases: of the list, with those that are predicted already.
+            first: gives the grid of the first of them, which stands for all.
+        """
+        if self.device.type != "cuda" or not hasattr(self.network, "few_predictions"):  # nothing would be compiled
+            return False
+        configuration, order = self.configuration_manager, self.plans_manager.transpose_forward
+        try:
+            size, spacing = ([of_axes[axis] for axis in order] for of_axes in first())
+            shape = new_shape(size, spacing, own_spacing(configuration, spacing))
+        except Exception:  # readers raise whatever their libraries raise; it is said when the case is read
+            return False
+        patch = configuration.patch_size
+        copies = 2 ** len(self._mirrored_axes() or ()) * len(self.list_of_parameters or [None])
+        return n_cases * n_windows(shape, patch, self.tile_step_size) * copies * math.prod(patch) < LITTLE
+
+    def _expect(self, little: bool) -> None:
+        """Tells a network that asks for it how much is to come."""
+        if hasattr(self.network, "few_predictions"):
+            self.network.few_predictions = little
 
     def _rows(
         self,
@@ -187,7 +219,7 @@ class LogitsPredictor(nnUNetPredictor):
         copies = 2 ** len(self._mirrored_axes() or ())
         return windows_at_once(self.configuration_manager.patch_size, copies, n_windows, voxels)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, little: bool) -> None:
         """Sends a batch through the network while the first case is read: kernels are compiled, algorithms chosen.
 
         Where a window with its mirrored copies fills a batch, as in any larger volume; else its size is not known yet.
@@ -196,6 +228,7 @@ class LogitsPredictor(nnUNetPredictor):
         if self.device.type != "cuda" or at_once > 1:
             return
         with self.stages.measured("network"), torch.inference_mode(), contextlib.suppress(RuntimeError):
+            self._expect(little)
             self.network = self.network.to(self.device).eval()
             channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
             shape = (min(batch, self._largest_batch or batch), channels, *self.configuration_manager.patch_size)

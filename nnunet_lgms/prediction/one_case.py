@@ -15,7 +15,7 @@ from torch import Tensor
 from nnunet_lgms.prediction.cases import write_case
 from nnunet_lgms.prediction.labels import write_labels
 from nnunet_lgms.prediction.logits import LogitsPredictor, out_of_memory
-from nnunet_lgms.prediction.preprocessing import preprocess
+from nnunet_lgms.prediction.preprocessing import own_spacing, preprocess
 from nnunet_lgms.prediction.resampling import as_matrices
 
 
@@ -26,6 +26,7 @@ class CasePredictor(LogitsPredictor):
     """
 
     tap: Callable[[str | None, Tensor], None] | None = None
+    n_cases = 1
 
     def predict_single_npy_array(
         self,
@@ -36,6 +37,8 @@ class CasePredictor(LogitsPredictor):
         save_or_return_probabilities: bool = False,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray] | None:
         """As its parent's."""
+        grid = input_image.shape[1:], image_properties["spacing"]
+        self._expect(self._is_little(self.n_cases, lambda: grid))
         with self.stages.measured("preprocess"):
             data = self._preprocess(input_image.astype(np.float32), segmentation_previous_stage, image_properties)
         result = self._predicted(data, image_properties, save_or_return_probabilities)
@@ -113,8 +116,7 @@ class CasePredictor(LogitsPredictor):
         plans, configuration, label_manager = self.plans_manager, self.configuration_manager, self.label_manager
         shape = properties["shape_after_cropping_and_before_resampling"]
         spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
-        own = list(configuration.spacing)
-        own = own if len(own) == len(shape) else [spacing[0], *own]
+        own = own_spacing(configuration, spacing)
         resampling = as_matrices(configuration.resampling_fn_probabilities, data.shape[1:], shape, own, spacing)
         begin, network_before = time.perf_counter(), self.stages.seconds["network"]
         rows = [logits] if logits is not None else self._timed(self._rows(data, device, sums, name), name)

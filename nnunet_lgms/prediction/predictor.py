@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import one_line, read_json
+from nnunet_lgms.prediction.amount import grid_of
 from nnunet_lgms.prediction.cases import (
     CasesFailed,
     check_outputs,
@@ -55,8 +56,11 @@ class Predictor(CasePredictor):
 
     Attributes:
         stages: seconds of each stage since the predictor was made.
+        n_cases: for each of which `predict_single_npy_array` is called; what LGMSNet has to compute is counted for all.
         tap: if set, it is called with the name and the logits (heads, Z, Y, X) of every case on the network's grid.
     """
+
+    _list_is_little = False
 
     # ---- the model
 
@@ -132,6 +136,9 @@ class Predictor(CasePredictor):
         previous = [None] * len(images)
         if folder_with_segs_from_prev_stage is not None:
             previous = [os.path.join(folder_with_segs_from_prev_stage, name + ending) for name in names]
+        # Also of cases that are predicted already: a call that was killed goes on as it began.
+        reader = self.plans_manager.image_reader_writer_class
+        self._list_is_little = self._is_little(len(images), lambda: grid_of(images[0], reader()))
         if outputs is None:
             return images, None, previous
         check_outputs(outputs, ending)
@@ -168,6 +175,7 @@ class Predictor(CasePredictor):
         num_processes: int,
     ) -> Iterator[dict]:
         previous = seg_from_prev_stage_files or [None] * len(input_list_of_lists)
+        little, self._list_is_little = self._list_is_little, False  # for this list alone
 
         def prepare(i: int) -> tuple[Tensor, dict]:
             name = _name(i, output_filenames_truncated)
@@ -182,7 +190,7 @@ class Predictor(CasePredictor):
             with self.stages.measured("preprocess", name):
                 return self._preprocess(*case), case[2]
 
-        return self._prepared(prepare, len(input_list_of_lists), output_filenames_truncated, num_processes)
+        return self._prepared(prepare, len(input_list_of_lists), output_filenames_truncated, num_processes, little)
 
     def get_data_iterator_from_raw_npy_data(
         self,
@@ -202,12 +210,13 @@ class Predictor(CasePredictor):
             )
         )
         previous = previous or [None] * len(images)
+        little = self._is_little(len(images), lambda: (images[0].shape[1:], properties[0]["spacing"]))
 
         def prepare(i: int) -> tuple[Tensor, dict]:
             with self.stages.measured("preprocess", _name(i, outputs)):
                 return self._preprocess(images[i].astype(np.float32), previous[i], properties[i]), properties[i]
 
-        return self._prepared(prepare, len(images), outputs, num_processes)
+        return self._prepared(prepare, len(images), outputs, num_processes, little)
 
     def _prepared(
         self,
@@ -215,11 +224,16 @@ class Predictor(CasePredictor):
         n_cases: int,
         outputs: list[str] | None,
         threads: int,
+        little: bool,
     ) -> Iterator[dict]:
-        """Items as nnU-Net's iterators have them; one with an "error" in place of "data" is a case that failed."""
+        """Items as nnU-Net's iterators have them, and what :meth:`_is_little` says of the list.
+
+        One with an "error" in place of "data" is a case that failed.
+        """
         threads = min(threads, n_cases, os.cpu_count() or 1)
-        for i, future in enumerate(ahead(prepare, range(n_cases), threads, self._warm_up)):
+        for i, future in enumerate(ahead(prepare, range(n_cases), threads, partial(self._warm_up, little))):
             item = {"ofile": None if outputs is None else outputs[i], "name": _name(i, outputs), "of": n_cases}
+            item["little"] = little
             if error := future.exception():
                 yield {**item, "error": error}
             else:
@@ -281,6 +295,7 @@ class Predictor(CasePredictor):
         waiting: list[dict] = []
         room = largest
         for item in items:
+            self._expect(item.get("little", False))  # a validation has most kernels from its training's own steps
             n_windows = self._windows_of_flat(item.get("data")) or largest
             if n_windows > room:
                 yield from self._together(waiting)

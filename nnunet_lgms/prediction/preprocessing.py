@@ -6,7 +6,7 @@ at where a channel is normalised inside of it, or where the mask of a previous s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -99,9 +99,7 @@ def _default(
     properties["bbox_used_for_cropping"] = box
     properties["shape_after_cropping_and_before_resampling"] = old = data.shape[1:]
 
-    target = list(configuration.spacing)
-    if len(target) < len(old):  # flat configurations leave the slices as they are
-        target = [spacing[0], *target]
+    target = own_spacing(configuration, spacing)
     new = new_shape(old, spacing, target)
     data = DefaultPreprocessor(verbose=False)._normalize(
         data, [None] if labels is None else labels, configuration, plans.foreground_intensity_properties_per_channel
@@ -115,6 +113,12 @@ def _default(
     if previous is not None:
         labels = configuration.resampling_fn_seg(labels, new, spacing, target)
     return prepared.float(), labels
+
+
+def own_spacing(configuration: ConfigurationManager, spacing: Sequence[float]) -> list[float]:
+    """(z, y, x) of the network's grid, in mm, for an image of another one: flat networks leave slices as they are."""
+    own = list(configuration.spacing)
+    return own if len(own) == len(spacing) else [spacing[0], *own]
 
 
 def _looks_at_mask(configuration: ConfigurationManager) -> bool:
