@@ -229,3 +229,12 @@ def test_nnunets_networks_are_not_asked(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(predictor, "grid_of", lambda *_: pytest.fail("its size is of no interest"))
     np.testing.assert_array_equal(predictor_.predict_from_files(str(image.parent), None)[0], by_cpu[0])
     assert not hasattr(predictor_.network, "few_predictions")
+
+
+def test_operators_that_need_more_memory_get_smaller_batches(flat: tuple[Path, Path]):
+    predictor = load_predictor(flat[0], device="cpu")
+    gpu = torch.device("cuda")
+    _, with_kernels = predictor._batches(gpu, n_windows=logits.MANY)
+    predictor._expect(little=True)
+    _, without = predictor._batches(gpu, n_windows=logits.MANY)
+    assert with_kernels == logits.WITHOUT_KERNELS * without

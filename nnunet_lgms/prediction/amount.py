@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 #: voxels, of all windows and their mirrored copies, below which it takes longer to compile kernels than they save
-LITTLE = 1 << 28
+LITTLE = 1 << 27
 
 #: voxels and spacing (mm) along each axis of an image, (z, y, x)
 Grid = tuple[tuple[int, ...], tuple[float, ...]]

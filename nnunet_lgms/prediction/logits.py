@@ -25,6 +25,8 @@ from nnunet_lgms.splines import new_shape
 #: voxels of all windows and mirrored copies that go through a network together: eight of 128^3 on a GPU. On a CPU a
 #: larger batch is no faster a window.
 VOXELS = {"cpu": 1 << 15, "cuda": 1 << 24, "mps": 1 << 22}
+#: as many times smaller is a batch of PyTorch's operators in place of kernels: they need two to five times the memory
+WITHOUT_KERNELS = 4
 #: windows, more than fill a batch
 MANY = 1 << 30
 
@@ -216,6 +218,8 @@ class LogitsPredictor(nnUNetPredictor):
     def _batches(self, device: torch.device, n_windows: int) -> tuple[int, int]:
         """Windows, and windows with mirrored copies, that go through the network together."""
         voxels = VOXELS.get(device.type, VOXELS["cpu"])
+        if device.type == "cuda" and getattr(self.network, "few_predictions", False):
+            voxels //= WITHOUT_KERNELS
         copies = 2 ** len(self._mirrored_axes() or ())
         return windows_at_once(self.configuration_manager.patch_size, copies, n_windows, voxels)
 
@@ -224,11 +228,11 @@ class LogitsPredictor(nnUNetPredictor):
 
         Where a window with its mirrored copies fills a batch, as in any larger volume; else its size is not known yet.
         """
+        self._expect(little)
         at_once, batch = self._batches(self.device, n_windows=MANY)
         if self.device.type != "cuda" or at_once > 1:
             return
         with self.stages.measured("network"), torch.inference_mode(), contextlib.suppress(RuntimeError):
-            self._expect(little)
             self.network = self.network.to(self.device).eval()
             channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
             shape = (min(batch, self._largest_batch or batch), channels, *self.configuration_manager.patch_size)
