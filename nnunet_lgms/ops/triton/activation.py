@@ -33,8 +33,28 @@ def normal(x):
 
 
 @triton.jit
-def gelu(x):
-    tail, bell = _tail(x)
+def _half_tail(x):
+    """Normal distribution beyond |x|, for maps in half precision: |x| times its error is below 4e-6.
+
+    Its eighth root is a polynomial of degree 5, zero at 6 and kept so beyond, with coefficients fitted here: |x| times
+    the error has five extremes of the same size. `_tail` takes 13 instructions, two of them on the units for
+    functions, of which there is one for eight multipliers; this takes 9, none of them there.
+    """
+    a = tl.minimum(tl.abs(x), 6.0)
+    root = -0.0915456106 + a * (-0.0315685728 + a * (-0.00126500793 + a * (0.00200456662 + a * -0.00020009542)))
+    root = 0.917007639 + a * root
+    root *= root
+    root *= root
+    return root * root
+
+
+@triton.jit
+def gelu(x, dtype: tl.constexpr):
+    """x times the normal distribution below it, in float32, as exact as the dtype of a map asks for."""
+    if dtype == tl.float32:
+        tail, bell = _tail(x)
+    else:
+        tail = _half_tail(x)
     return tl.maximum(x, 0.0) - tl.abs(x) * tail
 
 
@@ -45,22 +65,22 @@ def sigmoid(x):
 
 
 @triton.jit
-def before_norm(x, ACT: tl.constexpr):
-    """The activation in front of the norm."""
+def before_norm(x, ACT: tl.constexpr, dtype: tl.constexpr):
+    """The activation in front of the norm, of a map of such a dtype."""
     if ACT == 4:
-        x = gelu(x)
+        x = gelu(x, dtype)
     return x
 
 
 @triton.jit
-def after_norm(z, ACT: tl.constexpr):
-    """The activation behind the norm."""
+def after_norm(z, ACT: tl.constexpr, dtype: tl.constexpr):
+    """The activation behind the norm, of a map of such a dtype."""
     if ACT == 1:
         z = tl.maximum(z, 0.0)
     elif ACT == 2:
         z = z * sigmoid(z)
     elif ACT == 3:
-        z = gelu(z)
+        z = gelu(z, dtype)
     return z
 
 

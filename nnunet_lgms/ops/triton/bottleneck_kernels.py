@@ -196,13 +196,13 @@ def _hidden_moments_kernel(
     weight, bias = _weights(expand, H, D, True, dtype), _vector(expand_bias, H)
     begin = tl.program_id(0) * steps * ROWS
     nearest = _vector(x + begin * D, D)
-    nearest = (gelu(nearest) * a1 + b1)[:, None] * weight.to(tl.float32)
-    origin = gelu(tl.sum(nearest, 0) + bias)
+    nearest = (gelu(nearest, dtype) * a1 + b1)[:, None] * weight.to(tl.float32)
+    origin = gelu(tl.sum(nearest, 0) + bias, dtype)
     total, squares = tl.zeros((ROWS, H), tl.float32), tl.zeros((ROWS, H), tl.float32)
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, ROWS)
-        y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
-        value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
+        y = gelu(raw.to(tl.float32), dtype) * a1[None, :] + b1[None, :]
+        value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :], dtype)
         value = tl.where(inside, value - origin[None, :], 0.0)
         total += value
         squares += value * value
@@ -242,8 +242,8 @@ def _bottleneck_forward_kernel(
     begin = tl.program_id(0) * steps * ROWS
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, ROWS)
-        y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
-        value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :])
+        y = gelu(raw.to(tl.float32), dtype) * a1[None, :] + b1[None, :]
+        value = gelu(tl.dot(y.to(dtype), weight) + bias[None, :], dtype)
         result = tl.dot((value * a2[None, :] + b2[None, :]).to(dtype), weight2) + bias2[None, :]
         offset = (begin + step * ROWS + tl.arange(0, ROWS))[:, None] * C + channel[None, :]
         tl.store(out + offset, result.to(dtype), mask=inside)
@@ -278,8 +278,8 @@ def _hidden_gradient_sums_kernel(
     for step in range(steps):
         raw, rows = _tile(x, begin + step * ROWS, voxels, D, ROWS)
         incoming, rows = _tile(grad, begin + step * ROWS, voxels, C, ROWS)  # zero outside: no part in any sum
-        y = gelu(raw.to(tl.float32)) * a1[None, :] + b1[None, :]
-        centred = gelu(tl.dot(y.to(dtype), weight) + bias[None, :]) - m2[None, :]
+        y = gelu(raw.to(tl.float32), dtype) * a1[None, :] + b1[None, :]
+        centred = gelu(tl.dot(y.to(dtype), weight) + bias[None, :], dtype) - m2[None, :]
         products = tl.dot(tl.trans(incoming).to(dtype), centred.to(dtype), products)
         by_voxel += incoming.to(tl.float32)
     total = tl.sum(by_voxel, 0)
@@ -326,7 +326,7 @@ def _bottleneck_backward_kernel(
     for step in range(steps):
         raw, inside = _tile(x, begin + step * ROWS, voxels, D, ROWS)
         incoming, inside = _tile(grad, begin + step * ROWS, voxels, C, ROWS)
-        first = gelu(raw.to(tl.float32))
+        first = gelu(raw.to(tl.float32), dtype)
         z = tl.dot((first * a1[None, :] + b1[None, :]).to(dtype), weight) + bias[None, :]
         below, density = normal(z)
         g = tl.dot(incoming.to(dtype), back) + z * below * by_value[None, :] + constant[None, :]

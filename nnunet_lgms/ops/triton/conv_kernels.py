@@ -316,7 +316,7 @@ def _results(tile, tiles, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, T
 def _epilogue(
     total, offset, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE: tl.constexpr,
     BIAS: tl.constexpr, EPILOGUE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, C_OUT: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+    RESIDUAL: tl.constexpr, C_OUT: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Adds the bias, then norm with known statistics, activation and residual."""
     channel = out_first + tl.minimum(tl.arange(0, N) % LANES, C_OUT - 1)
@@ -324,7 +324,7 @@ def _epilogue(
         total += tl.load(bias + channel).to(tl.float32)[None, :]
     if EPILOGUE:
         _, _, a, b = affine(mean, variance, norm_weight, norm_bias, 0, channel, OUT_STRIDE, EPS, AFFINE)
-        total = after_norm(before_norm(total, ACT) * a[None, :] + b[None, :], ACT)
+        total = after_norm(before_norm(total, ACT, DTYPE) * a[None, :] + b[None, :], ACT, DTYPE)
     if RESIDUAL:
         total += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     return total
@@ -360,7 +360,7 @@ def _conv_flat_kernel(
     offset += sample * D * H * W * OUT_STRIDE + out_first
     total = _epilogue(
         total, offset, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE, BIAS,
-        EPILOGUE, EPS, AFFINE, ACT, RESIDUAL, C_OUT, N, LANES,
+        EPILOGUE, EPS, AFFINE, ACT, RESIDUAL, C_OUT, N, LANES, out.dtype.element_ty,
     )  # fmt: skip
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
 
@@ -450,6 +450,6 @@ def _conv_sweep_kernel(
         place, inside = offset + (plane - 1) * H * W * OUT_STRIDE, in_plane & (planes > begin)[:, None]
         total = _epilogue(
             total, place, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE, BIAS,
-            EPILOGUE, EPS, AFFINE, ACT, RESIDUAL, C_OUT, N, LANES,
+            EPILOGUE, EPS, AFFINE, ACT, RESIDUAL, C_OUT, N, LANES, out.dtype.element_ty,
         )  # fmt: skip
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

@@ -330,7 +330,7 @@ def _moments_kernel(
     origin = tl.load(x + start, mask=channel < C, other=0.0).to(tl.float32)
     if BIAS:
         origin += tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
-    origin = before_norm(origin, ACT)
+    origin = before_norm(origin, ACT, x.dtype.element_ty)
     first = tl.zeros((ROWS, LANES), tl.float32)
     second = tl.zeros((ROWS, LANES), tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
@@ -338,7 +338,7 @@ def _moments_kernel(
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         value = tl.load(x + places(0, voxel, channel, voxels, C, FIRST), mask=inside, other=0.0)
         value = _biased(value, bias, channel, C, BIAS)
-        value = tl.where(inside, before_norm(value, ACT) - origin[None, :], 0.0)
+        value = tl.where(inside, before_norm(value, ACT, x.dtype.element_ty) - origin[None, :], 0.0)
         first += value
         second += value * value
     count = tl.minimum(steps * ROWS, voxels - begin).to(tl.float32)
@@ -451,8 +451,9 @@ def _norm_act_forward_kernel(
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
     offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
     place = places(sample, voxel, channel, voxels, C, FIRST)
-    value = before_norm(_biased(tl.load(x + place, mask=inside, other=0.0), bias, channel, C, BIAS), ACT)
-    value = after_norm(value * a[None, :] + b[None, :], ACT)
+    raw = tl.load(x + place, mask=inside, other=0.0)
+    value = before_norm(_biased(raw, bias, channel, C, BIAS), ACT, raw.dtype)
+    value = after_norm(value * a[None, :] + b[None, :], ACT, raw.dtype)
     if RESIDUAL:
         value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
@@ -486,7 +487,8 @@ def _gradient_sums_kernel(
         inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
         offset = (sample * voxels + voxel)[:, None] * C + channel[None, :]
         place = places(sample, voxel, channel, voxels, C, FIRST)
-        value = before_norm(_biased(tl.load(x + place, mask=inside, other=0.0), bias, channel, C, BIAS), ACT)
+        raw = tl.load(x + place, mask=inside, other=0.0)
+        value = before_norm(_biased(raw, bias, channel, C, BIAS), ACT, raw.dtype)
         g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
         g = g * slope_after_norm(value * a[None, :] + b[None, :], ACT)
         sum_g += g
