@@ -442,6 +442,14 @@ def test_convolutions_sweep_where_that_is_faster(case):
     assert blocks <= grid.programs * grid.steps < 1.1 * blocks  # all of the map, and none has much less to do
 
 
+def test_maps_of_one_channel_are_swept_by_more_programs():
+    kernels = pytest.importorskip("nnunet_lgms.ops.triton.conv_kernels")
+    one, two = (torch.empty((2, c, 128, 128, 128), dtype=torch.float16, device="meta") for c in (1, 2))
+    grid = kernels._LaunchGrid.of(one, (3, 3, 3), 1, 16)
+    assert grid.function is kernels._conv_sweep_kernel
+    assert grid.programs == 2 * kernels._LaunchGrid.of(two, (3, 3, 3), 2, 16).programs
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     return run_interpreted(__file__)

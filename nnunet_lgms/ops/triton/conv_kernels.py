@@ -153,6 +153,8 @@ class _LaunchGrid(NamedTuple):
         if t.kz != 3 or t.n > MAX_SWEEP_N or tiles < LEAST_FULL * blocks * SWEEP_BLOCK or stages == 0:
             return None
         least, most = PLANES
+        if c_in == 1:  # loads of 2 bytes are not copied asynchronously, so more programs hide them
+            most //= 2
         steps = min(max(blocks * x.shape[0] * depth // PROGRAMS, least), most)
         steps = triton.cdiv(depth, triton.cdiv(depth, steps))
         programs = blocks * triton.cdiv(depth, steps)
