@@ -15,7 +15,8 @@ product with a mirrored band. Sums are in float32. There are two ways to go thro
   fewer, it takes two outputs and their run, because a product wants 16 numbers. A 2D map counts as planes of one row,
   (H, 1, W), so that its rows are walked.
 * `_conv_flat_kernel`, for all else: the tiles of all planes one after the other, each by itself. With tiles of 2 x 2,
-  an output of a 3^3 kernel costs 3 loads of 4 voxels. A 2D map is one plane, (1, H, W).
+  an output of a 3^3 kernel costs 3 loads of 4 voxels. A 2D map is one plane, (1, H, W), and to a kernel of 1 any map
+  is one row.
 
 A product may read some channels of a map and write some channels of another: groups are a launch each, and the two
 halves of a Fusion block's input need not be concatenated. It may have an epilogue: the norm and activation behind the
@@ -165,6 +166,8 @@ class _LaunchGrid(NamedTuple):
     def _flat(cls, x: Tensor, kernel: Sequence[int], c_in: int, c_out: int) -> _LaunchGrid:
         t, size = Tiling.of(kernel, c_in, c_out, False), as_3d(x.shape[2:], False)
         block, options = _flat_options(t)
+        if t.kz * t.ky * t.kx == 1:  # voxels without neighbours: the kernel knows their places without a division
+            size = (1, 1, math.prod(size))
         depth, height, width = size
         tiles = depth * triton.cdiv(height, t.ty) * triton.cdiv(width, t.tx)
         return cls(_conv_flat_kernel, t, size, tiles, block, 1, triton.cdiv(tiles, block), options)
@@ -274,17 +277,20 @@ def _conv_band_kernel(
 
 
 @triton.jit
-def _place(tile, H, W, TY: tl.constexpr, TX: tl.constexpr):
-    """Plane, first row and first column of a tile."""
-    columns, rows = (W + TX - 1) // TX, (H + TY - 1) // TY
-    return tile // (columns * rows), (tile // columns) % rows * TY, tile % columns * TX
+def _place(tile, H, W, TY: tl.constexpr, TX: tl.constexpr, ONE_ROW: tl.constexpr):
+    """Plane, first row and first column of a tile; a map of one row, of kernels of 1, costs no divisions."""
+    plane, row, column = tl.zeros_like(tile), tl.zeros_like(tile), tile
+    if not ONE_ROW:
+        columns, rows = (W + TX - 1) // TX, (H + TY - 1) // TY
+        plane, row, column = tile // (columns * rows), (tile // columns) % rows * TY, tile % columns * TX
+    return plane, row, column
 
 
 @triton.jit
 def _runs(tile, tiles, H, W, X_STRIDE: tl.constexpr, C_IN: tl.constexpr, KX: tl.constexpr, TY: tl.constexpr,
-          TX: tl.constexpr, K: tl.constexpr):  # fmt: skip
+          TX: tl.constexpr, K: tl.constexpr, ONE_ROW: tl.constexpr):  # fmt: skip
     """(BLOCK, K) offsets of the inputs in the first row of every tile, and which of them lie inside that row."""
-    plane, row, column = _place(tile, H, W, TY, TX)
+    plane, row, column = _place(tile, H, W, TY, TX, ONE_ROW)
     k = tl.arange(0, K)
     columns = column[:, None] + (k // C_IN)[None, :] - KX // 2
     inside = (tile < tiles)[:, None] & (columns >= 0) & (columns < W) & (k < (TX + KX - 1) * C_IN)[None, :]
@@ -303,9 +309,9 @@ def _band(band, row, C_IN: tl.constexpr, KX: tl.constexpr, TX: tl.constexpr, K: 
 
 @triton.jit
 def _results(tile, tiles, H, W, OUT_STRIDE: tl.constexpr, C_OUT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
-             N: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+             N: tl.constexpr, LANES: tl.constexpr, ONE_ROW: tl.constexpr):  # fmt: skip
     """(BLOCK, N) offsets of the results of every tile, and which of them lie inside the map."""
-    plane, row, column = _place(tile, H, W, TY, TX)
+    plane, row, column = _place(tile, H, W, TY, TX, ONE_ROW)
     n = tl.arange(0, N)
     oy, ox = n // (TX * LANES), n // LANES % TX
     y, columns = row[:, None] + oy[None, :], column[:, None] + ox[None, :]
@@ -347,18 +353,19 @@ def _conv_flat_kernel(
     TX: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tiles of a sample."""
+    ONE_ROW: tl.constexpr = KZ * KY * KX == 1
     sample, out_first = tl.program_id(1), out_part * C_OUT
     x += sample * D * H * W * X_STRIDE + x_part * C_IN
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    plane, row, _ = _place(tile, H, W, TY, TX)
-    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K)
+    plane, row, _ = _place(tile, H, W, TY, TX, ONE_ROW)
+    runs, in_row = _runs(tile, tiles, H, W, X_STRIDE, C_IN, KX, TY, TX, K, ONE_ROW)
     total = tl.zeros((BLOCK, N), tl.float32)
     for i in range(KZ * (TY + KY - 1)):
         dz, dy = i // (TY + KY - 1) - KZ // 2, i % (TY + KY - 1) - KY // 2
         exists = (row + dy >= 0) & (row + dy < H) & (plane + dz >= 0) & (plane + dz < D)
         run = tl.load(x + (dz * H + dy) * W * X_STRIDE + runs, mask=in_row & exists[:, None], other=0.0)
         total = tl.dot(run, _band(band, i, C_IN, KX, TX, K, N), total)
-    offset, inside = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
+    offset, inside = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES, ONE_ROW)
     offset += sample * D * H * W * OUT_STRIDE + out_first
     total = _epilogue(
         total, offset, inside, bias, mean, variance, norm_weight, norm_bias, residual, out_first, OUT_STRIDE, BIAS,
@@ -373,7 +380,7 @@ def _input(
     COLUMNS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK, K) inputs of every tile: COLUMNS voxels of a plane from (dy, dx) off the tile's first output."""
-    _, row, column = _place(tile, H, W, 1, TX)
+    _, row, column = _place(tile, H, W, 1, TX, False)
     k = tl.arange(0, K)
     planes = tl.zeros_like(tile) + plane  # the interpreter has no masks of single numbers
     exists = (tile < tiles) & (row + dy >= 0) & (row + dy < H) & (planes >= 0) & (planes < D)
@@ -434,7 +441,7 @@ def _conv_sweep_kernel(
     end = tl.minimum(begin + steps, D)
     x += sample * D * H * W * X_STRIDE + x_part * C_IN
     tile = tl.program_id(0) % places * BLOCK + tl.arange(0, BLOCK)
-    offset, in_plane = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES)
+    offset, in_plane = _results(tile, tiles, H, W, OUT_STRIDE, C_OUT, TY, TX, N, LANES, False)
     offset += sample * D * H * W * OUT_STRIDE + out_first
     bands = ()
     for i in tl.static_range(KY * LOADS):
