@@ -184,7 +184,7 @@ def _sweep_stages(t: Tiling, x: Tensor) -> int:
 
 def _flat_options(t: Tiling) -> tuple[int, dict[str, int]]:
     if t.rows == 1 and t.n <= 32:
-        return 128, {"num_warps": 4, "num_stages": 2}
+        return 128, {"num_warps": t.n // 8, "num_stages": 2}  # more warps would find the same places once more
     return 64, {"num_warps": 4, "num_stages": 3}
 
 
