@@ -59,7 +59,7 @@ def predict(
 
     Args:
         model_folder: what nnU-Net trained, `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`, or the name
-            of a shipped model, "hippocampus".
+            of a shipped model, "hippocampus" or "isic".
         image: a file; samples of shape (C, Y, X) or (C, Z, Y, X); an image of SimpleITK or nibabel; or a list of files
             or of such images that are the channels of one image. Several images: a list of arrays, or of lists of files
             or images.

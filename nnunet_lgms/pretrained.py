@@ -23,7 +23,7 @@ def load(model: str | Path, *, fold: int | str | None = None, checkpoint: str = 
     with nnU-Net's resampling and normalisation around it, there is :func:`nnunet_lgms.predict`.
 
     Args:
-        model: the name of a shipped model, such as "hippocampus"; a folder that nnU-Net trained,
+        model: the name of a shipped model, "hippocampus" or "isic"; a folder that nnU-Net trained,
             ``nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION``; or a zip of one, as
             ``nnUNetv2_export_model_to_zip`` writes it. Nothing in them is run (``weights_only=True``).
         fold: which fold's weights; may be left out where there is one.

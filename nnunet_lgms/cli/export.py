@@ -21,7 +21,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "JSON beside it that says how images are prepared. `nnunet_lgms runtime` predicts with the two, without "
         "PyTorch and nnU-Net.",
     )
-    parser.add_argument("model_folder", type=Path, metavar="MODEL_FOLDER", help="what nnU-Net trained")
+    parser.add_argument(
+        "model_folder",
+        type=Path,
+        metavar="MODEL_FOLDER",
+        help="what nnU-Net trained, or the name of a shipped model: hippocampus, isic",
+    )
     parser.add_argument("--to", choices=["onnx"], default="onnx", help="format (onnx)")
     parser.add_argument("--folds", nargs="+", metavar="FOLD", help="models to average (all that are trained)")
     precision = parser.add_mutually_exclusive_group()

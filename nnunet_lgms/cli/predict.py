@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         dest="model_folder",
         type=Path,
         metavar="FOLDER",
-        help="…/DatasetXXX_Name/TRAINER__PLANS__CONFIG, or the name of a shipped model, hippocampus",
+        help="…/DatasetXXX_Name/TRAINER__PLANS__CONFIG, or the name of a shipped model: hippocampus, isic",
     )
     model.add_argument("-d", dest="dataset", metavar="DATASET", help="number or name, below $nnUNet_results")
     model.add_argument("-c", dest="configuration", metavar="CONFIG", help="2d, 3d_fullres, …")

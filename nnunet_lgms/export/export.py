@@ -41,7 +41,8 @@ def export(
     """Write `output` and its JSON; several folds become one file that averages their logits.
 
     Args:
-        model_folder: nnU-Net's `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`.
+        model_folder: nnU-Net's `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`, or the name of a shipped
+            model, such as "hippocampus".
         output: the .onnx file; default: DATASET_CONFIGURATION_PRECISION.onnx here.
         folds: default: all that are trained.
         precision: "fp32", "fp16" (half the size, computed as the runtime likes) or "int8" (static quantisation).

@@ -17,6 +17,7 @@ from nnunet_lgms.blocks.attention import SparseTransformer
 from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.export.onnx_file import MeanLogits
 from nnunet_lgms.inference import load_predictor, trained_folds
+from nnunet_lgms.nnunet_folders import model_path
 from nnunet_lgms.runtime.description import Description, Resampling
 from nnunet_lgms.runtime.schema import NORMALIZATIONS, READERS, RESAMPLINGS
 
@@ -30,6 +31,7 @@ def load_model(
         ValueError: it is no trained model or one of another trainer, a fold is missing, or prediction needs what the
             runtime does not have: a cascade's previous stage, a reader, a normalisation or a resampling.
     """
+    model_folder = model_path(model_folder)
     folds = trained_folds(model_folder, checkpoint) if folds is None else list(dict.fromkeys(map(str, folds)))
     predictor = load_predictor(model_folder, folds=folds, checkpoint=checkpoint, device="cpu")
     if not isinstance(predictor.network, LGMSNet):
