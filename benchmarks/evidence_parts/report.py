@@ -38,7 +38,7 @@ HEADLINES = [
         if stage.removeprefix("sets_") not in OLDER
     ),
     ("BUSI, breast ultrasound", ["sets_busi", "busi"], MIRRORED),
-    ("the same models on STU, another hospital", ["sets_busi", "busi"], f"{STU}-mirrored"),
+    ("the same on STU, another hospital", ["sets_busi", "busi"], f"{STU}-mirrored"),
     ("hippocampus, MRI", ["sets_hippocampus", "hippocampus"], MIRRORED),
 ]
 #: who is tested against whom
@@ -283,9 +283,8 @@ def readme_accuracy(results: Results) -> list[str]:
     return [
         *table("Dice | LGMSNet, paper's augmentation | LGMSNet, nnU-Net's augmentation | nnU-Net's U-Net", rows),
         "",
-        f"One training each of {min(steps):,} to {max(steps):,} steps, where nnU-Net's default is 250,000. In brackets "
-        "the difference to the U-Net with its 95 % interval over cases, not over trainings: where that contains 0, "
-        "no difference was shown.",
+        f"One training each of {min(steps):,} to {max(steps):,} steps (nnU-Net's default: 250,000); in brackets the "
+        "difference to the U-Net, 95 % interval over cases: where it contains 0, none was shown.",
     ]
 
 

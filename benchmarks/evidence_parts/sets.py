@@ -129,7 +129,7 @@ SETS = {
     ),
     "la2018": DataSet(
         107, "LA2018", "la2018", VOLUMES, MRI, ("atrium",), listed("train.list", "test.list"),
-        "left atrium, LGE MRI, 2018 challenge; 80 and 20 volumes"
+        "left atrium, LGE MRI; 2018 challenge, 80 and 20 volumes"
     ),
     "stu": DataSet(
         102, "STU", "stu_hospital", FLAT, GREY, ("lesion",), None, "STU, breast ultrasound of another hospital",
