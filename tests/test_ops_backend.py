@@ -129,6 +129,19 @@ def test_where_nothing_is_prepared_a_thread_goes_without_kernels_that_are_not_as
     assert path() == outside and cudnn.benchmark
 
 
+def test_threads_that_prepare_nothing_leave_cudnn_as_it_was(monkeypatch):
+    cudnn = SimpleNamespace(benchmark=True)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    first, second = backend.nothing_prepared(), backend.nothing_prepared()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        one.submit(first.__exit__, None, None, None).result()
+        assert not cudnn.benchmark  # the other is still inside
+        other.submit(second.__exit__, None, None, None).result()
+    assert cudnn.benchmark
+
+
 def test_a_decision_is_a_constant_of_compiled_code_and_the_switch_compiles_anew(monkeypatch):
     card = Card(monkeypatch)
 

@@ -59,6 +59,9 @@ class _Here(threading.local):
 
 
 _here = _Here()
+# cuDNN's choice is that of all threads: the last to leave :func:`nothing_prepared` puts back what the first one found.
+_counting = threading.Lock()
+_inside, _outside_benchmark = 0, False
 
 
 def set_kernels(setting: str) -> None:
@@ -94,16 +97,24 @@ def nothing_prepared() -> Iterator[None]:
 
     With the setting "on", kernels are compiled and algorithms tried out as outside.
     """
+    global _inside, _outside_benchmark
     if _setting == "on":
         yield
         return
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, _here.without_kernels
-    cudnn.benchmark, _here.without_kernels = False, True
+    cudnn, before = torch.backends.cudnn, _here.without_kernels
+    with _counting:
+        if _inside == 0:
+            _outside_benchmark = cudnn.benchmark
+        _inside += 1
+        cudnn.benchmark, _here.without_kernels = False, True
     try:
         yield
     finally:
-        cudnn.benchmark, _here.without_kernels = before
+        with _counting:
+            _inside -= 1
+            if _inside == 0:
+                cudnn.benchmark = _outside_benchmark
+            _here.without_kernels = before
 
 
 def kernels_for(device: torch.device | str) -> Decision:
