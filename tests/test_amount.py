@@ -149,6 +149,12 @@ def test_folds_mirrors_and_the_models_grid_count(tmp_path: Path, monkeypatch):
     assert not little(1 << 60)
 
 
+def test_kernels_that_are_asked_for_are_compiled_for_little(flat: tuple[Path, Path], told):
+    """And so its batches are those of kernels."""
+    with nnunet_lgms.ops.kernels("on"):
+        assert told(1 << 60, lambda predictor: predictor.predict_from_files(str(flat[1]), None)) is False
+
+
 def test_a_call_that_goes_on_decides_as_it_began(flat: tuple[Path, Path], told, tmp_path: Path):
     images, out = str(flat[1]), tmp_path / "out"
     for voxels, answer in ((N_CASES * WINDOW, False), (N_CASES * WINDOW + 1, True)):

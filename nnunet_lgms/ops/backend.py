@@ -91,6 +91,11 @@ def kernels(setting: str) -> Iterator[None]:
         set_kernels(before)
 
 
+def are_asked_for() -> bool:
+    """Whether the setting is "on": the kernels are compiled also for what is little."""
+    return _setting == "on"
+
+
 @contextmanager
 def nothing_prepared() -> Iterator[None]:
     """Inside, operators that this thread calls are PyTorch's, and cuDNN tries out no algorithms.
@@ -98,7 +103,7 @@ def nothing_prepared() -> Iterator[None]:
     With the setting "on", kernels are compiled and algorithms tried out as outside.
     """
     global _inside, _outside_benchmark
-    if _setting == "on":
+    if are_asked_for():
         yield
         return
     cudnn, before = torch.backends.cudnn, _here.without_kernels

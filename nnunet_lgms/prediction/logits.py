@@ -101,6 +101,10 @@ class LogitsPredictor(nnUNetPredictor):
         """
         if self.device.type != "cuda" or not hasattr(self.network, "few_predictions"):  # nothing would be compiled
             return False
+        from nnunet_lgms.ops.backend import are_asked_for
+
+        if are_asked_for():
+            return False
         configuration, order = self.configuration_manager, self.plans_manager.transpose_forward
         try:
             size, spacing = ([of_axes[axis] for axis in order] for of_axes in first())
