@@ -155,6 +155,27 @@ def test_kernels_that_are_asked_for_are_compiled_for_little(flat: tuple[Path, Pa
         assert told(1 << 60, lambda predictor: predictor.predict_from_files(str(flat[1]), None)) is False
 
 
+def test_a_list_is_batched_as_if_it_were_the_first(flat: tuple[Path, Path], told, monkeypatch):
+    """Whatever the predictor was asked for before."""
+    monkeypatch.setitem(logits.VOXELS, "cuda", 4 * WINDOW)
+    monkeypatch.setattr(Predictor, "_warm_up", Predictor._expect)
+    together = []
+
+    def call(predictor: Predictor) -> None:
+        in_batches = predictor._batches
+        monkeypatch.setattr(
+            predictor, "_batches", lambda device, n_windows: in_batches(torch.device("cuda"), n_windows)
+        )
+        hook = predictor.network.register_forward_pre_hook(lambda _, args: together.append(len(args[0])))
+        predictor.predict_from_files(str(flat[1]), None)
+        hook.remove()
+
+    for little in (False, True, False):
+        together.clear()
+        assert told(N_CASES * WINDOW + int(little), call) is little
+        assert together == ([2] * 4 if little else [8])  # of four windows and their copies
+
+
 def test_a_call_that_goes_on_decides_as_it_began(flat: tuple[Path, Path], told, tmp_path: Path):
     images, out = str(flat[1]), tmp_path / "out"
     for voxels, answer in ((N_CASES * WINDOW, False), (N_CASES * WINDOW + 1, True)):

@@ -117,8 +117,9 @@ class LogitsPredictor(nnUNetPredictor):
 
     def _expect(self, little: bool) -> None:
         """Tells a network that asks for it how much is to come."""
-        if hasattr(self.network, "few_predictions"):
+        if hasattr(self.network, "few_predictions") and self.network.few_predictions != little:
             self.network.few_predictions = little
+            self._largest_batches = (0, 0)
 
     def _rows(
         self,

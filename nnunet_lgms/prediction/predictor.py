@@ -291,20 +291,20 @@ class Predictor(CasePredictor):
 
     def _with_logits(self, items: Iterable[dict]) -> Iterator[tuple[dict, Tensor | None]]:
         """Cases, those of flat images with their logits: as many as fill a batch go through the network together."""
-        largest, _ = self._batches(self.device, n_windows=MANY)
         waiting: list[dict] = []
-        room = largest
+        taken = 0
         for item in items:
             self._expect(item.get("little", False))  # a validation has most kernels from its training's own steps
+            largest, _ = self._batches(self.device, n_windows=MANY)  # as it depends on what is expected
             n_windows = self._windows_of_flat(item.get("data")) or largest
-            if n_windows > room:
+            if taken + n_windows > largest:
                 yield from self._together(waiting)
-                waiting, room = [], largest
+                waiting, taken = [], 0
             if n_windows >= largest:
                 yield item, None
                 continue
             waiting.append(item)
-            room -= n_windows
+            taken += n_windows
         yield from self._together(waiting)
 
     def _windows_of_flat(self, data: Tensor | str | None) -> int:
