@@ -176,6 +176,26 @@ def test_a_list_is_batched_as_if_it_were_the_first(flat: tuple[Path, Path], told
         assert together == ([2] * 4 if little else [8])  # of four windows and their copies
 
 
+def test_where_pytorchs_operators_have_no_room_for_a_window_kernels_take_it(flat: tuple[Path, Path], told):
+    said, failed = [], []
+
+    def call(predictor: Predictor) -> None:
+        def scarce(network, args) -> None:
+            if network.few_predictions:
+                failed.append(len(args[0]))
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        hook = predictor.network.register_forward_pre_hook(scarce, prepend=True)
+        predictor.talk = said.append
+        for _ in range(2):
+            predictor.predict_from_files(str(flat[1]), None)
+        hook.remove()
+
+    assert told(1 << 60, call) is False
+    assert failed == [8, 4, 2, 1]  # then it is known
+    assert not any("the CPU computes" in line or "host's memory" in line for line in said)
+
+
 def test_a_call_that_goes_on_decides_as_it_began(flat: tuple[Path, Path], told, tmp_path: Path):
     images, out = str(flat[1]), tmp_path / "out"
     for voxels, answer in ((N_CASES * WINDOW, False), (N_CASES * WINDOW + 1, True)):

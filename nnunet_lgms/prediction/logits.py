@@ -70,6 +70,7 @@ class LogitsPredictor(nnUNetPredictor):
         self.stages = Stages()
         self._largest_batch: int | None = None  # set where memory was short
         self._largest_batches = (0, 0)  # of flat images
+        self._little_fits = True  # into memory without kernels
         self._loaded: tuple | None = None  # network and weights
 
     def _ways(self) -> list[tuple[torch.device, torch.device]]:
@@ -117,6 +118,7 @@ class LogitsPredictor(nnUNetPredictor):
 
     def _expect(self, little: bool) -> None:
         """Tells a network that asks for it how much is to come."""
+        little = little and self._little_fits
         if hasattr(self.network, "few_predictions") and self.network.few_predictions != little:
             self.network.few_predictions = little
             self._largest_batches = (0, 0)
@@ -259,8 +261,15 @@ class LogitsPredictor(nnUNetPredictor):
                     parts = [self.network(part) for part in x.split(batch)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except RuntimeError as error:
-                if batch == 1 or not out_of_memory(error):
+                if not out_of_memory(error):
                     raise
+                if batch == 1:
+                    if not getattr(self.network, "few_predictions", False):
+                        raise
+                    self._little_fits = False  # kernels need less, and compiling them takes less than the CPU would
+                    self._expect(little=False)
+                    empty_cache(self.device)
+                    continue
             self._largest_batch = batch // 2
             self.talk(f"Batches of {batch} windows need more memory than there is: {batch // 2} at a time.")
             empty_cache(self.device)
