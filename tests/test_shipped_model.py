@@ -100,6 +100,11 @@ def test_the_lines_for_a_picture_of_another_size(tmp_path, monkeypatch):
     assert set(np.unique(mask)) == {0, 255} and dice(mask == 255, np.asarray(expected)) > 0.95
 
 
+def test_colours_beyond_255_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"^The image has values that the model's .* 255.*\.$"):
+        predict("isic", np.linspace(0, 65535, 3 * 256 * 256).reshape(3, 256, 256), device="cpu")
+
+
 @pytest.mark.parametrize("model", ["hippocampus", "isic"])
 @pytest.mark.parametrize("name", ["plans.json", "dataset.json", "dataset_fingerprint.json"])
 def test_the_model_folder_names_no_folder_of_a_machine(model, name):

@@ -16,6 +16,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
+from nnunet_lgms.files import one_line
 from nnunet_lgms.prediction.resampling import as_matrices
 from nnunet_lgms.splines import new_shape
 
@@ -101,9 +102,13 @@ def _default(
 
     target = own_spacing(configuration, spacing)
     new = new_shape(old, spacing, target)
-    data = DefaultPreprocessor(verbose=False)._normalize(
-        data, [None] if labels is None else labels, configuration, plans.foreground_intensity_properties_per_channel
-    )
+    marked, intensities = [None] if labels is None else labels, plans.foreground_intensity_properties_per_channel
+    try:
+        data = DefaultPreprocessor(verbose=False)._normalize(data, marked, configuration, intensities)
+    except AssertionError as error:  # as of colours beyond 255
+        raise ValueError(
+            f"The image has values that the model's normalisation does not take ({one_line(error)})."
+        ) from error
     resampling = as_matrices(configuration.resampling_fn_data, old, new, spacing, target)
     if resampling is None:
         prepared = torch.from_numpy(np.asarray(configuration.resampling_fn_data(data, new, spacing, target)))
