@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from .runs import MODELS, STAGES, models_of
 WITHIN_NOISE, NOT_COMPARABLE = "within noise", "not comparable"
 ONE_TRAINING = " on these cases"  # what another training would give is not in the interval
 
-Runs = Sequence[dict[str, Any]]  # of one model, one a seed
+Run = dict[str, Any]
+Runs = Sequence[Run]  # of one model, one a seed
+OBJECT = ["label", "diameter", "dice"]  # as `score` writes it
 
 
 class Results:
@@ -81,6 +83,15 @@ def p_value(ours: Runs, theirs: Runs, scores: str) -> float:
     pair = per_case(ours, scores).align(per_case(theirs, scores), join="inner")
     (test,) = compare({name: values.to_numpy() for name, values in zip("ab", pair)}, "Dice")
     return test.p
+
+
+def by_size(ours: Run, theirs: Run, scores: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each label with the objects in a quartile of diameters, small ones first: `diameter`, Dice `ours`, `theirs`."""
+    tables = [pd.DataFrame(run["scores"][scores]["objects"]).set_axis(OBJECT, axis=1) for run in (ours, theirs)]
+    objects = tables[0].rename(columns={"dice": "ours"}).assign(theirs=tables[1]["dice"])
+    for label, own in objects.groupby("label", sort=False):
+        for _, quartile in own.groupby(pd.qcut(own["diameter"], 4, duplicates="drop"), observed=True):
+            yield label, quartile
 
 
 def spread(runs: Runs, scores: str) -> float:

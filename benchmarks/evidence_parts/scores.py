@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from record import commit_of
 
+from nnunet_lgms.evaluation.by_size import found_objects
 from nnunet_lgms.evaluation.evaluate import evaluate
 from nnunet_lgms.evaluation.labels import LabelSet
 from nnunet_lgms.evaluation.output import summary_json
@@ -41,7 +42,7 @@ def score_all(runs: Path, raw: Path, out: Path) -> list[str]:
 
 
 def score(predictions: Path, dataset: Path) -> dict:
-    """Metrics of every case and their means, with 95 % bootstrap intervals.
+    """Metrics of every case, their means with 95 % bootstrap intervals, and label, diameter and Dice of every object.
 
     Args:
         predictions: .npz, case → labels (Z, Y, X) on the grid of its reference.
@@ -57,6 +58,8 @@ def score(predictions: Path, dataset: Path) -> dict:
             name = f"{case}{content['file_ending']}"
             writer.write_seg(arrays[case], str(Path(folder, name)), writer.read_seg(str(references / name))[1])
         result = evaluate({"model": Path(folder)}, references, labels, Reader.of_dataset(content))
+        objects = [(o.label, round(o.diameter, 3), round(o.dice, 4)) for o in found_objects(result)]
     # six digits of each number are enough
     found = json.loads(json.dumps(summary_json(result)), parse_float=lambda number: round(float(number), 6))
-    return {"unit": found["unit"], "mean": found["models"]["model"]["mean"], "cases": found["models"]["model"]["cases"]}
+    model = found["models"]["model"]
+    return {"unit": found["unit"], "mean": model["mean"], "cases": model["cases"], "objects": objects}
