@@ -82,12 +82,14 @@ def shipped_models() -> dict[str, Path]:
 def model_path(model: str | Path) -> Path:
     """The folder or zip of a model that is given by its path or, where it is shipped, by its name.
 
+    Folders of images may have such a name: only one with plans takes the place of the shipped model.
+
     Raises:
         ValueError: it is neither.
     """
-    if Path(model).exists():
-        return Path(model)
-    shipped = shipped_models()
+    path, shipped = Path(model), shipped_models()
+    if path.is_file() or (path / "plans.json").is_file() or (path.exists() and str(model) not in shipped):
+        return path
     if str(model) in shipped:
         return shipped[str(model)]
     raise ValueError(

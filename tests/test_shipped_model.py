@@ -14,6 +14,7 @@ from PIL import Image
 
 from nnunet_lgms import load, predict
 from nnunet_lgms.cli import main
+from nnunet_lgms.nnunet_folders import model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = "hippocampus_025"  # of the fold that the model was validated on
@@ -98,6 +99,14 @@ def test_the_lines_for_a_picture_of_another_size(tmp_path, monkeypatch):
     mask = np.asarray(Image.open("mask.png"))
     expected = Image.fromarray(lesion(LESIONS[0])).resize(size, Image.Resampling.NEAREST)
     assert set(np.unique(mask)) == {0, 255} and dice(mask == 255, np.asarray(expected)) > 0.95
+
+
+def test_a_folder_of_images_does_not_hide_a_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "isic" / "imagesTs").mkdir(parents=True)
+    assert model_path("isic") == ROOT / "models" / "isic"
+    (tmp_path / "isic" / "plans.json").touch()
+    assert model_path("isic") == Path("isic")
 
 
 def test_colours_beyond_255_are_refused_in_one_sentence():
