@@ -81,6 +81,8 @@ ROWS = {
 }
 TRAIN_TOOL = "nnUNetv2_train"
 TRAINING_ROWS = {"training": "training, the demo's hippocampus cases", "training_128": "training, 2 × 128³"}
+#: stages of a training, of which the picture shows two epochs
+IN_THE_PICTURE = {"steps": "a later epoch's steps", "between": "the rest of that epoch"}
 TRAININGS = {UNET: "nnUNetTrainer_measured", OURS: "nnUNetTrainerLGMSNet_measured"}
 
 
@@ -336,25 +338,34 @@ def memory_of_104_classes(runs: list[dict]) -> list[str]:
 
 
 def draw(results: dict, file: Path) -> None:
-    """Stacked bars: the seconds of each stage; a line where the clock stopped."""
+    """Stacked bars: the seconds of each stage; of predictions, whose stages overlap, a line where the clock stopped."""
     rows = [found for found in results["runs"] if "failed" not in found]
     titles = list(dict.fromkeys(found["title"] for found in rows))
     heights = [1 + sum(found["title"] == title for found in rows) for title in titles]
-    figure = Figure(figsize=(9, 0.42 * sum(heights) + 0.6), layout="constrained")
+    figure = Figure(figsize=(9, 0.42 * sum(heights) + 1.2), layout="constrained")
     axes = figure.subplots(len(titles), 1, squeeze=False, height_ratios=heights)
+    explained = set()
     for title, axis in zip(titles, axes[:, 0]):
         those = [found for found in rows if found["title"] == title][::-1]
+        training = those[0]["row"] in TRAINING_ROWS
         for y, found in enumerate(those):
             left = 0.0
             for i, (stage, seconds) in enumerate(found["stages"].items()):
-                axis.barh(y, seconds, left=left, color=f"C{i}", label=stage if y == 0 else None)
+                label = IN_THE_PICTURE.get(stage, stage) if y == 0 else None
+                axis.barh(y, seconds, left=left, color=f"C{i}", label=label)
                 left += seconds
-            if found["row"] not in TRAINING_ROWS:
-                axis.plot([found["seconds"]] * 2, [y - 0.45, y + 0.45], "k-", linewidth=2)
-        axis.set_yticks(range(len(those)), [f"{r['network']}, {r['tool']}, {r['plans']}" for r in those], fontsize=7)
-        axis.set_title(f"{title}: seconds", fontsize=9, loc="left")
-        axis.tick_params(axis="x", labelsize=7)
-        axis.legend(fontsize=6, ncols=6, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
+            if not training:
+                label = "by the clock" if y == 0 else None
+                axis.plot([found["seconds"]] * 2, [y - 0.45, y + 0.45], "k-", linewidth=2, label=label)
+        resampling = {"default": "", "torch": ", torch resampling"}
+        names = [f"{r['network']},\n{r['tool']}{resampling[r['plans']]}" for r in those]
+        axis.set_yticks(range(len(those)), names, fontsize=8)
+        axis.set_title(f"{title}: seconds", fontsize=9, loc="left", pad=6 if training in explained else 20)
+        axis.tick_params(axis="x", labelsize=8)
+        if training not in explained:  # the stages of all predictions are the same, and those of all trainings
+            place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "frameon": False}
+            axis.legend(fontsize=8, ncols=7, handlelength=1.4, columnspacing=1.4, **place)
+        explained.add(training)
     figure.savefig(file, dpi=120, format="png")
 
 

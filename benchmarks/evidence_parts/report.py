@@ -363,12 +363,18 @@ def draw(folder: Path) -> None:
                 diff = difference(models[name], models["nnunet"], scores)
                 ends = [[diff.mean - diff.low], [diff.high - diff.mean]]
                 axis.errorbar(diff.mean, y, xerr=ends, fmt="o", capsize=3, color="C0")
+            else:
+                at_the_right = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center"}
+                axis.text(0.97, y, NOT_RUN, color="0.5", fontsize=8, **at_the_right)
         axis.axvline(0, color="0.6", linewidth=1)
-        axis.set_title(MODELS[name].title, fontsize=9)
+        axis.set_title(MODELS[name].title.replace(", ", ",\n", 1), fontsize=9)
         axis.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(lines)), [title for title, _, _ in lines])
     axes[0].invert_yaxis()
-    figure.supxlabel("difference of Dice to nnU-Net's U-Net, mirrored, 95 % interval over cases", fontsize=9)
+    figure.supxlabel(
+        "difference of Dice to nnU-Net's U-Net, mirrored, 95 % interval over cases; right of 0: above the U-Net",
+        fontsize=9,
+    )
     with atomic_write(folder / "evidence.png") as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
