@@ -209,8 +209,9 @@ def markdown(report: dict) -> str:
         f"torch {report.get('versions', report)['torch']}.",
         "",
         "All in MiB, and without what CUDA holds beside PyTorch. Estimate: `nnunet_lgms plan`. Trained: the most that "
-        "PyTorch's tensors and CUDA graphs took in a step of the trainer's on one GPU, after the first; first: until "
-        "the end of the first step, for which cuDNN tries algorithms; reserved: what PyTorch held.",
+        "PyTorch's tensors and CUDA graphs took in a step of the trainer's on one GPU, after the first; eager: without "
+        "graphs, empty where that was not measured; first: until the end of the first step, for which cuDNN tries "
+        "algorithms; reserved: what PyTorch held.",
         "",
         *table("plan | patch | batch | levels | estimate | trained | deviation | eager | first | reserved", rows),
     ]
