@@ -54,7 +54,8 @@ unless the column says so (mirrored: predicted in all orientations, nnU-Net's de
 intervals over cases, differences are paired by case; "within noise" is a difference whose interval holds 0, or that is
 less than two standard deviations over seeds. Of models that were trained once, a difference can stand out "on these
 cases" alone: what another training would give is not in its interval. Step times are medians of steps that had the GPU
-to themselves, of the package as it was at the run's commit (see the last table)."""
+to themselves, of the package as it was at the run's commit (see the last table); steps are timed anew on a
+[GPU](gpu.md) and on a [CPU](cpu.md)."""
 PICTURES = """![differences of Dice to nnU-Net's U-Net with intervals, a panel a network](evidence.png)
 
 ![the worst hippocampus cases](evidence_worst_cases.png)"""
@@ -110,7 +111,6 @@ def evidence_md(folder: Path) -> str:
         lines += [f"## {about}", "", *stage_lines(results, stage)]
     lines += ["## The authors' own figures", "", *reference_lines(results)]
     lines += ["## Published by others, not measured here", "", *published_lines(), ""]
-    lines += ["Steps are timed on a [GPU](gpu.md) and on a [CPU](cpu.md).", ""]
     lines += ["## What was run, and what was left", "", *runs_table(results, folder / "evidence" / "state.json"), ""]
     return "\n".join(lines)
 
