@@ -114,7 +114,9 @@ def _what_to_evaluate(args: argparse.Namespace):
         beside = [folder for folder in above if (folder / "dataset.json").is_file()]
         content = read_dataset_json(beside[0]) if beside else None
     if content is None and not args.labels:
-        raise ValueError(f"There is no dataset.json beside {args.predictions}: give --labels or --dataset.")
+        raise ValueError(
+            f"There is no dataset.json beside the predictions, {args.predictions}: give --labels or --dataset."
+        )
     labels = LabelSet.parse(args.labels) if args.labels else LabelSet.from_dataset_json(content)
     reader = Reader.of_dataset(content) if content else Reader(file_ending_of(args.predictions))
     return labels, reader, images
