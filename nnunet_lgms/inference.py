@@ -93,7 +93,7 @@ def predict(
 def _predict_one(
     predictor: Predictor, image: Image, spacing: Sequence[float] | None, with_probabilities: bool
 ) -> np.ndarray | tuple:
-    from nnunet_lgms.prediction.cases import check_axes, check_channels, read_case
+    from nnunet_lgms.prediction.cases import check_axes, check_channels, check_colours, read_case
     from nnunet_lgms.prediction.image_objects import is_image_object, labels_like, write_channels
 
     channels = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -116,6 +116,7 @@ def _predict_one(
             properties = {"spacing": spacing}
             check_channels(samples, predictor.dataset_json, "The array")
             check_axes(flat, predictor.configuration_manager, "The array")
+            check_colours(image, predictor.configuration_manager, "The array")
         else:
             files = (
                 write_channels(channels, Path(folder), predictor.dataset_json["file_ending"]) if objects else channels

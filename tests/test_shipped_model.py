@@ -109,6 +109,15 @@ def test_a_folder_of_images_does_not_hide_a_shipped_model(tmp_path, monkeypatch)
     assert model_path("isic") == Path("isic")
 
 
+def test_colours_that_are_fractions_are_refused():
+    """A black picture is one whatever its type."""
+    pixels = np.full((3, 256, 256), 0.5)
+    with pytest.raises(ValueError, match="from 0.5 to 0.5, the model takes colours from 0 to 255: multiply by 255"):
+        predict("isic", pixels, device="cpu")
+    for dark in (0 * pixels, (2 * pixels).astype(np.uint8)):
+        assert predict("isic", dark, device="cpu").shape == (256, 256)
+
+
 def test_colours_beyond_255_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match=r"^The image has values that the model's .* 255.*\.$"):
         predict("isic", np.linspace(0, 65535, 3 * 256 * 256).reshape(3, 256, 256), device="cpu")

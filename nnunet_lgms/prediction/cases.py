@@ -129,6 +129,16 @@ def check_axes(flat: bool, configuration: ConfigurationManager, name: str) -> No
         raise ValueError(f"{name} is flat, the model takes volumes, in windows of {configuration.patch_size} voxels.")
 
 
+def check_colours(samples: np.ndarray, configuration: ConfigurationManager, name: str) -> None:
+    """Raises ValueError if colours are fractions of 1, as many libraries have them: the model would see black."""
+    fractions = samples.dtype.kind == "f" and 0 <= samples.min() and 0 < samples.max() <= 1
+    if fractions and "RGBTo01Normalization" in configuration.normalization_schemes:
+        raise ValueError(
+            f"{name} has values from {samples.min():g} to {samples.max():g}, the model takes colours from 0 to 255: "
+            "multiply by 255."
+        )
+
+
 def write_case(
     output: str,
     labels: np.ndarray,
