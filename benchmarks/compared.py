@@ -13,7 +13,7 @@ from nnunet_lgms import LGMSNet
 from nnunet_lgms.config.planned import MOST_FEATURES
 from nnunet_lgms.planning.training_step import TrainingStep
 
-NETWORKS = ("lgmsnet", "plain")
+NETWORKS = {"lgmsnet": "LGMSNet", "plain": "nnU-Net's U-Net"}  # and what pictures call them
 
 
 def build(name: str, shape: Sequence[int], classes: int, n_stages: int) -> nn.Module:

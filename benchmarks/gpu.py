@@ -211,7 +211,9 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
                 line = [row for row in those if row["network"] == network and row["mode"] == mode and row[key]]
                 values = [row[key] if key == "train_gib" else row[key][0] for row in line]
                 colour = "C1" if network == "lgmsnet" else "C0"
-                axis.loglog([row["size"] for row in line], values, "o-", color=colour, label=f"{network}, {mode}")
+                axis.loglog(
+                    [row["size"] for row in line], values, "o-", color=colour, label=f"{NETWORKS[network]}, {mode}"
+                )
             axis.set_title(f"{case}: {title}", fontsize=9)
             axis.set_xlabel("voxels per axis", fontsize=8)
             axis.tick_params(labelsize=7)
