@@ -14,7 +14,7 @@ from PIL import Image
 
 from nnunet_lgms import load, predict
 from nnunet_lgms.cli import main
-from nnunet_lgms.nnunet_folders import model_path
+from nnunet_lgms.nnunet_folders import model_path, shipped_models
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = "hippocampus_025"  # of the fold that the model was validated on
@@ -104,7 +104,7 @@ def test_the_lines_for_a_picture_of_another_size(tmp_path, monkeypatch):
 def test_a_folder_of_images_does_not_hide_a_shipped_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "isic" / "imagesTs").mkdir(parents=True)
-    assert model_path("isic") == ROOT / "models" / "isic"
+    assert model_path("isic") == shipped_models()["isic"]
     (tmp_path / "isic" / "plans.json").touch()
     assert model_path("isic") == Path("isic")
 
