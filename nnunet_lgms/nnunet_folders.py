@@ -88,10 +88,10 @@ def model_path(model: str | Path) -> Path:
         ValueError: it is neither.
     """
     path, shipped = Path(model), shipped_models()
-    if path.is_file() or (path / "plans.json").is_file() or (path.exists() and str(model) not in shipped):
-        return path
-    if str(model) in shipped:
+    if str(model) in shipped and not (path.is_file() or (path / "plans.json").is_file()):
         return shipped[str(model)]
+    if path.exists():
+        return path
     raise ValueError(
         f"{shown(str(model))} is neither a folder or zip of a trained model nor the name of a shipped one: there are "
         f"{', '.join(shipped) or 'none'}."

@@ -18,8 +18,7 @@ from .runs import MODELS, STAGES, models_of
 WITHIN_NOISE, NOT_COMPARABLE = "within noise", "not comparable"
 ONE_TRAINING = " on these cases"  # what another training would give is not in the interval
 
-Run = dict[str, Any]
-Runs = Sequence[Run]  # of one model, one a seed
+Runs = Sequence[dict[str, Any]]  # of one model, one a seed
 OBJECT = ["label", "diameter", "dice"]  # as `score` writes it
 
 
@@ -85,7 +84,7 @@ def p_value(ours: Runs, theirs: Runs, scores: str) -> float:
     return test.p
 
 
-def by_size(ours: Run, theirs: Run, scores: str) -> Iterator[tuple[str, pd.DataFrame]]:
+def by_size(ours: dict[str, Any], theirs: dict[str, Any], scores: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each label with the objects in a quartile of diameters, small ones first: `diameter`, Dice `ours`, `theirs`."""
     tables = [pd.DataFrame(run["scores"][scores]["objects"]).set_axis(OBJECT, axis=1) for run in (ours, theirs)]
     objects = tables[0].rename(columns={"dice": "ours"}).assign(theirs=tables[1]["dice"])

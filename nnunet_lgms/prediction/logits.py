@@ -261,17 +261,15 @@ class LogitsPredictor(nnUNetPredictor):
                     parts = [self.network(part) for part in x.split(batch)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                without_kernels = getattr(self.network, "few_predictions", False)
+                if not out_of_memory(error) or (batch == 1 and not without_kernels):
                     raise
-                if batch == 1:
-                    if not getattr(self.network, "few_predictions", False):
-                        raise
-                    self._little_fits = False  # kernels need less, and compiling them takes less than the CPU would
-                    self._expect(little=False)
-                    empty_cache(self.device)
-                    continue
-            self._largest_batch = batch // 2
-            self.talk(f"Batches of {batch} windows need more memory than there is: {batch // 2} at a time.")
+            if batch > 1:
+                self._largest_batch = batch // 2
+                self.talk(f"Batches of {batch} windows need more memory than there is: {batch // 2} at a time.")
+            else:  # kernels need less, and compiling them takes less than the CPU would
+                self._little_fits = False
+                self._expect(little=False)
             empty_cache(self.device)
 
     @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import one_line, read_json
-from nnunet_lgms.prediction.amount import grid_of
+from nnunet_lgms.prediction.amount import grid_of, n_windows
 from nnunet_lgms.prediction.cases import (
     CasesFailed,
     check_outputs,
@@ -296,15 +296,15 @@ class Predictor(CasePredictor):
         for item in items:
             self._expect(item.get("little", False))  # a validation has most kernels from its training's own steps
             largest, _ = self._batches(self.device, n_windows=MANY)  # as it depends on what is expected
-            n_windows = self._windows_of_flat(item.get("data")) or largest
-            if taken + n_windows > largest:
+            windows = self._windows_of_flat(item.get("data")) or largest
+            if taken + windows > largest:
                 yield from self._together(waiting)
                 waiting, taken = [], 0
-            if n_windows >= largest:
+            if windows >= largest:
                 yield item, None
                 continue
             waiting.append(item)
-            taken += n_windows
+            taken += windows
         yield from self._together(waiting)
 
     def _windows_of_flat(self, data: Tensor | str | None) -> int:
@@ -312,7 +312,7 @@ class Predictor(CasePredictor):
         patch = self.configuration_manager.patch_size
         if len(patch) == 3 or not isinstance(data, Tensor) or data.shape[1] != 1:
             return 0
-        return len(self._starts((1, *map(max, data.shape[2:], patch))))
+        return n_windows(data.shape[1:], patch, self.tile_step_size)
 
     def _together(self, items: list[dict]) -> Iterator[tuple[dict, Tensor | None]]:
         logits: Sequence[Tensor | None] = [None] * len(items)
