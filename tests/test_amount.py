@@ -22,6 +22,7 @@ import nnunet_lgms
 from nnunet_lgms import inference
 from nnunet_lgms.evaluation import zeroshot
 from nnunet_lgms.inference import load_predictor
+from nnunet_lgms.ops import compiling
 from nnunet_lgms.prediction import logits, predictor
 from nnunet_lgms.prediction.amount import grid_of, n_windows
 from nnunet_lgms.prediction.cases import CasesFailed
@@ -255,6 +256,8 @@ def test_the_batch_that_goes_ahead_takes_the_same_path(flat: tuple[Path, Path], 
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: zeros(*size, **more))
     monkeypatch.setitem(logits.VOXELS, "cuda", WINDOW)  # a window and its copy fill a batch
+    begun = []
+    monkeypatch.setattr(compiling, "begin_compiling", begun.append)
 
     def warm_up(predictor: Predictor) -> None:
         monkeypatch.setattr(predictor.network, "to", lambda device: predictor.network)
@@ -263,6 +266,8 @@ def test_the_batch_that_goes_ahead_takes_the_same_path(flat: tuple[Path, Path], 
 
     for voxels, answer in ((N_CASES * WINDOW, False), (N_CASES * WINDOW + 1, True)):
         assert told(voxels, warm_up) is answer
+        assert begun == ([] if answer else [torch.device("cuda")])
+        begun.clear()
 
 
 def test_nnunets_networks_are_not_asked(tmp_path: Path, monkeypatch):

@@ -18,6 +18,7 @@ from offline_kernels import compiling_for  # noqa: E402
 
 from nnunet_lgms.ops import compiling  # noqa: E402
 from nnunet_lgms.ops import launch as launching  # noqa: E402
+from nnunet_lgms.ops.backend import Decision  # noqa: E402
 from nnunet_lgms.ops.launch import launch, only_compiling  # noqa: E402
 from nnunet_lgms.ops.triton import attention_kernels  # noqa: E402
 from nnunet_lgms.ops.triton.layout import _transpose_kernel  # noqa: E402
@@ -39,11 +40,11 @@ from nnunet_lgms.ops import compiling
 def never(*job):
     print(open("/proc/self/oom_score_adj").read(), end="", flush=True)
     time.sleep(60)
-def jobs(jobs=compiling._jobs):
-    assert 0 < signal.alarm(0) <= compiling.PATIENCE
+def fork(method, get_context=compiling.get_context):
+    assert compiling.PATIENCE == 1 or 0 < signal.alarm(0) <= compiling.PATIENCE
     compiling.PATIENCE = 1
-    return jobs()
-compiling._compile, compiling._jobs = never, jobs
+    return get_context(method)
+compiling._compile, compiling.get_context = never, fork
 compiling.work(2)
 """
 
@@ -82,7 +83,7 @@ def step(monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "cores", lambda: 4)
     monkeypatch.setattr(compiling, "WORTH_WORKERS", 2)
     monkeypatch.setattr(compiling.subprocess, "Popen", step.start)
-    monkeypatch.setattr(launching, "_build_launcher", lambda kernel: None)
+    monkeypatch.setattr(launching, "build_launcher", lambda kernel: None)
     with compiling_for("sm_90"):
         yield step
     _transpose_kernel.device_caches.clear()
@@ -96,6 +97,69 @@ def test_what_workers_compile_is_found_and_nobody_is_started_for_what_is_there(s
     step.started.clear()
     assert step.take() == [FOUND, FOUND]
     assert not step.started
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> torch.device:
+    """A device that the kernels run on."""
+    monkeypatch.setattr(compiling, "kernels_for", lambda device: Decision("kernels", "They do."))
+    return torch.device("cuda")
+
+
+@pytest.mark.slow
+def test_workers_that_begin_early_compile_what_comes_next(step, gpu, monkeypatch):
+    monkeypatch.setattr(compiling, "WORTH_WORKERS", 3)
+    compiling.begin_compiling(gpu)
+    compiling.begin_compiling(gpu)
+    assert len(step.started) == 1 and step.started[0].poll() is None
+    assert step.take() == [FOUND, FOUND]
+    assert len(step.started) == 1 and not compiling._begun
+
+
+@pytest.mark.slow
+def test_a_kernel_is_compiled_while_others_are_noted(step, tmp_path):
+    with only_compiling():
+        step.launch()
+        for _ in range(600):
+            if len(list(tmp_path.rglob("*.cubin"))) == 2:
+                break
+            time.sleep(0.1)
+        assert len(list(tmp_path.rglob("*.cubin"))) == 2 and not step.compiled
+
+
+@pytest.mark.parametrize("reason", ["another path", "few cores", "a filled cache", "a cache that cannot be read"])
+def test_nobody_begins_early_in_vain(step, gpu, reason: str, monkeypatch, tmp_path):
+    if reason == "another path":
+        monkeypatch.setattr(compiling, "kernels_for", lambda device: Decision("pytorch", "They do not."))
+    elif reason == "few cores":
+        monkeypatch.setattr(compiling, "cores", lambda: 3)
+    elif reason == "a filled cache":
+        for name in "ab":
+            (tmp_path / name).mkdir()
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    compiling.begin_compiling(gpu)
+    assert not step.started and not compiling._begun
+
+
+def test_a_cache_that_is_not_there_is_empty(step, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new"))
+    assert compiling._cache_is_empty()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_workers_without_their_process_end(step):
+    command = [sys.executable, "-c", compiling._PROGRAM, "2", *sys.path]
+    assert subprocess.run(command, input=b"", timeout=120).returncode == 0
+
+
+def test_a_job_that_does_not_fit_the_pipe_is_compiled_here(step, monkeypatch):
+    monkeypatch.setattr(compiling, "JOB", 64)
+    with pytest.raises(ValueError, match="_transpose_kernel has arguments of .* bytes"):
+        compiling._job(_transpose_kernel, (torch.float16,), {})
+    assert step.take() == [COMPILED_HERE, COMPILED_HERE]
 
 
 def test_a_few_kernels_are_compiled_by_threads(step, monkeypatch):
@@ -133,7 +197,7 @@ def test_one_worker_does_it_all_where_no_more_can_be_forked(step, monkeypatch):
 def test_workers_end_in_time_by_themselves_and_first_where_memory_is_short(step):
     job = compiling._job(_transpose_kernel, (torch.float16, torch.float16, 64), {})
     command = [sys.executable, "-c", NEVER_COMPILED, "2", *sys.path]
-    process = subprocess.run(command, input=2 * job + compiling._LAST, stdout=subprocess.PIPE, timeout=50)
+    process = subprocess.run(command, input=2 * job, stdout=subprocess.PIPE, timeout=50)
     assert process.returncode == 0 and process.stdout.split() == [b"1000", b"1000"]
 
 
@@ -165,9 +229,9 @@ def test_after_an_error_no_worker_is_left(step, monkeypatch):
 def test_what_cannot_be_compiled_keeps_nobody_from_the_rest(step):
     arguments = (torch.float16, torch.float16, 64), dict(TO_LAST=True, C=4, LANES=4, ROWS=64)
     good, bad = compiling._job(_transpose_kernel, *arguments), compiling._job(_transpose_kernel, (), {})
-    unknown = pickle.dumps((pickle.loads(good)[0], "nnunet_lgms.no_module", "no_kernel", (), {}))
+    unknown = pickle.dumps((pickle.loads(good)[0], "nnunet_lgms.no_module", "no_kernel", (), {})).ljust(compiling.JOB)
     command = [sys.executable, "-c", compiling._PROGRAM, "2", *sys.path]
-    subprocess.run(command, input=bad + unknown + good + compiling._LAST, check=True, timeout=120)
+    subprocess.run(command, input=bad + unknown + good + 2 * compiling._LAST, check=True, timeout=120)
     assert step.take() == [FOUND, COMPILED_HERE]
 
 

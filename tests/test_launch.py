@@ -33,7 +33,7 @@ def test_a_launch_is_a_launch():
 
 def test_nothing_is_launched_and_each_version_compiled_once(monkeypatch):
     kernel, built = Kernel(), []
-    monkeypatch.setattr(launching, "_build_launcher", lambda k: built.append((k, threading.current_thread())))
+    monkeypatch.setattr(launching, "build_launcher", lambda k: built.append((k, threading.current_thread())))
     with only_compiling():
         for _ in range(3):
             launch(kernel)[(3,)](torch.zeros(2), None, 1, C=4)
@@ -48,7 +48,7 @@ def test_nothing_is_launched_and_each_version_compiled_once(monkeypatch):
 
 
 def test_a_thread_that_computes_meanwhile_launches(monkeypatch):
-    monkeypatch.setattr(launching, "_build_launcher", lambda kernel: None)
+    monkeypatch.setattr(launching, "build_launcher", lambda kernel: None)
     kernel, other = Kernel(), Kernel()
     with only_compiling():
         thread = threading.Thread(target=lambda: launch(other)[(3,)](1))

@@ -356,7 +356,7 @@ def test_such_a_triton_compiles_all_the_same(monkeypatch):
     from nnunet_lgms.ops import launch as launching
 
     monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
-    monkeypatch.setattr(launching, "_build_launcher", lambda kernel: None)
+    monkeypatch.setattr(launching, "build_launcher", lambda kernel: None)
     asked = []
     kernel = SimpleNamespace(warmup=lambda *args, grid, **kwargs: asked.append((args, kwargs)))
     launching._compile([(kernel, (1, 2), (("K", 3),))])

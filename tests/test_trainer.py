@@ -657,24 +657,58 @@ def test_graphs_end_with_the_training(error, monkeypatch):
     assert ended and trainer.network._training_step is None
 
 
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """As on a GPU of which nnU-Net would compile the networks."""
+    monkeypatch.setattr(graphed, "use_kernels", lambda parameter: True)
+    monkeypatch.setattr(graphed, "why_not_compiled", lambda device: None)
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+
+
 @pytest.mark.parametrize("ddp", [False, True])
-def test_what_trains_on_graphs_is_not_compiled(ddp, monkeypatch):
+def test_what_trains_on_graphs_is_not_compiled(ddp, kernels_run, monkeypatch):
     trainer = make_trainer()
     network, trainer.is_ddp = trainer.network, ddp
 
     def initialize(self):
-        compiled = torch.compile(self.network)
-        self.network = SimpleNamespace(module=compiled, parameters=compiled.parameters) if ddp else compiled
+        assert not self._do_i_compile()
+        if ddp:
+            self.network = SimpleNamespace(module=network, parameters=network.parameters)
 
     monkeypatch.setattr(nnUNetTrainer, "initialize", initialize)
     monkeypatch.setattr(robust, "check_preprocessed", lambda *args: None)
-    monkeypatch.setattr(graphed, "use_kernels", lambda parameter: True)
-    monkeypatch.setattr(graphed, "why_not_compiled", lambda device: None)
-    monkeypatch.setattr(graphed, "GraphedDataParallel", lambda module, device_ids: SimpleNamespace(module=module))
-    monkeypatch.delenv("nnUNet_compile", raising=False)
+    wrap = lambda module, device_ids: SimpleNamespace(wrapped=module, parameters=module.parameters)  # noqa: E731
+    monkeypatch.setattr(graphed, "GraphedDataParallel", wrap)
+    monkeypatch.setattr(torch, "compile", lambda *args: pytest.fail("compiled"))
     trainer.device = torch.device("cuda")
     trainer.initialize()
-    assert (trainer.network.module if ddp else trainer.network) is network
+    assert trainer._trains_on_graphs()
+    assert (trainer.network.wrapped if ddp else trainer.network) is network
+
+
+@pytest.mark.parametrize("switch", [None, "f"])
+def test_workers_begin_before_the_network_is_made(switch, kernels_run, monkeypatch):
+    trainer, happened = make_trainer(), []
+    if switch:
+        monkeypatch.setenv("nnUNet_compile", switch)
+    trainer.device, trainer.was_initialized = torch.device("cuda"), False
+    monkeypatch.setattr(graphed, "begin_compiling", lambda device: happened.append(f"begin on {device}"))
+    monkeypatch.setattr(trainer, "initialize", lambda: happened.append("initialize"))
+    monkeypatch.setattr(trainer, "_record_step", lambda: happened.append("record"))
+    monkeypatch.setattr(robust.RobustTrainer, "on_train_start", lambda self: None)
+    trainer.on_train_start()
+    assert happened == (["initialize"] if switch else ["begin on cuda", "initialize", "record"])
+
+
+def test_what_trains_on_graphs_is_not_drawn(kernels_run, monkeypatch, capsys):
+    trainer = make_trainer()
+    drawn = []
+    monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: drawn.append(self))
+    trainer.plot_network_architecture()
+    assert drawn == [trainer]  # a CPU
+    trainer.device = torch.device("cuda")
+    trainer.plot_network_architecture()
+    assert drawn == [trainer] and "is not drawn" in capsys.readouterr().out
 
 
 def test_a_gpu_without_memory_is_one_sentence(monkeypatch):

@@ -19,6 +19,7 @@ from nnunet_lgms.nnunet.checks import check_images
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.robust import RobustTrainer
 from nnunet_lgms.ops.backend import use_kernels, with_fallback
+from nnunet_lgms.ops.compiling import begin_compiling
 
 # A step that a precision cannot hold is nothing unusual, and it is left out; this many in a row are the end.
 MAX_STEPS_LEFT_OUT = 20
@@ -49,17 +50,18 @@ class GraphedTrainer(RobustTrainer):
 
     def initialize(self):
         super().initialize()
-        if super()._do_i_compile() and not self._do_i_compile():
+        if super()._do_i_compile() and not self._can_compile():
             self.print_to_log_file(f"The network is not compiled. {why_not_compiled(self.device)}")
-        if self._trains_on_graphs() and self._do_i_compile():  # nothing is compiled before its first step
-            if self.is_ddp:
-                self.network = GraphedDataParallel(self.network.module._orig_mod, device_ids=[self.local_rank])
-            else:
-                self.network = self.network._orig_mod
+        if self.is_ddp and self._trains_on_graphs():
+            self.network = GraphedDataParallel(self.network.module, device_ids=[self.local_rank])
+
+    def _can_compile(self) -> bool:
+        """As nnU-Net decides; not on GPUs that ``torch.compile`` is not for, where the first step would be the last."""
+        return super()._do_i_compile() and (self.device.type != "cuda" or why_not_compiled(self.device) is None)
 
     def _do_i_compile(self) -> bool:
-        """As nnU-Net's, but for GPUs that ``torch.compile`` is not for, where the first step would be the last."""
-        return super()._do_i_compile() and (self.device.type != "cuda" or why_not_compiled(self.device) is None)
+        """Whether network and loss go through ``torch.compile``: not beside the kernels, which do without."""
+        return self._can_compile() and not use_kernels(next(self.network.parameters()))
 
     def _trains_on_graphs(self) -> bool:
         """Whether steps are replayed as CUDA graphs: where nnU-Net would compile and the kernels run.
@@ -70,7 +72,7 @@ class GraphedTrainer(RobustTrainer):
         """
         parameter = next(self.network.parameters())
         if use_kernels(parameter):
-            return self._do_i_compile()
+            return self._can_compile()
         if not is_wanted() or self.is_ddp:
             return False
         return can_be_recorded(parameter) and why_not_compiled(self.device) is not None
@@ -96,7 +98,16 @@ class GraphedTrainer(RobustTrainer):
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
 
+    def plot_network_architecture(self):
+        """As nnU-Net's, which draws what is not compiled; to draw a graph, the step would be computed without."""
+        if self._trains_on_graphs():
+            self.print_to_log_file("The network's architecture is not drawn: its steps are CUDA graphs.")
+        else:
+            super().plot_network_architecture()
+
     def on_train_start(self):
+        if self._can_compile():
+            begin_compiling(self.device)
         if not self.was_initialized:
             self.initialize()
         if self._trains_on_graphs():

@@ -2,8 +2,9 @@
 
 Python and most of Triton's compiler hold the interpreter's lock, so that of many threads fewer than three get on. A
 process is started that imports the compiler once, while this one still notes which kernels it needs, and then forks a
-worker for each core. What they compile lies in Triton's cache on the disk afterwards, where this process looks before
-it compiles anything. Nothing else is taken from them: whatever goes wrong there costs time, and never a result.
+worker for each core, which compiles one kernel after the other as they are noted. What they compile lies in Triton's
+cache on the disk afterwards, where this process looks before it compiles anything. Nothing else is taken from them:
+whatever goes wrong there costs time, and never a result.
 """
 
 from __future__ import annotations
@@ -11,30 +12,50 @@ from __future__ import annotations
 import os
 import pickle
 import pkgutil
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+import torch
 from torch import distributed as dist
 
+from nnunet_lgms.ops.backend import kernels_for
 from nnunet_lgms.parallel import cores
 
 MOST_WORKERS = 16
 FEWEST_CORES = 4  # with fewer, what is imported takes longer than is saved
 WORTH_WORKERS = 100  # missing kernels, as of a training step: a prediction's, threads compile while others import
 PATIENCE = 300  # seconds for all kernels together
+# Bytes of each job in the pipe that all workers read from: a pipe keeps so many together.
+JOB = 4096
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from nnunet_lgms.ops.compiling import work; work(int(sys.argv[1]))"
-_LAST = pickle.dumps(None)  # after all jobs: the pipe may stay open where another thread forked a process meanwhile
+_LAST = pickle.dumps(None).ljust(JOB)  # for each worker: the pipe may stay open where another process has been forked
 _here = threading.local()
 _looks = threading.Lock()  # what one thread finds as Triton's cache manager, and restores, is not another one's
+_begun: list[_Workers] = []  # that nobody has asked for a kernel yet
+
+
+def begin_compiling(device: torch.device) -> None:
+    """Starts the process of the workers before it is known what they are to compile, where Triton's cache is empty.
+
+    Who is sure to need many kernels on a device calls it before the network is made. The next
+    :func:`compiled_by_workers` has these workers then.
+    """
+    if _begun or kernels_for(device).path != "kernels" or (most := _most_workers()) == 0 or not _cache_is_empty():
+        return
+    workers = _Workers(most)
+    workers.start()
+    _begun.append(workers)
 
 
 @contextmanager
@@ -48,7 +69,7 @@ def compiled_by_workers() -> Iterator[Callable[..., None]]:
     if most == 0:
         yield lambda *asked: None
         return
-    workers = _Workers(most)
+    workers = _begun.pop() if _begun else _Workers(most)
     try:
         yield workers.ask
         workers.compile()
@@ -72,42 +93,74 @@ def _most_workers() -> int:
     return min(MOST_WORKERS, mine)
 
 
+def _cache_is_empty() -> bool:
+    """Whether Triton's cache holds less than what is worth workers."""
+    from triton import knobs
+
+    try:
+        with os.scandir(knobs.cache.dir) as entries:
+            return len(list(islice(entries, WORTH_WORKERS))) < WORTH_WORKERS
+    except FileNotFoundError:
+        return True
+    except (OSError, AttributeError):
+        return False
+
+
 class _Workers:
     """The process that :func:`work` is run by, and what it is to compile."""
 
     def __init__(self, most: int):
         self._most = most
-        self._missing: list[bytes] = []
+        self._jobs: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None is the last
+        self._missing = 0
+        self._was_started = False  # once, also if nothing can be started
         self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        self._was_started = True
+        with suppress(Exception):
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(self._most), *sys.path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # so that it can be ended with all that it started
+                bufsize=0,
+            )
+            # A thread waits where the pipe is full, as long as the process imports.
+            threading.Thread(target=self._hand_out, args=(self._process.stdin,), daemon=True).start()
+
+    def _hand_out(self, pipe: Any) -> None:
+        with suppress(OSError), pipe:  # nobody reads any longer
+            while (job := self._jobs.get()) is not None:
+                pipe.write(job)
+            for _ in range(self._most):
+                pipe.write(_LAST)
 
     def ask(self, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Notes a kernel if it is not in the cache, which is looked at only until it is clear that many are missing."""
         with suppress(Exception):  # whatever it is, it is said where the kernel is compiled without a worker
-            if self._process is None and _is_compiled(kernel, args, kwargs):
+            if not self._was_started and _is_compiled(kernel, args, kwargs):
                 return
-            self._missing.append(_job(kernel, args, kwargs))
-            if len(self._missing) == WORTH_WORKERS:  # once, also if nothing can be started
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _PROGRAM, str(self._most), *sys.path],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    start_new_session=True,  # so that it can be ended with all that it started
-                )
+            self._jobs.put(_job(kernel, args, kwargs))
+            self._missing += 1
+            if not self._was_started and self._missing == WORTH_WORKERS:
+                self.start()
 
     def compile(self) -> None:
+        self._jobs.put(None)
         if self._process is not None:
-            with suppress(OSError, subprocess.TimeoutExpired):
-                self._process.communicate(b"".join([*self._missing, _LAST]), PATIENCE)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
 
     def end(self) -> None:
+        self._jobs.put(None)
         if self._process is not None:
             with suppress(OSError):  # nobody is left
                 if hasattr(os, "killpg"):
                     os.killpg(self._process.pid, signal.SIGKILL)
-            with suppress(OSError), self._process:  # waits for its end and closes the pipe
-                pass
+            self._process.wait()
 
 
 def function_of(kernel: Any) -> Any:
@@ -167,12 +220,26 @@ class AbsentDriver(NamedTuple):
     def get_current_stream(self, device: int = 0) -> int:
         return 0
 
+    @property
+    def launcher_cls(self) -> type:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        return CudaLauncher
+
 
 def _job(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> bytes:
+    """As it goes through the pipe.
+
+    Raises:
+        ValueError: it does not fit.
+    """
     from triton.runtime import driver
 
     function = function_of(kernel).fn
-    return pickle.dumps((driver.active.get_current_target(), function.__module__, function.__name__, args, kwargs))
+    job = pickle.dumps((driver.active.get_current_target(), function.__module__, function.__name__, args, kwargs))
+    if len(job) > JOB:
+        raise ValueError(f"{function.__name__} has arguments of {len(job)} bytes.")
+    return job.ljust(JOB)
 
 
 def fix_key(function: Any) -> None:
@@ -192,11 +259,8 @@ def fix_key(function: Any) -> None:
 def work(most: int) -> None:
     """Compiles the kernels that come through the standard input, in so many processes; ends when all are compiled.
 
-    Without the process that it comes from it ends as well, at the latest after PATIENCE. Where memory is short, it is
+    It ends with the process that it comes from as well, at the latest after PATIENCE. Where memory is short, it is
     ended in place of that process.
-
-    Raises:
-        EOFError: the input ended before the last one, with the process that it comes from.
     """
     import nnunet_lgms.ops.triton as kernels
 
@@ -205,11 +269,8 @@ def work(most: int) -> None:
     _end_in_time()
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         import_module(module.name)
-    jobs = list(_jobs())
-    take, give = os.pipe()  # numbers of jobs, of which each process reads the next
-    os.write(give, b"".join(number.to_bytes(2, "little") for number in range(len(jobs))))
-    os.close(give)
-    workers = [get_context("fork").Process(target=_take, args=(take, jobs)) for _ in range(min(most, len(jobs)))]
+    jobs = os.dup(sys.stdin.fileno())  # which forked processes close
+    workers = [get_context("fork").Process(target=_take, args=(jobs,)) for _ in range(most)]
     with suppress(OSError):  # no more processes are allowed, or no memory is left for them
         for worker in workers:
             worker.start()
@@ -218,12 +279,12 @@ def work(most: int) -> None:
             worker.join()
 
 
-def _take(take: int, jobs: Sequence[tuple]) -> None:
-    """Compiles one job after the other, until others have taken the rest."""
+def _take(jobs: int) -> None:
+    """Compiles one job after the other, until there are no more."""
     _end_in_time()
-    while number := os.read(take, 2):
+    while job := pickle.loads(os.read(jobs, JOB) or _LAST):
         with suppress(Exception):  # which is raised again where the kernel is needed
-            _compile(*jobs[int.from_bytes(number, "little")])
+            _compile(*job)
 
 
 def _end_in_time() -> None:
@@ -233,15 +294,20 @@ def _end_in_time() -> None:
         signal.alarm(PATIENCE)
 
 
-def _jobs() -> Iterator[tuple]:
-    while (job := pickle.load(sys.stdin.buffer)) is not None:
-        yield job
-
-
 def _compile(target: Any, module: str, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
     from triton.runtime import driver
 
     driver.set_active(AbsentDriver(target))
     kernel = getattr(import_module(module), name)
     fix_key(kernel)
-    kernel.warmup(*args, grid=(1,), **kwargs)
+    build_launcher(kernel.warmup(*args, grid=(1,), **kwargs))
+
+
+def build_launcher(kernel: Any) -> None:
+    """Builds the C function that launches a kernel, which Triton then finds in its cache when the kernel is launched.
+
+    It is not kept: those functions are modules of one name, and threads that import such can be given each other's.
+    """
+    from triton.runtime import driver
+
+    driver.active.launcher_cls(kernel.src, kernel.metadata)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lgms.ops.backend import kernel_failed
-from nnunet_lgms.ops.compiling import compiled_by_workers, fix_key, function_of
+from nnunet_lgms.ops.compiling import build_launcher, compiled_by_workers, fix_key, function_of
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -129,7 +129,7 @@ def _compile(asked_for: list[tuple]) -> None:
             with together(threads):
                 kernels = [kernel.warmup(*args, grid=(1,), **dict(kwargs)) for kernel, args, kwargs in asked_for]
             kernels = filter(None, map(_compiled, kernels))  # Triton's interpreter compiles none
-            list(threads.map(_build_launcher, {id(kernel): kernel for kernel in kernels}.values()))
+            list(threads.map(build_launcher, {id(kernel): kernel for kernel in kernels}.values()))
         except Exception as error:  # at its launch, the kernel fails again, and somebody is there to do without it
             if not _is_triton_s(error):
                 raise
@@ -138,13 +138,3 @@ def _compile(asked_for: list[tuple]) -> None:
 def _compiled(kernel: Any) -> CompiledKernel:
     """The kernel that a warm-up gave, or promised."""
     return kernel.result() if hasattr(kernel, "result") else kernel
-
-
-def _build_launcher(kernel: CompiledKernel) -> None:
-    """Builds the C function that launches a kernel, which Triton then finds in its cache when the kernel is launched.
-
-    It is not kept: those functions are modules of one name, and threads that import such can be given each other's.
-    """
-    from triton.runtime import driver
-
-    driver.active.launcher_cls(kernel.src, kernel.metadata)

@@ -239,6 +239,10 @@ class LogitsPredictor(nnUNetPredictor):
         at_once, batch = self._batches(self.device, n_windows=MANY)
         if self.device.type != "cuda" or at_once > 1:
             return
+        if hasattr(self.network, "few_predictions") and not self.network.few_predictions:
+            from nnunet_lgms.ops.compiling import begin_compiling
+
+            begin_compiling(self.device)
         with self.stages.measured("network"), torch.inference_mode(), contextlib.suppress(RuntimeError):
             self.network = self.network.to(self.device).eval()
             channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
+from nnunet_lgms.ops.library import triton_op
 from nnunet_lgms.ops.memory_format import HALF, compute_dtype
 from nnunet_lgms.ops.triton import attention_kernels as kernels
 

@@ -34,9 +34,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.library import wrap_triton
 
 EXTRA = 4  # channels beside those of the head
 SAMPLE = 256  # keys from which the largest logit is estimated
