@@ -82,7 +82,7 @@ ROWS = {
 TRAIN_TOOL = "nnUNetv2_train"
 TRAINING_ROWS = {"training": "training, the demo's hippocampus cases", "training_128": "training, 2 × 128³"}
 #: stages of a training, of which the picture shows two epochs
-IN_THE_PICTURE = {"steps": "a later epoch's steps", "between": "the rest of that epoch"}
+IN_THE_PICTURE = {"steps": "a later epoch's steps", "validation": "its validation", "between": "the rest of it"}
 TRAININGS = {UNET: "nnUNetTrainer_measured", OURS: "nnUNetTrainerLGMSNet_measured"}
 
 
@@ -244,15 +244,17 @@ def measure_training(name: str, dataset: str, epochs: int, iterations: int, devi
 
 
 def training_parts(measured: dict, found: dict, epochs: int) -> dict:
-    """Start, steps and what stands between them, of one epoch (median of the later ones), and 100 epochs of these."""
-    begins, steps = np.array(measured["times"]), np.array(measured["seconds"])
+    """Start, and of an epoch (median of the later ones) steps, validation and the rest; and 100 epochs of these."""
+    begins, steps, validation = (np.array(measured[name]) for name in ("times", "seconds", "validating"))
     whole = np.diff(begins)  # of each epoch but the last, from begin to begin
     epoch = statistics.median(whole[1:])
-    between = statistics.median(whole[1:] - steps[1:-1])
+    validating = statistics.median(validation[1:-1])
+    between = statistics.median(whole[1:] - steps[1:-1] - validation[1:-1])
     before = begins[0] - found["begin"]
     end = found["begin"] + found["seconds"] - begins[-1] - steps[-1]
+    later = {"steps": epoch - validating - between, "validation": validating, "between": between}
     return {
-        "stages": {"start": before, "first epoch": whole[0], "steps": epoch - between, "between": between, "end": end},
+        "stages": {"start": before, "first epoch": whole[0], **later, "end": end},
         "epoch_s": epoch,
         "hundred_epochs_s": before + whole[0] + 99 * epoch,
         "epochs": epochs,
@@ -285,7 +287,8 @@ def markdown(results: dict) -> str:
             "are start, first epoch and 99 of these.",
             "",
             *table(
-                "| network | epochs run | start s | first epoch s | epoch s | of it between steps | 100 epochs s | ×",
+                "| network | epochs run | start s | first epoch s | epoch s | validation | neither steps nor it "
+                "| start and what the first epoch takes more | × | 100 epochs s | ×",
                 of_trainings(trainings),
             ),
         ]
@@ -308,16 +311,22 @@ def of_predictions(runs: list[dict]) -> Iterator[list[str]]:
 
 
 def of_trainings(runs: list[dict]) -> Iterator[list[str]]:
-    first: dict[str, float] = {}
+    first: dict[str, dict] = {}
     for run in runs:
         cells = [run["title"], run["network"]]
         if "failed" in run:
             yield [*cells, f"failed: {run['failed'][:80]}"]
             continue
-        ratio = run["hundred_epochs_s"] / first.setdefault(run["row"], run["hundred_epochs_s"])
-        cells += [str(run["epochs"]), f"{run['stages']['start']:.1f}", f"{run['stages']['first epoch']:.1f}"]
-        cells += [f"{run['epoch_s']:.2f}", f"{run['stages']['between']:.2f}"]
-        yield [*cells, f"{run['hundred_epochs_s']:.0f}", f"{ratio:.2f}"]
+        peer, stages = first.setdefault(run["row"], run), run["stages"]
+        cells += [str(run["epochs"]), f"{stages['start']:.1f}", f"{stages['first epoch']:.1f}", f"{run['epoch_s']:.2f}"]
+        cells += [f"{stages['validation']:.2f}", f"{stages['between']:.2f}"]
+        cells += [f"{until_it_runs(run):.1f}", f"{until_it_runs(run) / until_it_runs(peer):.2f}"]
+        yield [*cells, f"{run['hundred_epochs_s']:.0f}", f"{run['hundred_epochs_s'] / peer['hundred_epochs_s']:.2f}"]
+
+
+def until_it_runs(run: dict) -> float:
+    """Seconds before the first epoch, and of it what a later one does not take."""
+    return run["stages"]["start"] + run["stages"]["first epoch"] - run["epoch_s"]
 
 
 def memory_of_104_classes(runs: list[dict]) -> list[str]:

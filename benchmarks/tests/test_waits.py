@@ -63,11 +63,14 @@ def test_writing_is_not_counted_as_export(tmp_path):
 
 
 def test_a_training_falls_into_its_parts():
-    """Start 5 s, a first epoch of 20 s, then epochs of 4 s of which 3 are steps, and 2 s after the last step."""
+    """Start 5 s, a first epoch of 20 s, then epochs of 4 s, of them 3.75 steps and validation; 2 s at the end."""
     measured = {"times": [105.0, 125.0, 129.0, 133.0], "seconds": [18.0, 3.0, 3.0, 3.0]}
+    measured["validating"] = [1.5, 0.75, 0.75, 0.75]
     found = waits.training_parts(measured, {"begin": 100.0, "seconds": 38.0}, 4)
-    assert found["stages"] == {"start": 5.0, "first epoch": 20.0, "steps": 3.0, "between": 1.0, "end": 2.0}
+    later = {"steps": 3.0, "validation": 0.75, "between": 0.25}
+    assert found["stages"] == {"start": 5.0, "first epoch": 20.0, **later, "end": 2.0}
     assert found["epoch_s"] == 4.0 and found["hundred_epochs_s"] == 5 + 20 + 99 * 4
+    assert waits.until_it_runs(found) == 5 + 20 - 4
 
 
 def test_memory_counts_children():
@@ -100,7 +103,8 @@ def test_tables_and_picture_say_what_failed(tmp_path):
     stages = dict.fromkeys(waits.STAGES, 1.0)
     run = {"row": "ct", "title": "a CT", "network": "x", "plans": "default", "stages": stages, "peak_gib": 2.0}
     training = {"row": "training", "title": "training", "network": "x", "tool": "t", "plans": "default", "epochs": 4}
-    training |= {"stages": {"start": 1.0, "first epoch": 2.0, "steps": 3.0, "between": 0.5, "end": 1.0}, "seconds": 9.0}
+    later = {"steps": 3.0, "validation": 0.25, "between": 0.25}
+    training |= {"stages": {"start": 1.0, "first epoch": 4.0, **later, "end": 1.0}, "seconds": 9.0}
     results = {"date": "", "device": "", "cores": 2, "versions": {"torch": "", "nnunetv2": ""}}
     results["runs"] = [
         run | {"tool": "nnUNetv2_predict", "seconds": 10.0},
@@ -110,7 +114,7 @@ def test_tables_and_picture_say_what_failed(tmp_path):
         training | {"epoch_s": 1.5, "hundred_epochs_s": 175.0, "network": "y"},
     ]
     text = waits.markdown(results)
-    assert "| 2.0 | 0.20 |" in text and "failed: no memory" in text and "| 175 | 0.50 |" in text
+    assert "| 2.0 | 0.20 |" in text and "failed: no memory" in text and "| 3.5 | 2.33 | 175 | 0.50 |" in text
     waits.draw(results, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
 

@@ -27,6 +27,7 @@ class Measured:
         if os.environ.get("MEASURED_LIKE_NNUNET") != "1":
             self.num_val_iterations_per_epoch = self.save_every = 1
         self.seconds, self.waiting, self.times = [], [], []  # of the steps of each epoch of this run
+        self.validating = []  # seconds, of each epoch
         self._seed(0)  # every process begins with the same weights, as DDP would see to anyway
         super().initialize()
 
@@ -56,6 +57,14 @@ class Measured:
         self.seconds.append(self._now() - self.begin)
         super().on_train_epoch_end(train_outputs)
 
+    def on_validation_epoch_start(self):
+        self.begin_of_validation = self._now()
+        super().on_validation_epoch_start()
+
+    def on_validation_epoch_end(self, val_outputs):
+        self.validating.append(self._now() - self.begin_of_validation)
+        super().on_validation_epoch_end(val_outputs)
+
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -68,6 +77,7 @@ class Measured:
                 "epochs_done": self.current_epoch,
                 "seconds": self.seconds,
                 "waiting": self.waiting,
+                "validating": self.validating,
                 "times": self.times,
                 "losses": [float(x) for x in self.logger.get_value("train_losses", step=None)],
                 "batch_size": self.configuration_manager.batch_size,
