@@ -134,8 +134,8 @@ def test_nobody_begins_early_in_vain(step, gpu, reason: str, monkeypatch, tmp_pa
     elif reason == "few cores":
         monkeypatch.setattr(compiling, "cores", lambda: 3)
     elif reason == "a filled cache":
-        for name in "ab":
-            (tmp_path / name).mkdir()
+        for name in range(compiling.EMPTY):
+            (tmp_path / str(name)).mkdir()
     else:
         (tmp_path / "file").touch()
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))

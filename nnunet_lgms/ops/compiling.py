@@ -34,6 +34,7 @@ from nnunet_lgms.parallel import cores
 MOST_WORKERS = 16
 FEWEST_CORES = 4  # with fewer, what is imported takes longer than is saved
 WORTH_WORKERS = 100  # missing kernels, as of a training step: a prediction's, threads compile while others import
+EMPTY = 10  # entries of Triton's cache with less than which it is as good as empty
 PATIENCE = 300  # seconds for all kernels together
 # Bytes of each job in the pipe that all workers read from: a pipe keeps so many together.
 JOB = 4096
@@ -94,12 +95,12 @@ def _most_workers() -> int:
 
 
 def _cache_is_empty() -> bool:
-    """Whether Triton's cache holds less than what is worth workers."""
+    """Whether next to nothing was compiled on this machine."""
     from triton import knobs
 
     try:
         with os.scandir(knobs.cache.dir) as entries:
-            return len(list(islice(entries, WORTH_WORKERS))) < WORTH_WORKERS
+            return len(list(islice(entries, EMPTY))) < EMPTY
     except FileNotFoundError:
         return True
     except (OSError, AttributeError):
