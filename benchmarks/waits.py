@@ -229,9 +229,11 @@ def measure_row(name: str, device: str, work: Path, tools: list[str], done: Call
 
 
 def measure_training(name: str, dataset: str, epochs: int, iterations: int, device: str, folder: Path, done) -> None:
-    """A training of each network, from command to command, in its parts."""
+    """A training of each network, from command to command, in its parts; nothing was compiled before."""
     environment = measured_training(epochs, iterations, MEASURED_LIKE_NNUNET=1)
     for network, trainer in TRAININGS.items():
+        compiled = folder / f"{name}_{trainer}_compiled"
+        environment |= {"TRITON_CACHE_DIR": f"{compiled}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{compiled}/inductor"}
         command = [*TRAIN, dataset, CONFIGURATION, "0", "-tr", trainer, "-device", device]
         about = {"row": name, "title": TRAINING_ROWS[name], "network": network, "tool": TRAIN_TOOL, "plans": "default"}
         try:
