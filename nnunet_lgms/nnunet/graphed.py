@@ -61,7 +61,8 @@ class GraphedTrainer(RobustTrainer):
 
     def _do_i_compile(self) -> bool:
         """Whether network and loss go through ``torch.compile``: not beside the kernels, which do without."""
-        return self._can_compile() and not use_kernels(next(self.network.parameters()))
+        has_kernels = self.network is not None and use_kernels(next(self.network.parameters()))
+        return self._can_compile() and not has_kernels
 
     def _trains_on_graphs(self) -> bool:
         """Whether steps are replayed as CUDA graphs: where nnU-Net would compile and the kernels run.
