@@ -28,8 +28,13 @@ from nnunet_lgms.graphs.update import RecordedUpdate
 from nnunet_lgms.nnunet import graphed, robust
 from nnunet_lgms.nnunet import trainer as trainers
 from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, rotations_and_flips, said_of_rotations
-from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
-from nnunet_lgms.ops.backend import KernelsSwitchedOff
+from nnunet_lgms.nnunet.loss import (
+    CrossEntropyAndDice,
+    compile_dice,
+    cross_entropy_and_dice,
+    deep_supervision_weights,
+)
+from nnunet_lgms.ops.backend import KernelsSwitchedOff, as_on_gpu
 
 PATCH = {2: [16, 16], 3: [8, 12, 8]}
 
@@ -258,6 +263,37 @@ def test_perfect_prediction_costs_minus_one(labels):
     else:
         target = truth = torch.cat((segmentation > 0, segmentation == 2), dim=1).float()
     torch.testing.assert_close(loss(200 * truth.float() - 100, target), torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kernels_run", "compiled"),
+    [(LABELS, True, False), (LABELS, False, True), (REGIONS, True, True), (REGIONS, False, True)],
+    ids=["labels, kernels", "labels", "regions, kernels", "regions"],
+)
+@pytest.mark.parametrize("supervised", [False, True])
+def test_dice_is_compiled_unless_kernels_take_its_place(labels, kernels_run, compiled, supervised, monkeypatch):
+    pytest.importorskip("triton")
+    trainer = make_trainer(labels=labels, lgmsnet={"deep_supervision": supervised})
+    wrapped = []
+    monkeypatch.setattr(torch, "compile", lambda module: wrapped.append(module) or module)
+    for nnunet_compiles in (False, True):
+        monkeypatch.setattr(trainer, "_do_i_compile", lambda: nnunet_compiles)  # noqa: B023
+        with as_on_gpu() if kernels_run else nullcontext():
+            loss = trainer._build_loss()
+        own = loss.loss if supervised else loss
+        assert isinstance(loss, DeepSupervisionWrapper) == supervised
+        assert wrapped == ([own.dc] if compiled and nnunet_compiles else [])
+
+
+def test_dice_of_more_classes_than_the_kernels_serve_is_compiled(monkeypatch):
+    pytest.importorskip("triton")
+    wrapped = []
+    monkeypatch.setattr(torch, "compile", lambda module: wrapped.append(module) or module)
+    loss = CrossEntropyAndDice(batch_dice=True, ddp=False, ignore_label=None)
+    with as_on_gpu():
+        for classes in (2, 256, 257):
+            compile_dice(loss, torch.empty(0), classes)
+            assert bool(wrapped) == (classes == 257)
 
 
 # --- deep supervision ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, said_o
 from nnunet_lgms.nnunet.builder import build_network
 from nnunet_lgms.nnunet.errors import said_in_one_sentence
 from nnunet_lgms.nnunet.graphed import GraphedTrainer
-from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
+from nnunet_lgms.nnunet.loss import compile_dice, cross_entropy_and_dice, deep_supervision_weights
 from nnunet_lgms.nnunet.summary import summarise
 
 
@@ -99,7 +99,7 @@ class nnUNetTrainerLGMSNet(GraphedTrainer):
     def _build_loss(self):
         loss = cross_entropy_and_dice(self.label_manager, self.configuration_manager.batch_dice, self.is_ddp)
         if self._do_i_compile():
-            loss.dc = torch.compile(loss.dc)
+            compile_dice(loss, next(self.network.parameters()), self.label_manager.num_segmentation_heads)
         if self.enable_deep_supervision:
             n_outputs = len(self._get_deep_supervision_scales())
             loss = DeepSupervisionWrapper(loss, deep_supervision_weights(n_outputs, self.is_ddp))

@@ -76,11 +76,11 @@ def planned_training_step(
         device: where it runs.
         fast: as the network's trainer makes it on one GPU (:meth:`TrainingStep.make_fast`).
     """
-    from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
+    from nnunet_lgms.nnunet.loss import compile_dice, cross_entropy_and_dice
 
     loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
     if fast:
-        loss.dc = torch.compile(loss.dc)
+        compile_dice(loss, torch.empty(0, device=device), n_classes)
     targets: list[Tensor] = []  # drawn in the first step, which tells the sizes of the outputs
 
     def loss_function(outputs: Tensor | Sequence[Tensor], targets: list[Tensor]) -> Tensor:
