@@ -37,11 +37,10 @@ def cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: b
         regions, followed by one channel for the ignore label if there is one.
     """
     if label_manager.has_regions:
-        dice_kwargs = {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp}
         has_ignore, n_regions = label_manager.ignore_label is not None, len(label_manager.foreground_regions)
         return DC_and_BCE_loss(
             {},
-            {**dice_kwargs, "do_bg": True},
+            {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp, "do_bg": True},
             # with an ignore label nnU-Net sums over the regions where it otherwise takes their mean
             weight_ce=CROSS_ENTROPY_WEIGHT / n_regions if has_ignore else CROSS_ENTROPY_WEIGHT,
             weight_dice=DICE_WEIGHT,
