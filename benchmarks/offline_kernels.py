@@ -47,6 +47,7 @@ from nnunet_lgms.ops.triton import (
     depthwise,
     device,
     norm_act_kernels,
+    softmax_sums,
 )
 from nnunet_lgms.planning.memory import OnGPU
 
@@ -165,7 +166,7 @@ def step_versions(
 
 
 def widest_versions(shared_memory: int, major: int) -> list[Version]:
-    """Convolutions and attention at the limits of their kernels, and what several processes launch."""
+    """Convolutions, attention and losses at the limits of their kernels, and what several processes launch."""
     with noting(shared_memory, major) as versions:
         for kernel in ((3, 3, 3), (1, 3, 3), (3, 1, 3), (3, 3, 1), (1, 1, 1), (3, 3), (1, 1)):
             widest = 64 if kernel[-1] == 1 else 32
@@ -185,6 +186,11 @@ def widest_versions(shared_memory: int, major: int) -> list[Version]:
             mask = torch.empty((1, 4096), dtype=torch.bool, device="meta")
             out, lse = attention_kernels.forward(qkv, mask, "tf32x3")
             attention_kernels.backward(out, qkv, mask, out, lse, "tf32x3")
+        for classes, dtype in ((3, torch.float16), (14, torch.float16), (105, torch.float16), (256, torch.float32)):
+            contiguous = torch.empty((2, classes, 32, 128, 128), dtype=dtype, device="meta")
+            for x in (contiguous, contiguous.to(memory_format=torch.channels_last_3d)):
+                labels = torch.empty((2, 1, 32, 128, 128), dtype=torch.int16, device="meta")
+                softmax_sums.softmax_sums(x.requires_grad_(), labels, classes).sum().backward()
         norm_act_kernels.merge_processes(torch.empty((8, 3, 256), device="meta"), 0)
     return [v for v in versions if v.name not in SMALL_KERNELS]
 

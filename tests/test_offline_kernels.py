@@ -31,6 +31,7 @@ MOST_STACK = {
     "_conv_sweep_kernel": 24,
     "_conv_weight_gradient_kernel": 8,
     "_conv_weight_reduce_kernel": 8,
+    "_softmax_sums_backward_kernel": 8,
 }
 NONE_ON_B200 = {"_depthwise_weight_gradient_kernel", "_bottleneck_backward_kernel"}
 

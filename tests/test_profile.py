@@ -497,3 +497,13 @@ def test_a_step_is_made_fast_as_its_trainer_does(kernels_run, why, made, monkeyp
     monkeypatch.setattr(training_step, "why_not_compiled", lambda device: why)
     step.make_fast()
     assert did == [made]
+
+
+@pytest.mark.parametrize("kernels_run", [True, False])
+def test_its_dice_is_compiled_unless_kernels_take_its_place(kernels_run: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    network, compiled = GraphedLGMSNet(1, 2, 2, [8, 8], nn.Conv2d, 3, [1, 2]), []
+    monkeypatch.setattr(torch, "compile", lambda dice: compiled.append(dice) or dice)
+    with as_on_gpu() if kernels_run else nullcontext():
+        training_step.planned_training_step(network, (1, 1, 8, 8), 2, torch.device("cpu"), fast=True)
+    assert bool(compiled) != kernels_run

@@ -28,8 +28,12 @@ from nnunet_lgms.graphs.update import RecordedUpdate
 from nnunet_lgms.nnunet import graphed, robust
 from nnunet_lgms.nnunet import trainer as trainers
 from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, rotations_and_flips, said_of_rotations
-from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
-from nnunet_lgms.ops.backend import KernelsSwitchedOff
+from nnunet_lgms.nnunet.loss import (
+    CrossEntropyAndDice,
+    cross_entropy_and_dice,
+    deep_supervision_weights,
+)
+from nnunet_lgms.ops.backend import KernelsSwitchedOff, as_on_gpu
 
 PATCH = {2: [16, 16], 3: [8, 12, 8]}
 
@@ -258,6 +262,20 @@ def test_perfect_prediction_costs_minus_one(labels):
     else:
         target = truth = torch.cat((segmentation > 0, segmentation == 2), dim=1).float()
     torch.testing.assert_close(loss(200 * truth.float() - 100, target), torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+@pytest.mark.parametrize("supervised", [False, True])
+def test_dice_is_compiled_where_the_network_is(labels, supervised, monkeypatch):
+    trainer = make_trainer(labels=labels, lgmsnet={"deep_supervision": supervised})
+    wrapped = []
+    monkeypatch.setattr(torch, "compile", lambda module: wrapped.append(module) or module)
+    for compiled in (False, True):
+        monkeypatch.setattr(trainer, "_do_i_compile", lambda: compiled)  # noqa: B023
+        loss = trainer._build_loss()
+        own = loss.loss if supervised else loss
+        assert isinstance(loss, DeepSupervisionWrapper) == supervised
+        assert wrapped == ([own.dc] if compiled else [])
 
 
 # --- deep supervision ----------------------------------------------------------------------------------------------

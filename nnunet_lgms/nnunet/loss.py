@@ -1,12 +1,15 @@
-"""The paper's losses (arXiv 2508.15476, section 4.1) through nnU-Net's own loss classes."""
+"""The paper's losses (arXiv 2508.15476, section 4.1): nnU-Net's own, and of labels in one operator on GPUs."""
 
 from __future__ import annotations
 
 import numpy as np
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from torch import nn
+from torch import Tensor, nn
+
+from nnunet_lgms.ops import softmax_sums
 
 CROSS_ENTROPY_WEIGHT = 0.5
 DICE_WEIGHT = 1.0
@@ -32,26 +35,61 @@ def cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: b
         a module that takes logits (B, C, *spatial) and targets (B, 1, *spatial) for labels, (B, regions, *spatial) for
         regions, followed by one channel for the ignore label if there is one.
     """
-    dice_kwargs = {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp}
     if label_manager.has_regions:
         has_ignore, n_regions = label_manager.ignore_label is not None, len(label_manager.foreground_regions)
         return DC_and_BCE_loss(
             {},
-            {**dice_kwargs, "do_bg": True},
+            {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp, "do_bg": True},
             # with an ignore label nnU-Net sums over the regions where it otherwise takes their mean
             weight_ce=CROSS_ENTROPY_WEIGHT / n_regions if has_ignore else CROSS_ENTROPY_WEIGHT,
             weight_dice=DICE_WEIGHT,
             use_ignore_label=has_ignore,
             dice_class=MemoryEfficientSoftDiceLoss,
         )
-    return DC_and_CE_loss(
-        {**dice_kwargs, "do_bg": False},
-        {},
-        weight_ce=CROSS_ENTROPY_WEIGHT,
-        weight_dice=DICE_WEIGHT,
-        ignore_label=label_manager.ignore_label,
-        dice_class=MemoryEfficientSoftDiceLoss,
-    )
+    return CrossEntropyAndDice(batch_dice, ddp, label_manager.ignore_label)
+
+
+class CrossEntropyAndDice(DC_and_CE_loss):
+    """nnU-Net's 0.5 * CE + Dice for labels, in one pass over the logits where the kernels run.
+
+    nnU-Net's own code takes what they do not serve: other devices, more classes, float64, and a compiler.
+
+    Args:
+        batch_dice: whether there is one Dice over the whole batch, or one per sample.
+        ddp: whether the batch is spread over processes, which then share the sums of a Dice over all of it.
+        ignore_label: the label, if any, whose voxels take no part.
+    """
+
+    def __init__(self, batch_dice: bool, ddp: bool, ignore_label: int | None):
+        super().__init__(
+            {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp, "do_bg": False},
+            {},
+            weight_ce=CROSS_ENTROPY_WEIGHT,
+            weight_dice=DICE_WEIGHT,
+            ignore_label=ignore_label,
+            dice_class=MemoryEfficientSoftDiceLoss,
+        )
+        self.batch_dice, self.ddp = batch_dice, ddp
+
+    def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
+        """Logits (B, C, *spatial) and labels (B, 1, *spatial) -> the loss, ()."""
+        sums = softmax_sums(net_output, target, self.ignore_label)
+        if sums is None:
+            return super().forward(net_output, target)
+        *_, labelled, entropy = sums.unbind(1)
+        cross_entropy = entropy.sum() / labelled.sum().clamp_min(1)  # 0 where every voxel is ignored
+        if self.batch_dice:
+            sums = sums.sum(0, keepdim=True)
+            if self.ddp:
+                sums = AllGatherGrad.apply(sums).sum(0)
+        return self.weight_ce * cross_entropy - self.weight_dice * _soft_dice(sums)
+
+
+def _soft_dice(sums: Tensor) -> Tensor:
+    """nnU-Net's soft Dice of sums (B, 4, C), see :func:`softmax_sums`: the mean over samples and foreground, ()."""
+    overlap, predicted, labelled, _ = sums.unbind(1)
+    dice = (2 * overlap + DICE_SMOOTHING) / (labelled + predicted + DICE_SMOOTHING).clamp_min(1e-8)
+    return dice[:, 1:].mean()
 
 
 def deep_supervision_weights(n_outputs: int, every_head_needs_gradient: bool = False) -> np.ndarray:

@@ -14,6 +14,7 @@ from nnunet_lgms.ops.layout import to_fastest_layout
 from nnunet_lgms.ops.max_pool import max_pool
 from nnunet_lgms.ops.norm_act import norm_act
 from nnunet_lgms.ops.recompute import keeping_little
+from nnunet_lgms.ops.softmax_sums import softmax_sums
 from nnunet_lgms.ops.tokens import add_norm, fold_add, unfold_norm
 from nnunet_lgms.ops.upsample import linear_upsample
 
@@ -34,6 +35,7 @@ __all__ = [
     "norm_act",
     "same_conv",
     "set_kernels",
+    "softmax_sums",
     "to_fastest_layout",
     "unfold_norm",
 ]

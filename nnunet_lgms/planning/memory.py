@@ -89,7 +89,7 @@ def trace_training_step(network: nn.Module, input_shape: Sequence[int], n_classe
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
     loss_function = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-    loss_function.dc = _CompiledDice()
+    loss_function.dc = _CompiledDice()  # where kernels do not take the place of the whole loss
     # gradients live only within the step, so parameters and momentum are all that stays
     static = sum(_nbytes(t) for t in [*network.parameters(), *network.buffers()])
     static += sum(_nbytes(p) for p in network.parameters() if p.requires_grad)

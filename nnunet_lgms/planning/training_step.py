@@ -79,7 +79,7 @@ def planned_training_step(
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
 
     loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-    if fast:
+    if fast and not use_kernels(torch.empty(0, device=device)):
         loss.dc = torch.compile(loss.dc)
     targets: list[Tensor] = []  # drawn in the first step, which tells the sizes of the outputs
 

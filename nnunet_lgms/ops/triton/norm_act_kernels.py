@@ -285,7 +285,7 @@ def update_running_statistics(
 
 
 @triton.jit
-def _known_divisor(voxels, FIRST: tl.constexpr):
+def known_divisor(voxels, FIRST: tl.constexpr):
     """Tells the compiler a divisor of the voxels, which a load of several of them at once needs."""
     if FIRST:
         voxels = voxels // FIRST * FIRST
@@ -322,7 +322,7 @@ def _moments_kernel(
 ):  # fmt: skip
     """Mean and centred second moment of a slice of voxels, per channel."""
     STAGES: tl.constexpr = 2 if ACT == 4 else 3  # blocks on their way or at hand: gelu takes longer than they do
-    voxels = _known_divisor(voxels, FIRST)
+    voxels = known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     begin = tl.program_id(0) * steps * ROWS
     x += tl.program_id(1) * voxels * C
@@ -443,7 +443,7 @@ def _norm_act_forward_kernel(
     LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """activation(norm(x + bias)) + residual, with given statistics."""
-    voxels = _known_divisor(voxels, FIRST)
+    voxels = known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     _, _, a, b = affine(mean, variance, norm_weight, norm_bias, sample * sample_stride, channel, C, EPS, AFFINE)
@@ -475,7 +475,7 @@ def _gradient_sums_kernel(
 ):  # fmt: skip
     """Sums of g, the gradient behind the norm, and of g times the normalised x."""
     STAGES: tl.constexpr = 2 if ACT == 4 else 3
-    voxels = _known_divisor(voxels, FIRST)
+    voxels = known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     m, r, a, b = affine(mean, variance, norm_weight, norm_bias, sample * sample_stride, channel, C, EPS, AFFINE)
@@ -540,7 +540,7 @@ def _norm_act_backward_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = r (w g - mean(w g) - xhat mean(w g xhat)), through the activation in front of the norm if there is one."""
-    voxels = _known_divisor(voxels, FIRST)
+    voxels = known_divisor(voxels, FIRST)
     channel = tl.arange(0, LANES)
     sample = tl.program_id(1)
     statistics = sample * sample_stride
