@@ -29,11 +29,10 @@ from nnunet_lgms.nnunet import graphed, robust
 from nnunet_lgms.nnunet import trainer as trainers
 from nnunet_lgms.nnunet.augmentation import patch_to_turn, rotation_axes, rotations_and_flips, said_of_rotations
 from nnunet_lgms.nnunet.loss import (
-    CrossEntropyAndDice,
     cross_entropy_and_dice,
     deep_supervision_weights,
 )
-from nnunet_lgms.ops.backend import KernelsSwitchedOff, as_on_gpu
+from nnunet_lgms.ops.backend import KernelsSwitchedOff
 
 PATCH = {2: [16, 16], 3: [8, 12, 8]}
 
