@@ -7,10 +7,9 @@
                                                       constants for nnunet_lgms/planning/memory.py that fit best
 
 A step is what nnU-Net does: batch to the GPU, autocast to float16, loss, scaled backward pass, clipping at 12, SGD with
-momentum; cuDNN searches for its fastest algorithms. "trained" is a CUDA graph and a compiled Dice, as in the trainer on
-one GPU, "eager" neither. Every step runs in a process of its own, several at a time: the memory that PyTorch allocates
-is counted per process. memory.json is written after each of them, and what is not done in time, or fails, is said
-there.
+momentum; cuDNN searches for its fastest algorithms. "trained" is CUDA graphs, as in the trainer on one GPU, "eager" is
+without. Every step runs in a process of its own, several at a time: the memory that PyTorch allocates is counted per
+process. memory.json is written after each of them, and what is not done in time, or fails, is said there.
 """
 
 from __future__ import annotations
