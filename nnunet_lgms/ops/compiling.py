@@ -267,7 +267,8 @@ def work(most: int) -> None:
 
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # forked processes have it as well
         file.write("1000")
-    os.nice(5)  # what notes the next kernels comes first
+    if hasattr(os, "nice"):
+        os.nice(5)  # what notes the next kernels comes first
     _end_in_time()
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         import_module(module.name)
