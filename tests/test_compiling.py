@@ -1,6 +1,7 @@
 """Kernels that workers compile, for a GPU that need not be there."""
 
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -113,7 +114,51 @@ def test_workers_that_begin_early_compile_what_comes_next(step, gpu, monkeypatch
     compiling.begin_compiling(gpu)
     assert len(step.started) == 1 and step.started[0].poll() is None
     assert step.take() == [FOUND, FOUND]
-    assert len(step.started) == 1 and not compiling._begun
+    assert len(step.started) == 1 and compiling._begun is None
+
+
+@pytest.mark.slow
+def test_workers_that_ended_meanwhile_have_others_in_their_place(step, gpu, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "_PROGRAM", DIES)
+        compiling.begin_compiling(gpu)
+    step.started[0].wait()
+    assert step.take() == [FOUND, FOUND]
+    assert len(step.started) == 2
+
+
+def test_workers_of_the_process_that_forked_this_one_are_not_its_own(step, gpu, monkeypatch):
+    monkeypatch.setattr(compiling, "_PROGRAM", HANGS)
+    monkeypatch.setattr(compiling, "WORTH_WORKERS", 3)
+    compiling.begin_compiling(gpu)
+    begun = compiling._begun
+    monkeypatch.setattr(compiling.os, "getpid", lambda: begun._parent + 1)
+    assert step.take() == [COMPILED_HERE, COMPILED_HERE]
+    assert step.started[0].poll() is None
+    begun.end()
+
+
+def test_threads_that_begin_at_once_begin_once(step, gpu, monkeypatch):
+    monkeypatch.setattr(compiling, "_PROGRAM", HANGS)
+    monkeypatch.setattr(compiling, "_cache_is_empty", lambda: time.sleep(0.1) or True)
+    threads = [threading.Thread(target=compiling.begin_compiling, args=(gpu,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(step.started) == 1
+    compiling._workers(2).end()
+
+
+def test_without_a_thread_that_hands_out_nobody_waits(step, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with only_compiling(), monkeypatch.context() as patch:
+        patch.setattr(compiling.threading.Thread, "start", refuse)
+        step.launch()
+    assert step.compiled == [COMPILED_HERE, COMPILED_HERE]
+    assert step.started[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -140,7 +185,7 @@ def test_nobody_begins_early_in_vain(step, gpu, reason: str, monkeypatch, tmp_pa
         (tmp_path / "file").touch()
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
     compiling.begin_compiling(gpu)
-    assert not step.started and not compiling._begun
+    assert not step.started and compiling._begun is None
 
 
 def test_a_cache_that_is_not_there_is_empty(step, monkeypatch, tmp_path):
@@ -230,8 +275,9 @@ def test_what_cannot_be_compiled_keeps_nobody_from_the_rest(step):
     arguments = (torch.float16, torch.float16, 64), dict(TO_LAST=True, C=4, LANES=4, ROWS=64)
     good, bad = compiling._job(_transpose_kernel, *arguments), compiling._job(_transpose_kernel, (), {})
     unknown = pickle.dumps((pickle.loads(good)[0], "nnunet_lgms.no_module", "no_kernel", (), {})).ljust(compiling.JOB)
+    broken = b"no pickle".ljust(compiling.JOB)
     command = [sys.executable, "-c", compiling._PROGRAM, "2", *sys.path]
-    subprocess.run(command, input=bad + unknown + good + 2 * compiling._LAST, check=True, timeout=120)
+    subprocess.run(command, input=bad + unknown + 2 * broken + good + 2 * compiling._LAST, check=True, timeout=120)
     assert step.take() == [FOUND, COMPILED_HERE]
 
 

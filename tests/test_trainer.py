@@ -717,15 +717,35 @@ def test_workers_begin_before_the_network_is_made(switch, kernels_run, monkeypat
     assert happened == (["initialize"] if switch else ["begin on cuda", "initialize", "record"])
 
 
-def test_what_trains_on_graphs_is_not_drawn(kernels_run, monkeypatch, capsys):
+@pytest.mark.parametrize("ddp", [False, True])
+def test_a_trainer_that_compiles_in_any_case_trains_on_graphs(ddp, kernels_run, monkeypatch):
+    """What is compiled never replays its graphs, and processes would not share their gradients."""
     trainer = make_trainer()
-    drawn = []
-    monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: drawn.append(self))
-    trainer.plot_network_architecture()
-    assert drawn == [trainer]  # a CPU
+    network, trainer.is_ddp, trainer.device = trainer.network, ddp, torch.device("cuda")
+    monkeypatch.setattr(trainer, "_do_i_compile", lambda: True)
+
+    def initialize(self):
+        compiled = torch.compile(network)
+        self.network = SimpleNamespace(module=compiled, parameters=compiled.parameters) if ddp else compiled
+
+    monkeypatch.setattr(nnUNetTrainer, "initialize", initialize)
+    monkeypatch.setattr(robust, "check_preprocessed", lambda *args: None)
+    wrap = lambda module, device_ids: SimpleNamespace(wrapped=module, parameters=module.parameters)  # noqa: E731
+    monkeypatch.setattr(graphed, "GraphedDataParallel", wrap)
+    trainer.initialize()
+    assert (trainer.network.wrapped if ddp else trainer.network) is network
+
+
+def test_a_trainer_that_compiles_nothing_records_nothing(kernels_run, monkeypatch):
+    trainer = make_trainer()
     trainer.device = torch.device("cuda")
-    trainer.plot_network_architecture()
-    assert drawn == [trainer] and "is not drawn" in capsys.readouterr().out
+    monkeypatch.setattr(trainer, "_do_i_compile", lambda: False)
+    monkeypatch.setattr(graphed, "begin_compiling", lambda device: pytest.fail("began"))
+    monkeypatch.setattr(trainer, "_record_step", lambda: pytest.fail("recorded"))
+    monkeypatch.setattr(robust.RobustTrainer, "on_train_start", lambda self: None)
+    trainer.was_initialized = True
+    trainer.on_train_start()
+    assert not trainer._trains_on_graphs()
 
 
 def test_a_gpu_without_memory_is_one_sentence(monkeypatch):

@@ -33,6 +33,8 @@ class GraphedTrainer(RobustTrainer):
     not finite is left out and counted.
     """
 
+    makes_network = False  # nnU-Net does, and its loss, and asks whether to compile them
+
     def __init__(
         self,
         plans: dict,
@@ -49,20 +51,26 @@ class GraphedTrainer(RobustTrainer):
         self.steps_left_out_in_a_row = 0
 
     def initialize(self):
-        super().initialize()
-        if super()._do_i_compile() and not self._can_compile():
+        self.makes_network = True
+        try:
+            super().initialize()
+        finally:
+            self.makes_network = False
+        if super()._do_i_compile() and not self._do_i_compile():
             self.print_to_log_file(f"The network is not compiled. {why_not_compiled(self.device)}")
-        if self.is_ddp and self._trains_on_graphs():
-            self.network = GraphedDataParallel(self.network.module, device_ids=[self.local_rank])
-
-    def _can_compile(self) -> bool:
-        """As nnU-Net decides; not on GPUs that ``torch.compile`` is not for, where the first step would be the last."""
-        return super()._do_i_compile() and (self.device.type != "cuda" or why_not_compiled(self.device) is None)
+        if self._trains_on_graphs():
+            network = self._own_network()
+            network = getattr(network, "_orig_mod", network)  # of a trainer that compiles in any case
+            self.network = GraphedDataParallel(network, device_ids=[self.local_rank]) if self.is_ddp else network
 
     def _do_i_compile(self) -> bool:
-        """Whether network and loss go through ``torch.compile``: not beside the kernels, which do without."""
-        has_kernels = self.network is not None and use_kernels(next(self.network.parameters()))
-        return self._can_compile() and not has_kernels
+        """As nnU-Net's, but for GPUs that ``torch.compile`` is not for, where the first step would be the last.
+
+        What a recording takes the place of is not compiled beside it, as to import the compiler takes seconds.
+        """
+        if not super()._do_i_compile() or (self.device.type == "cuda" and why_not_compiled(self.device) is not None):
+            return False
+        return not (self.makes_network and use_kernels(next(self.network.parameters())))
 
     def _trains_on_graphs(self) -> bool:
         """Whether steps are replayed as CUDA graphs: where nnU-Net would compile and the kernels run.
@@ -73,7 +81,7 @@ class GraphedTrainer(RobustTrainer):
         """
         parameter = next(self.network.parameters())
         if use_kernels(parameter):
-            return self._can_compile()
+            return self._do_i_compile()
         if not is_wanted() or self.is_ddp:
             return False
         return can_be_recorded(parameter) and why_not_compiled(self.device) is not None
@@ -99,15 +107,8 @@ class GraphedTrainer(RobustTrainer):
             torch.cuda.empty_cache()
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
 
-    def plot_network_architecture(self):
-        """As nnU-Net's, which draws what is not compiled; to draw a graph, the step would be computed without."""
-        if self._trains_on_graphs():
-            self.print_to_log_file("The network's architecture is not drawn: its steps are CUDA graphs.")
-        else:
-            super().plot_network_architecture()
-
     def on_train_start(self):
-        if self._can_compile():
+        if self._do_i_compile():
             begin_compiling(self.device)
         if not self.was_initialized:
             self.initialize()

@@ -40,10 +40,11 @@ PATIENCE = 300  # seconds for all kernels together
 JOB = 4096
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from nnunet_lgms.ops.compiling import work; work(int(sys.argv[1]))"
-_LAST = pickle.dumps(None).ljust(JOB)  # for each worker: the pipe may stay open where another process has been forked
+_LAST = b"the last".ljust(JOB)  # for each worker: the pipe may stay open where another process has been forked
 _here = threading.local()
 _looks = threading.Lock()  # what one thread finds as Triton's cache manager, and restores, is not another one's
-_begun: list[_Workers] = []  # that nobody has asked for a kernel yet
+_begins = threading.Lock()
+_begun: _Workers | None = None  # that nobody has asked for a kernel yet
 
 
 def begin_compiling(device: torch.device) -> None:
@@ -52,11 +53,22 @@ def begin_compiling(device: torch.device) -> None:
     Who is sure to need many kernels on a device calls it before the network is made. The next
     :func:`compiled_by_workers` has these workers then.
     """
-    if _begun or kernels_for(device).path != "kernels" or (most := _most_workers()) == 0 or not _cache_is_empty():
-        return
-    workers = _Workers(most)
-    workers.start()
-    _begun.append(workers)
+    global _begun
+    with _begins:
+        if _begun is not None and _begun.are_there():
+            return
+        if kernels_for(device).path != "kernels" or (most := _most_workers()) == 0 or not _cache_is_empty():
+            return
+        _begun = _Workers(most)
+        _begun.start()
+
+
+def _workers(most: int) -> _Workers:
+    """Those that have begun, or others."""
+    global _begun
+    with _begins:
+        begun, _begun = _begun, None
+    return begun if begun is not None and begun.are_there() else _Workers(most)
 
 
 @contextmanager
@@ -70,7 +82,7 @@ def compiled_by_workers() -> Iterator[Callable[..., None]]:
     if most == 0:
         yield lambda *asked: None
         return
-    workers = _begun.pop() if _begun else _Workers(most)
+    workers = _workers(most)
     try:
         yield workers.ask
         workers.compile()
@@ -95,12 +107,12 @@ def _most_workers() -> int:
 
 
 def _cache_is_empty() -> bool:
-    """Whether next to nothing was compiled on this machine."""
+    """Whether next to nothing was compiled on this machine, and can be kept."""
     from triton import knobs
 
     try:
         with os.scandir(knobs.cache.dir) as entries:
-            return len(list(islice(entries, EMPTY))) < EMPTY
+            return len(list(islice(entries, EMPTY))) < EMPTY and os.access(knobs.cache.dir, os.W_OK)
     except FileNotFoundError:
         return True
     except (OSError, AttributeError):
@@ -116,6 +128,7 @@ class _Workers:
         self._missing = 0
         self._was_started = False  # once, also if nothing can be started
         self._process: subprocess.Popen | None = None
+        self._parent = os.getpid()
 
     def start(self) -> None:
         self._was_started = True
@@ -129,8 +142,14 @@ class _Workers:
                 start_new_session=True,  # so that it can be ended with all that it started
                 bufsize=0,
             )
-            # A thread waits where the pipe is full, as long as the process imports.
-            threading.Thread(target=self._hand_out, args=(self._process.stdin,), daemon=True).start()
+            try:  # a thread waits where the pipe is full, as long as the process imports
+                threading.Thread(target=self._hand_out, args=(self._process.stdin,), daemon=True).start()
+            except RuntimeError:  # no more of them are allowed
+                self.end()
+
+    def are_there(self) -> bool:
+        """Whether the process runs, and is not that of another one from which this one was forked."""
+        return self._process is not None and self._parent == os.getpid() and self._process.poll() is None
 
     def _hand_out(self, pipe: Any) -> None:
         with suppress(OSError), pipe:  # nobody reads any longer
@@ -268,7 +287,8 @@ def work(most: int) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # forked processes have it as well
         file.write("1000")
     if hasattr(os, "nice"):
-        os.nice(5)  # what notes the next kernels comes first
+        with suppress(OSError):
+            os.nice(5)  # what notes the next kernels comes first
     _end_in_time()
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         import_module(module.name)
@@ -285,9 +305,9 @@ def work(most: int) -> None:
 def _take(jobs: int) -> None:
     """Compiles one job after the other, until there are no more."""
     _end_in_time()
-    while job := pickle.loads(os.read(jobs, JOB) or _LAST):
+    while (job := os.read(jobs, JOB)) not in (b"", _LAST):
         with suppress(Exception):  # which is raised again where the kernel is needed
-            _compile(*job)
+            _compile(*pickle.loads(job))
 
 
 def _end_in_time() -> None:

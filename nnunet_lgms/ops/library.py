@@ -57,8 +57,8 @@ def _kernels_looked_for_when_asked() -> Iterator[None]:
 
     They are part of the key by which a compiled network is found again, which nobody needs before something compiles.
     """
-    find = getattr(torch_triton, "get_inner_triton_kernels", None)  # not in every version
-    if find is None or "torch._inductor" in sys.modules:
+    find = getattr(torch_triton, "get_inner_triton_kernels", None)
+    if find is None:  # a version that does not look for any
         yield
         return
     torch_triton.get_inner_triton_kernels = lambda function: _KernelsOf(find, function)
