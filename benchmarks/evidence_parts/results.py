@@ -20,6 +20,7 @@ ONE_TRAINING = " on these cases"  # what another training would give is not in t
 
 Runs = Sequence[dict[str, Any]]  # of one model, one a seed
 OBJECT = ["label", "diameter", "dice"]  # as `score` writes it
+FEWEST_OBJECTS = 5  # of a size of which a mean says something
 
 
 class Results:
@@ -85,12 +86,16 @@ def p_value(ours: Runs, theirs: Runs, scores: str) -> float:
 
 
 def by_size(ours: dict[str, Any], theirs: dict[str, Any], scores: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each label with the objects in a quartile of diameters, small ones first: `diameter`, Dice `ours`, `theirs`."""
+    """Each label with the objects in a quartile of diameters, small ones first: `diameter`, Dice `ours`, `theirs`.
+
+    Labels with less than FEWEST_OBJECTS in a quartile are left out.
+    """
     tables = [pd.DataFrame(run["scores"][scores]["objects"]).set_axis(OBJECT, axis=1) for run in (ours, theirs)]
     objects = tables[0].rename(columns={"dice": "ours"}).assign(theirs=tables[1]["dice"])
     for label, own in objects.groupby("label", sort=False):
-        for _, quartile in own.groupby(pd.qcut(own["diameter"], 4, duplicates="drop"), observed=True):
-            yield label, quartile
+        quartiles = own.groupby(pd.qcut(own["diameter"], 4, duplicates="drop"), observed=True)
+        if quartiles.size().min() >= FEWEST_OBJECTS:
+            yield from ((label, quartile) for _, quartile in quartiles)
 
 
 def spread(runs: Runs, scores: str) -> float:

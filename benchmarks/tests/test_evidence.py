@@ -184,15 +184,16 @@ def test_the_recipes_in_3d_are_compared_where_both_were_trained(tmp_path):
 
 
 def test_objects_are_compared_by_their_size(tmp_path):
-    """Small objects are not hidden by large ones."""
-    sizes = [1, 2, 3, 4, 50, 60, 70, 80]
+    """Small objects are not hidden by large ones, and a few say nothing."""
+    sizes = [*range(1, 11), *range(50, 60)]
     ours, theirs = result("lgmsnet", [0.8, 0.8]), result("nnunet", [0.8, 0.8])
     for run, small in ((ours, 0.9), (theirs, 0.4)):
-        objects = [["lesion", size, small if size < 10 else 0.7] for size in sizes]
+        objects = [["lesion", size, small if size < 20 else 0.7] for size in sizes]
+        objects += [["rare", size, small] for size in sizes[1:]]
         run["scores"]["validation-mirrored"] = run["scores"]["validation-mirrored"] | {"objects": objects}
     lines = report.sizes_table(write_results(tmp_path, ours, theirs))[2:]
     sizes = [line.split(" | ")[2] for line in lines]
-    assert sizes == ["1 to 2 pixels", "3 to 4 pixels", "50 to 60 pixels", "70 to 80 pixels"]
+    assert sizes == ["1 to 5 pixels", "6 to 10 pixels", "50 to 54 pixels", "55 to 59 pixels"]
     assert [line.split(" | ")[-1].split()[0] for line in lines] == ["+0.500", "+0.500", "+0.000", "+0.000"]
 
 
