@@ -4,6 +4,7 @@
     python benchmarks/evidence.py prepare busi --work WORK
     python benchmarks/evidence.py train busi --models lgmsnet nnunet --epochs 50 --jobs 2 --seconds 500 --work WORK
     python benchmarks/evidence.py scores RUNS --work WORK       # writes benchmarks/results/evidence/*.json
+    python benchmarks/evidence.py sizes busi --work WORK        # of the objects of gathered sets
     python benchmarks/evidence.py report                        # benchmarks/results/evidence.{md,png}, the README
 
 Every step can be called again: finished trainings are not repeated, and those that ran out of time go on where they
@@ -22,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from evidence_parts.runs import MODELS, STAGES, STEPS, Run, runs_of  # noqa: E402
-from evidence_parts.sets import with_unseen  # noqa: E402
+from evidence_parts.sets import SETS, with_unseen  # noqa: E402
 from record import RESULTS  # noqa: E402
 
 
@@ -67,10 +68,18 @@ def scores(args: argparse.Namespace) -> None:
     _add_to(RESULTS / "evidence" / "state.json", json.loads((args.runs / "state.json").read_text()))
 
 
+def sizes(args: argparse.Namespace) -> None:
+    from evidence_parts.sizes import measure
+
+    measure([SETS[name] for name in args.sets], args.work / "raw", RESULTS / "evidence" / "sizes.json")
+
+
 def report(args: argparse.Namespace) -> None:
+    from evidence_parts import sizes
     from evidence_parts.report import draw, evidence_md, readme_with
 
     draw(RESULTS)
+    sizes.draw(RESULTS / "evidence" / "sizes.json", RESULTS / "evidence_sizes.png")
     _write(RESULTS / "evidence.md", evidence_md(RESULTS))
     readme = HERE.parent / "README.md"
     _write(readme, readme_with(readme.read_text("utf-8"), RESULTS))
@@ -92,12 +101,12 @@ def _write(file: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(required=True)
-    commands = {f: subparsers.add_parser(f.__name__) for f in (gather, prepare, train, one, scores, report)}
+    commands = {f: subparsers.add_parser(f.__name__) for f in (gather, prepare, train, one, scores, sizes, report)}
     for function, command in commands.items():
         command.set_defaults(function=function)
         if function is not report:
             command.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="of all these commands")
-        if function in (gather, prepare, train):
+        if function in (gather, prepare, train, sizes):
             names = [stage.removeprefix("sets_") for stage in STAGES]
             command.add_argument("sets", nargs="+", choices=names, metavar="SET", help=", ".join(names))
         if function in (train, one):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -257,7 +258,7 @@ def test_the_batch_that_goes_ahead_takes_the_same_path(flat: tuple[Path, Path], 
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: zeros(*size, **more))
     monkeypatch.setitem(logits.VOXELS, "cuda", WINDOW)  # a window and its copy fill a batch
     begun = []
-    monkeypatch.setattr(compiling, "begin_compiling", begun.append)
+    monkeypatch.setattr(compiling, "workers_begin", lambda device: begun.append(device) or nullcontext())
 
     def warm_up(predictor: Predictor) -> None:
         monkeypatch.setattr(predictor.network, "to", lambda device: predictor.network)

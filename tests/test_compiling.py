@@ -20,6 +20,7 @@ from offline_kernels import compiling_for  # noqa: E402
 from nnunet_lgms.ops import compiling  # noqa: E402
 from nnunet_lgms.ops import launch as launching  # noqa: E402
 from nnunet_lgms.ops.backend import Decision  # noqa: E402
+from nnunet_lgms.ops.compiling import workers_begin  # noqa: E402
 from nnunet_lgms.ops.launch import launch, only_compiling  # noqa: E402
 from nnunet_lgms.ops.triton import attention_kernels  # noqa: E402
 from nnunet_lgms.ops.triton.layout import _transpose_kernel  # noqa: E402
@@ -110,44 +111,55 @@ def gpu(monkeypatch) -> torch.device:
 @pytest.mark.slow
 def test_workers_that_begin_early_compile_what_comes_next(step, gpu, monkeypatch):
     monkeypatch.setattr(compiling, "WORTH_WORKERS", 3)
-    compiling.begin_compiling(gpu)
-    compiling.begin_compiling(gpu)
-    assert len(step.started) == 1 and step.started[0].poll() is None
-    assert step.take() == [FOUND, FOUND]
+    with workers_begin(gpu), workers_begin(gpu):
+        assert len(step.started) == 1 and step.started[0].poll() is None
+        assert step.take() == [FOUND, FOUND]
     assert len(step.started) == 1 and compiling._begun is None
+
+
+def test_workers_that_nobody_needed_end(step, gpu, monkeypatch):
+    monkeypatch.setattr(compiling, "_PROGRAM", HANGS)
+    with pytest.raises(RuntimeError, match="no memory"), workers_begin(gpu):
+        with workers_begin(gpu):
+            pass
+        assert step.started[0].poll() is None  # of the first to begin
+        raise RuntimeError("no memory")
+    assert step.started[0].returncode == -signal.SIGKILL and compiling._begun is None
 
 
 @pytest.mark.slow
 def test_workers_that_ended_meanwhile_have_others_in_their_place(step, gpu, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(compiling, "_PROGRAM", DIES)
-        compiling.begin_compiling(gpu)
-    step.started[0].wait()
-    assert step.take() == [FOUND, FOUND]
+    works = compiling._PROGRAM
+    monkeypatch.setattr(compiling, "_PROGRAM", DIES)
+    with workers_begin(gpu):
+        step.started[0].wait()
+        monkeypatch.setattr(compiling, "_PROGRAM", works)
+        assert step.take() == [FOUND, FOUND]
     assert len(step.started) == 2
 
 
 def test_workers_of_the_process_that_forked_this_one_are_not_its_own(step, gpu, monkeypatch):
     monkeypatch.setattr(compiling, "_PROGRAM", HANGS)
     monkeypatch.setattr(compiling, "WORTH_WORKERS", 3)
-    compiling.begin_compiling(gpu)
-    begun = compiling._begun
-    monkeypatch.setattr(compiling.os, "getpid", lambda: begun._parent + 1)
-    assert step.take() == [COMPILED_HERE, COMPILED_HERE]
-    assert step.started[0].poll() is None
+    with workers_begin(gpu):
+        begun = compiling._begun
+        with monkeypatch.context() as patch:
+            patch.setattr(compiling.os, "getpid", lambda: begun._parent + 1)
+            assert step.take() == [COMPILED_HERE, COMPILED_HERE]
+        assert step.started[0].poll() is None
     begun.end()
 
 
 def test_threads_that_begin_at_once_begin_once(step, gpu, monkeypatch):
     monkeypatch.setattr(compiling, "_PROGRAM", HANGS)
     monkeypatch.setattr(compiling, "_cache_is_empty", lambda: time.sleep(0.1) or True)
-    threads = [threading.Thread(target=compiling.begin_compiling, args=(gpu,)) for _ in range(3)]
+    threads = [threading.Thread(target=compiling._begin, args=(gpu,)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(step.started) == 1
-    compiling._workers(2).end()
+    compiling._take_begun().end()
 
 
 def test_without_a_thread_that_hands_out_nobody_waits(step, monkeypatch):
@@ -172,7 +184,7 @@ def test_a_kernel_is_compiled_while_others_are_noted(step, tmp_path):
         assert len(list(tmp_path.rglob("*.cubin"))) == 2 and not step.compiled
 
 
-@pytest.mark.parametrize("reason", ["another path", "few cores", "a filled cache", "a cache that cannot be read"])
+@pytest.mark.parametrize("reason", ["another path", "few cores", "a filled cache", "no cache"])
 def test_nobody_begins_early_in_vain(step, gpu, reason: str, monkeypatch, tmp_path):
     if reason == "another path":
         monkeypatch.setattr(compiling, "kernels_for", lambda device: Decision("pytorch", "They do not."))
@@ -184,14 +196,16 @@ def test_nobody_begins_early_in_vain(step, gpu, reason: str, monkeypatch, tmp_pa
     else:
         (tmp_path / "file").touch()
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
-    compiling.begin_compiling(gpu)
-    assert not step.started and compiling._begun is None
+    with workers_begin(gpu):
+        assert not step.started and compiling._begun is None
 
 
 def test_a_cache_that_is_not_there_is_empty(step, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new"))
     assert compiling._cache_is_empty()
     assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(compiling.os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert not compiling._cache_is_empty()  # nor can it be made
 
 
 @pytest.mark.slow

@@ -282,7 +282,8 @@ def test_kernels_run_where_they_are_switched_on(on):
     assert sums.shape == (2, 4, 3) if on else sums is None
 
 
-def test_a_kernel_that_fails_leaves_the_loss_to_nnunet(monkeypatch):
+def test_where_a_kernel_fails_there_are_no_sums(monkeypatch):
+    """And the loss is nnU-Net's."""
     pytest.importorskip("triton")
     from nnunet_lgms.ops.triton import softmax_sums as registered
 

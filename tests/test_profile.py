@@ -22,6 +22,7 @@ from nnunet_lgms.config import LGMSSettings
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.graphs.network import GraphedLGMSNet
 from nnunet_lgms.nnunet.builder import build_network
+from nnunet_lgms.nnunet.loss import CrossEntropyAndDice
 from nnunet_lgms.ops import backend
 from nnunet_lgms.ops.backend import as_on_gpu
 from nnunet_lgms.ops.norm_act import norm_act
@@ -500,10 +501,15 @@ def test_a_step_is_made_fast_as_its_trainer_does(kernels_run, why, made, monkeyp
 
 
 @pytest.mark.parametrize("kernels_run", [True, False])
-def test_its_dice_is_compiled_unless_kernels_take_its_place(kernels_run: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_dice_is_compiled_unless_kernels_take_its_place(kernels_run, is_ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of nnU-Net's own networks are nnU-Net's, also where the kernels run."""
     pytest.importorskip("triton")
-    network, compiled = GraphedLGMSNet(1, 2, 2, [8, 8], nn.Conv2d, 3, [1, 2]), []
+    network, compiled = GraphedLGMSNet(1, 2, 2, [8, 8], nn.Conv2d, 3, [1, 2]) if is_ours else nn.Conv2d(1, 2, 1), []
     monkeypatch.setattr(torch, "compile", lambda dice: compiled.append(dice) or dice)
     with as_on_gpu() if kernels_run else nullcontext():
-        training_step.planned_training_step(network, (1, 1, 8, 8), 2, torch.device("cpu"), fast=True)
-    assert bool(compiled) != kernels_run
+        step = training_step.planned_training_step(network, (1, 1, 8, 8), 2, torch.device("cpu"), fast=True)
+        assert bool(compiled) != (kernels_run and is_ours)
+        monkeypatch.setattr(CrossEntropyAndDice, "forward", lambda *args: pytest.fail("LGMSNet's"))
+        if not is_ours:
+            step()

@@ -668,7 +668,6 @@ def test_graphs_end_with_the_training(error, monkeypatch):
             raise error
 
     monkeypatch.setattr(nnUNetTrainer, "run_training", run_training)
-    monkeypatch.setattr(trainer, "_trains_on_graphs", lambda: True)
     with pytest.raises(RuntimeError, match="stopped") if error else nullcontext():
         trainer.run_training()
     assert ended and trainer.network._training_step is None
@@ -709,7 +708,7 @@ def test_workers_begin_before_the_network_is_made(switch, kernels_run, monkeypat
     if switch:
         monkeypatch.setenv("nnUNet_compile", switch)
     trainer.device, trainer.was_initialized = torch.device("cuda"), False
-    monkeypatch.setattr(graphed, "begin_compiling", lambda device: happened.append(f"begin on {device}"))
+    monkeypatch.setattr(graphed, "workers_begin", lambda device: happened.append(f"begin on {device}") or nullcontext())
     monkeypatch.setattr(trainer, "initialize", lambda: happened.append("initialize"))
     monkeypatch.setattr(trainer, "_record_step", lambda: happened.append("record"))
     monkeypatch.setattr(robust.RobustTrainer, "on_train_start", lambda self: None)
@@ -740,7 +739,7 @@ def test_a_trainer_that_compiles_nothing_records_nothing(kernels_run, monkeypatc
     trainer = make_trainer()
     trainer.device = torch.device("cuda")
     monkeypatch.setattr(trainer, "_do_i_compile", lambda: False)
-    monkeypatch.setattr(graphed, "begin_compiling", lambda device: pytest.fail("began"))
+    monkeypatch.setattr(graphed, "workers_begin", lambda device: pytest.fail("began"))
     monkeypatch.setattr(trainer, "_record_step", lambda: pytest.fail("recorded"))
     monkeypatch.setattr(robust.RobustTrainer, "on_train_start", lambda self: None)
     trainer.was_initialized = True

@@ -88,7 +88,7 @@ def p_value(ours: Runs, theirs: Runs, scores: str) -> float:
 def by_size(ours: dict[str, Any], theirs: dict[str, Any], scores: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each label with the objects in a quartile of diameters, small ones first: `diameter`, Dice `ours`, `theirs`.
 
-    Labels with less than FEWEST_OBJECTS in a quartile are left out.
+    Labels with fewer than FEWEST_OBJECTS in a quartile are left out.
     """
     tables = [pd.DataFrame(run["scores"][scores]["objects"]).set_axis(OBJECT, axis=1) for run in (ours, theirs)]
     objects = tables[0].rename(columns={"dice": "ours"}).assign(theirs=tables[1]["dice"])

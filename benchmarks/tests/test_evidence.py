@@ -197,6 +197,30 @@ def test_objects_are_compared_by_their_size(tmp_path):
     assert [line.split(" | ")[-1].split()[0] for line in lines] == ["+0.500", "+0.500", "+0.000", "+0.000"]
 
 
+def test_sizes_of_all_objects_are_told_by_set_and_label(tmp_path):
+    """Two lesions, of 4 and of 1 pixel, in one of two images; a set that is measured later stays beside it."""
+    from evidence_parts import sizes
+    from PIL import Image
+
+    row, file = replace(SETS["busi"], title="Lesions"), tmp_path / "sizes.json"
+    labels = tmp_path / row.name / "labelsTr"
+    labels.mkdir(parents=True)
+    mask = np.zeros((16, 16), np.uint8)
+    Image.fromarray(mask).save(labels / "none.png")
+    mask[2:4, 2:4] = mask[9, 9] = 1
+    Image.fromarray(mask).save(labels / "two.png")
+    content = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".png", "channel_names": {"0": "ultrasound"}}
+    (tmp_path / row.name / "dataset.json").write_text(json.dumps(content))
+    sizes.measure([row], tmp_path, file)
+    (tmp_path / row.name).rename(tmp_path / replace(row, title="Others").name)
+    sizes.measure([replace(row, title="Others")], tmp_path, file)
+    measured = {"unit": "pixels", "cases": 2, "diameters": {"lesion": [1.1, 2.3]}}
+    assert json.loads(file.read_text())["sets"] == {"Lesions": measured, "Others": measured}
+    assert sizes.spread_table(file)[2] == "| Lesions | lesion | 2 | 1.7 pixels | 1.16 to 2.24 | 1.9 |"
+    sizes.draw(file, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").stat().st_size > 5000
+
+
 def test_readme_needs_its_markers():
     with pytest.raises(ValueError, match="once each"):
         report.readme_with("# No markers", RESULTS)

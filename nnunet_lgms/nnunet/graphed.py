@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from nnunet_lgms.nnunet.checks import check_images
 from nnunet_lgms.nnunet.errors import TrainingError, said_in_one_sentence
 from nnunet_lgms.nnunet.robust import RobustTrainer
 from nnunet_lgms.ops.backend import use_kernels, with_fallback
-from nnunet_lgms.ops.compiling import begin_compiling
+from nnunet_lgms.ops.compiling import workers_begin
 
 # A step that a precision cannot hold is nothing unusual, and it is left out; this many in a row are the end.
 MAX_STEPS_LEFT_OUT = 20
@@ -33,7 +34,7 @@ class GraphedTrainer(RobustTrainer):
     not finite is left out and counted.
     """
 
-    makes_network = False  # nnU-Net does, and its loss, and asks whether to compile them
+    _initializes = False  # nnU-Net makes the network and the loss, and asks whether to compile them
 
     def __init__(
         self,
@@ -51,11 +52,11 @@ class GraphedTrainer(RobustTrainer):
         self.steps_left_out_in_a_row = 0
 
     def initialize(self):
-        self.makes_network = True
+        self._initializes = True
         try:
             super().initialize()
         finally:
-            self.makes_network = False
+            self._initializes = False
         if super()._do_i_compile() and not self._do_i_compile():
             self.print_to_log_file(f"The network is not compiled. {why_not_compiled(self.device)}")
         if self._trains_on_graphs():
@@ -66,11 +67,12 @@ class GraphedTrainer(RobustTrainer):
     def _do_i_compile(self) -> bool:
         """As nnU-Net's, but for GPUs that ``torch.compile`` is not for, where the first step would be the last.
 
-        What a recording takes the place of is not compiled beside it, as to import the compiler takes seconds.
+        While nnU-Net makes the network and the loss, the answer is no where the kernels run: a recording takes the
+        place of what it would compile, and to import Inductor takes seconds.
         """
         if not super()._do_i_compile() or (self.device.type == "cuda" and why_not_compiled(self.device) is not None):
             return False
-        return not (self.makes_network and use_kernels(next(self.network.parameters())))
+        return not (self._initializes and use_kernels(next(self.network.parameters())))
 
     def _trains_on_graphs(self) -> bool:
         """Whether steps are replayed as CUDA graphs: where nnU-Net would compile and the kernels run.
@@ -108,12 +110,11 @@ class GraphedTrainer(RobustTrainer):
             self.print_to_log_file(f"The step could not be recorded ({reason}); training goes on, slower, without.")
 
     def on_train_start(self):
-        if self._do_i_compile():
-            begin_compiling(self.device)
-        if not self.was_initialized:
-            self.initialize()
-        if self._trains_on_graphs():
-            self._record_step()
+        with workers_begin(self.device) if self._do_i_compile() else nullcontext():
+            if not self.was_initialized:
+                self.initialize()
+            if self._trains_on_graphs():
+                self._record_step()
         super().on_train_start()
 
     def run_training(self):
@@ -122,7 +123,7 @@ class GraphedTrainer(RobustTrainer):
         try:
             super().run_training()
         finally:
-            if self.network is not None and self._trains_on_graphs():
+            if getattr(self.network and self._own_network(), "has_recorded_training", False):
                 # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
                 self._own_network().forget_graphs()
                 self.recorded_update = None

@@ -49,6 +49,18 @@ def cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: b
     return CrossEntropyAndDice(batch_dice, ddp, label_manager.ignore_label)
 
 
+def nnunets_cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: bool) -> nn.Module:
+    """nnU-Net's own CE + Dice for labels, as its trainer has it; see :func:`cross_entropy_and_dice`."""
+    return DC_and_CE_loss(
+        {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp, "do_bg": False},
+        {},
+        weight_ce=1,
+        weight_dice=1,
+        ignore_label=label_manager.ignore_label,
+        dice_class=MemoryEfficientSoftDiceLoss,
+    )
+
+
 class CrossEntropyAndDice(DC_and_CE_loss):
     """nnU-Net's 0.5 * CE + Dice for labels, in one pass over the logits where the kernels run.
 

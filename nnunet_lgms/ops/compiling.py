@@ -23,6 +23,7 @@ from functools import cache
 from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ from nnunet_lgms.parallel import cores
 
 MOST_WORKERS = 16
 FEWEST_CORES = 4  # with fewer, what is imported takes longer than is saved
-WORTH_WORKERS = 100  # missing kernels, as of a training step: a prediction's, threads compile while others import
-EMPTY = 10  # entries of Triton's cache with less than which it is as good as empty
+WORTH_WORKERS = 100  # missing kernels, where others are there: fewer, threads compile while a process would import
+EMPTY = 10  # entries of Triton's cache; with fewer it counts as empty
 PATIENCE = 300  # seconds for all kernels together
 # Bytes of each job in the pipe that all workers read from: a pipe keeps so many together.
 JOB = 4096
@@ -47,28 +48,40 @@ _begins = threading.Lock()
 _begun: _Workers | None = None  # that nobody has asked for a kernel yet
 
 
-def begin_compiling(device: torch.device) -> None:
-    """Starts the process of the workers before it is known what they are to compile, where Triton's cache is empty.
+@contextmanager
+def workers_begin(device: torch.device) -> Iterator[None]:
+    """Inside, workers are there before it is known what they are to compile, where Triton's cache is empty.
 
-    Who is sure to need many kernels on a device calls it before the network is made. The next
-    :func:`compiled_by_workers` has these workers then.
+    It is for who is sure to need many kernels on a device, before the network is made. The first
+    :func:`compiled_by_workers` inside has these workers; if there is none, they end.
     """
+    begun = _begin(device)
+    try:
+        yield
+    finally:
+        if begun is not None and begun is _take_begun():
+            begun.end()
+
+
+def _begin(device: torch.device) -> _Workers | None:
+    """Workers that have not begun before."""
     global _begun
     with _begins:
         if _begun is not None and _begun.are_there():
-            return
+            return None
         if kernels_for(device).path != "kernels" or (most := _most_workers()) == 0 or not _cache_is_empty():
-            return
+            return None
         _begun = _Workers(most)
         _begun.start()
+        return _begun
 
 
-def _workers(most: int) -> _Workers:
-    """Those that have begun, or others."""
+def _take_begun() -> _Workers | None:
+    """Those that have begun, if they are there."""
     global _begun
     with _begins:
         begun, _begun = _begun, None
-    return begun if begun is not None and begun.are_there() else _Workers(most)
+    return begun if begun is not None and begun.are_there() else None
 
 
 @contextmanager
@@ -82,7 +95,7 @@ def compiled_by_workers() -> Iterator[Callable[..., None]]:
     if most == 0:
         yield lambda *asked: None
         return
-    workers = _workers(most)
+    workers = _take_begun() or _Workers(most)
     try:
         yield workers.ask
         workers.compile()
@@ -111,10 +124,11 @@ def _cache_is_empty() -> bool:
     from triton import knobs
 
     try:
-        with os.scandir(knobs.cache.dir) as entries:
-            return len(list(islice(entries, EMPTY))) < EMPTY and os.access(knobs.cache.dir, os.W_OK)
-    except FileNotFoundError:
-        return True
+        folder = there = Path(knobs.cache.dir).absolute()
+        while not there.exists():
+            there = there.parent
+        n_entries = len(list(islice(folder.iterdir(), EMPTY))) if there == folder else 0
+        return n_entries < EMPTY and os.access(there, os.W_OK)
     except (OSError, AttributeError):
         return False
 

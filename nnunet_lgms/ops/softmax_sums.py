@@ -20,7 +20,7 @@ def softmax_sums(logits: Tensor, labels: Tensor, ignored: int | None = None) -> 
     """Sums over the voxels of each sample, for p = softmax(logits) and labels as they are or one-hot.
 
     Args:
-        logits: (B, C, *spatial), in either memory format.
+        logits: (B, C, *spatial), in either memory format; channels-last, as LGMSNet's are, takes less time.
         labels: (B, 1, *spatial), of any dtype; their fractions are cut off. One that is no class makes the sums NaN.
         ignored: voxels of this label take no part, if it is given.
 

@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nnunet_lgms.config import LGMSSettings, settings_of
 from nnunet_lgms.config.resolve import Topology
 from nnunet_lgms.dataset_json import n_channels
-from nnunet_lgms.ops.backend import as_on_gpu
+from nnunet_lgms.ops.backend import as_on_gpu, use_kernels
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last
 from nnunet_lgms.planning.override import build_on_meta
 
@@ -57,8 +57,8 @@ class Calibration:
 
 
 # Fitted to the steps in benchmarks/results/memory.md, so that the largest relative deviation is smallest: 2.7 % in 2D,
-# 6.9 % in 3D. CUDA graphs hold an eighth to a third more than their step's tensors need at once, in the smallest step
-# two fifths: blocks that were taken for one size and serve no other, and cuDNN's workspaces. In 3D nothing is fixed.
+# 7.0 % in 3D. CUDA graphs hold an eighth to a third more than their step's tensors need at once, in the smallest step
+# half: blocks that were taken for one size and serve no other, and cuDNN's workspaces. In 3D nothing is fixed.
 CALIBRATION = {
     2: Calibration(activations=1.125, fixed=33 * 2**20, context=600 * 2**20),
     3: Calibration(activations=1.237, fixed=0, context=600 * 2**20),
@@ -89,7 +89,9 @@ def trace_training_step(network: nn.Module, input_shape: Sequence[int], n_classe
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
     loss_function = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-    loss_function.dc = _CompiledDice()  # where kernels do not take the place of the whole loss
+    with as_on_gpu():
+        if not use_kernels(torch.empty(0)):  # which take the place of the whole loss
+            loss_function.dc = _CompiledDice()
     # gradients live only within the step, so parameters and momentum are all that stays
     static = sum(_nbytes(t) for t in [*network.parameters(), *network.buffers()])
     static += sum(_nbytes(p) for p in network.parameters() if p.requires_grad)

@@ -25,7 +25,7 @@ from nnunet_lgms.planning.plans_files import plans_file
 GIB = 2**30
 PLANS_NAME = "nnUNetLGMSNetPlans"
 #: share of the card that is planned for: estimates err, and the allocator cannot fill every block
-HEADROOM = 0.95
+HEADROOM = 0.92
 #: patches below this many voxels do not get smaller; a card that cannot take them is too small
 SMALLEST_PATCH = {2: 16**2, 3: 8**3}
 

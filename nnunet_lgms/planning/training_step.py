@@ -67,7 +67,7 @@ class TrainingStep:
 def planned_training_step(
     network: nn.Module, input_shape: Sequence[int], n_classes: int, device: torch.device, fast: bool = False
 ) -> TrainingStep:
-    """A training step on random data, with LGMSNet's loss at every output.
+    """A training step on random data, with the loss of the network's trainer at every output.
 
     Args:
         network: returns logits, or a list of them with deep supervision.
@@ -76,10 +76,13 @@ def planned_training_step(
         device: where it runs.
         fast: as the network's trainer makes it on one GPU (:meth:`TrainingStep.make_fast`).
     """
-    from nnunet_lgms.nnunet.loss import cross_entropy_and_dice
+    from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, nnunets_cross_entropy_and_dice
 
-    loss = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-    if fast and not use_kernels(torch.empty(0, device=device)):
+    is_ours = isinstance(network, LGMSNet)
+    loss = (cross_entropy_and_dice if is_ours else nnunets_cross_entropy_and_dice)(
+        label_manager(n_classes), True, False
+    )
+    if fast and not (is_ours and use_kernels(torch.empty(0, device=device))):
         loss.dc = torch.compile(loss.dc)
     targets: list[Tensor] = []  # drawn in the first step, which tells the sizes of the outputs
 

@@ -239,15 +239,20 @@ class LogitsPredictor(nnUNetPredictor):
         at_once, batch = self._batches(self.device, n_windows=MANY)
         if self.device.type != "cuda" or at_once > 1:
             return
-        if hasattr(self.network, "few_predictions") and not self.network.few_predictions:
-            from nnunet_lgms.ops.compiling import begin_compiling
-
-            begin_compiling(self.device)
-        with self.stages.measured("network"), torch.inference_mode(), contextlib.suppress(RuntimeError):
+        measured = self.stages.measured("network")
+        with self._compilation(), measured, torch.inference_mode(), contextlib.suppress(RuntimeError):
             self.network = self.network.to(self.device).eval()
             channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
             shape = (min(batch, self._largest_batch or batch), channels, *self.configuration_manager.patch_size)
             self._through_network(torch.zeros(shape, device=self.device))
+
+    def _compilation(self) -> contextlib.AbstractContextManager[None]:
+        """Workers that compile kernels, for a network that has some and takes them."""
+        if getattr(self.network, "few_predictions", True):
+            return contextlib.nullcontext()
+        from nnunet_lgms.ops.compiling import workers_begin
+
+        return workers_begin(self.device)
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network

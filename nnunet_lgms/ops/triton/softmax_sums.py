@@ -25,7 +25,7 @@ WARPS = 2048  # of the forward pass, whose programs sum over a slice of a sample
 
 
 def fits(logits: Tensor, labels: Tensor) -> bool:
-    """Whether the kernels serve logits and labels: two classes, half precision or float32, offsets of 32 bits."""
+    """Whether the kernels serve logits and labels: at least two classes, half precision or float32, offsets of 32 bits."""
     return (
         logits.ndim in CHANNELS_LAST
         and logits.shape[1] > 1
@@ -90,9 +90,8 @@ def _tile(logits: Tensor) -> dict[str, int]:
 @triton.jit
 def _softmax(logits, labels, sample, voxel, voxels, FIRST: tl.constexpr, IGNORED: tl.constexpr, C: tl.constexpr,
              LANES: tl.constexpr):  # fmt: skip
-    """Of voxels and their classes: log(p), p, whether the class is the label, offsets, and which of them there are.
-
-    In between comes, for each voxel, how often it counts: 0 where it is ignored, NaN where its label is no class.
+    """Of voxels and their classes, (ROWS, LANES): log(p), p, whether the class is the label; how often a voxel counts,
+    (ROWS, 1), 0 where it is ignored and NaN where its label is no class; offsets, and which of them there are.
     """
     channel, exists = tl.arange(0, LANES), voxel < voxels
     inside = exists[:, None] & (channel < C)[None, :]
