@@ -25,7 +25,7 @@ WARPS = 2048  # of the forward pass, whose programs sum over a slice of a sample
 
 
 def fits(logits: Tensor, labels: Tensor) -> bool:
-    """Whether the kernels serve logits and labels: at least two classes, half precision or float32, offsets of 32 bits."""
+    """Whether the kernels serve logits and labels: two classes or more, 16 or 32 bits, offsets of 32 bits."""
     return (
         logits.ndim in CHANNELS_LAST
         and logits.shape[1] > 1
