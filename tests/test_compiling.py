@@ -138,6 +138,18 @@ def test_workers_that_ended_meanwhile_have_others_in_their_place(step, gpu, monk
     assert len(step.started) == 2
 
 
+def test_who_leaves_ends_nobody_that_began_meanwhile(step, gpu, monkeypatch):
+    monkeypatch.setattr(compiling, "_PROGRAM", HANGS)
+    with workers_begin(gpu):
+        taken = compiling._take_begun()
+        other = compiling._begin(gpu)
+    assert compiling._begun is other and other.are_there()
+    for workers in (taken, compiling._take_begun()):
+        workers.end()
+        workers.end()  # a second time is nothing
+        assert not workers.are_there()
+
+
 def test_workers_of_the_process_that_forked_this_one_are_not_its_own(step, gpu, monkeypatch):
     monkeypatch.setattr(compiling, "_PROGRAM", HANGS)
     monkeypatch.setattr(compiling, "WORTH_WORKERS", 3)

@@ -55,20 +55,25 @@ def workers_begin(device: torch.device) -> Iterator[None]:
     It is for who is sure to need many kernels on a device, before the network is made. The first
     :func:`compiled_by_workers` inside has these workers; if there is none, they end.
     """
+    global _begun
     begun = _begin(device)
     try:
         yield
     finally:
-        if begun is not None and begun is _take_begun():
-            begun.end()
+        with _begins:
+            left, _begun = (_begun, None) if _begun is begun else (None, _begun)
+        if left is not None:
+            left.end()
 
 
 def _begin(device: torch.device) -> _Workers | None:
     """Workers that have not begun before."""
     global _begun
     with _begins:
-        if _begun is not None and _begun.are_there():
-            return None
+        if _begun is not None:
+            if _begun.are_there():
+                return None
+            _begun.end()
         if kernels_for(device).path != "kernels" or (most := _most_workers()) == 0 or not _cache_is_empty():
             return None
         _begun = _Workers(most)
@@ -77,11 +82,14 @@ def _begin(device: torch.device) -> _Workers | None:
 
 
 def _take_begun() -> _Workers | None:
-    """Those that have begun, if they are there."""
+    """Those that have begun, if they are there still."""
     global _begun
     with _begins:
         begun, _begun = _begun, None
-    return begun if begun is not None and begun.are_there() else None
+    if begun is None or begun.are_there():
+        return begun
+    begun.end()
+    return None
 
 
 @contextmanager
@@ -189,12 +197,16 @@ class _Workers:
                 self._process.wait(PATIENCE)
 
     def end(self) -> None:
+        """Once, and by the process that started them."""
+        if self._parent != os.getpid():
+            return
         self._jobs.put(None)
-        if self._process is not None:
+        process, self._process = self._process, None
+        if process is not None:
             with suppress(OSError):  # nobody is left
                 if hasattr(os, "killpg"):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def function_of(kernel: Any) -> Any:
