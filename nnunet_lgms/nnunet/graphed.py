@@ -123,9 +123,10 @@ class GraphedTrainer(RobustTrainer):
         try:
             super().run_training()
         finally:
-            if getattr(self.network and self._own_network(), "has_recorded_training", False):
+            network = None if self.network is None else self._own_network()
+            if getattr(network, "has_recorded_training", False):
                 # The validation can do with their memory, and processes cannot part while a graph holds an exchange.
-                self._own_network().forget_graphs()
+                network.forget_graphs()
                 self.recorded_update = None
 
     def on_train_epoch_start(self):
