@@ -25,12 +25,11 @@ from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_lgms import LGMSNet
 from nnunet_lgms.ops.backend import as_on_gpu
-from nnunet_lgms.planning.memory import OnGPU
+from nnunet_lgms.planning.memory import OnGPU, Watched
 
 BANDWIDTH = 4.3e12  # bytes a second that a copy on an H200 reads and writes
 UPDATE = 5 * 4  # bytes of a parameter: gradient, weight and momentum are read, the last two written
@@ -38,10 +37,8 @@ MEMORY_ONLY = {f"aten::{name}" for name in ("empty", "empty_like", "empty_stride
 SHOWN = 6  # kernels of a step
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Watched):
     """Counts the bytes of the tensors that each kernel inside is given and gives, by the kernel's name."""
-
-    supports_higher_order_operators = True  # a Triton kernel's launch is one
 
     def __init__(self):
         super().__init__()
@@ -49,24 +46,22 @@ class Traffic(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if isinstance(function, HigherOrderOperator):
-            name = kernel_side_table.get_kernel(kwargs["kernel_idx"]).fn.__name__
-            return self._count(name, (args, kwargs))
-        name = function._schema.name
-        if (description := OPDEFS.get(name)) is None:
-            out = function(*args, **kwargs)
-            given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-            made = [t for t in _tensors(out) if t.untyped_storage()._cdata not in given]
-            if name not in MEMORY_ONLY and (made or function._schema.is_mutable):  # no view
-                self._count(name, (args, kwargs, made))
-            return out
         before = self.launches.total()
-        with self:
-            out = description._abstract_fn(*args, **kwargs)
-        if self.launches.total() == before:  # its description launches nothing
-            self._count(name, (args, kwargs, out))
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        is_custom = not isinstance(function, HigherOrderOperator) and function._schema.name in OPDEFS
+        if is_custom and self.launches.total() == before:  # its description launches nothing
+            self._count(function._schema.name, (args, kwargs, out))
         return out
+
+    def see(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        if isinstance(function, HigherOrderOperator):
+            self._count(kernel_side_table.get_kernel(kwargs["kernel_idx"]).fn.__name__, (args, kwargs))
+            return
+        name = function._schema.name
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        made = [t for t in _tensors(out) if t.untyped_storage()._cdata not in given]
+        if name not in MEMORY_ONLY and (made or function._schema.is_mutable):  # no view
+            self._count(name, (args, kwargs, made))
 
     def _count(self, name: str, tensors: Any) -> None:
         self.bytes[name] += sum(t.numel() * t.element_size() for t in _tensors(tensors))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -51,14 +53,17 @@ def cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: b
 
 def nnunets_cross_entropy_and_dice(label_manager: LabelManager, batch_dice: bool, ddp: bool) -> nn.Module:
     """nnU-Net's own CE + Dice for labels, as its trainer has it; see :func:`cross_entropy_and_dice`."""
-    return DC_and_CE_loss(
-        {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp, "do_bg": False},
-        {},
-        weight_ce=1,
-        weight_dice=1,
-        ignore_label=label_manager.ignore_label,
-        dice_class=MemoryEfficientSoftDiceLoss,
-    )
+    return DC_and_CE_loss(**_of_labels(batch_dice, ddp, label_manager.ignore_label), weight_ce=1, weight_dice=1)
+
+
+def _of_labels(batch_dice: bool, ddp: bool, ignore_label: int | None) -> dict[str, Any]:
+    """What nnU-Net's loss is given of labels, but for its weights."""
+    return {
+        "soft_dice_kwargs": {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp, "do_bg": False},
+        "ce_kwargs": {},
+        "ignore_label": ignore_label,
+        "dice_class": MemoryEfficientSoftDiceLoss,
+    }
 
 
 class CrossEntropyAndDice(DC_and_CE_loss):
@@ -73,14 +78,8 @@ class CrossEntropyAndDice(DC_and_CE_loss):
     """
 
     def __init__(self, batch_dice: bool, ddp: bool, ignore_label: int | None):
-        super().__init__(
-            {"batch_dice": batch_dice, "smooth": DICE_SMOOTHING, "ddp": ddp, "do_bg": False},
-            {},
-            weight_ce=CROSS_ENTROPY_WEIGHT,
-            weight_dice=DICE_WEIGHT,
-            ignore_label=ignore_label,
-            dice_class=MemoryEfficientSoftDiceLoss,
-        )
+        given = _of_labels(batch_dice, ddp, ignore_label)
+        super().__init__(**given, weight_ce=CROSS_ENTROPY_WEIGHT, weight_dice=DICE_WEIGHT)
         self.batch_dice, self.ddp = batch_dice, ddp
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from nnunet_lgms.ops.backend import operator, use_kernels
 
-MAX_CLASSES = 256  # a program holds voxels with all of theirs
-
 
 @operator
 def softmax_sums(logits: Tensor, labels: Tensor, ignored: int | None = None) -> Tensor | None:
@@ -32,6 +30,6 @@ def softmax_sums(logits: Tensor, labels: Tensor, ignored: int | None = None) -> 
         return None
     from nnunet_lgms.ops.triton import softmax_sums as kernels
 
-    if not (logits.shape[1] <= MAX_CLASSES and kernels.fits(logits, labels)):
+    if not kernels.fits(logits, labels):
         return None
     return kernels.softmax_sums(logits, labels.contiguous(), ignored)

@@ -89,14 +89,13 @@ def trace_training_step(network: nn.Module, input_shape: Sequence[int], n_classe
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, deep_supervision_weights
 
     loss_function = cross_entropy_and_dice(label_manager(n_classes), batch_dice=True, ddp=False)
-    with as_on_gpu():
-        if not use_kernels(torch.empty(0)):  # which take the place of the whole loss
-            loss_function.dc = _CompiledDice()
     # gradients live only within the step, so parameters and momentum are all that stays
     static = sum(_nbytes(t) for t in [*network.parameters(), *network.buffers()])
     static += sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
     passes, of_loss = Lifetimes(), Lifetimes()
     with as_on_gpu():
+        if not use_kernels(torch.empty(0)):  # which take the place of the whole loss
+            loss_function.dc = _CompiledDice()
         with passes, OnGPU():
             data = torch.empty(tuple(input_shape), device="meta")
             outputs = network(data)
@@ -173,14 +172,35 @@ def needed_bytes(memory: StepMemory, dim: int) -> int:
     return round(memory.static + calibration.fixed + calibration.activations * memory.activations)
 
 
-class Lifetimes(TorchDispatchMode):
-    """Records when the memory of every tensor that comes to life inside is taken and when it is used last.
+class Watched(TorchDispatchMode):
+    """Shows its subclass what a step on the meta device calls, as a GPU would be called.
 
-    Custom operators are followed into their descriptions (see ``torch.library``), so that what they allocate on the way
-    counts as well; the Triton kernels that they launch compute nothing.
+    Custom operators are followed into their descriptions (see ``torch.library``), so that what they allocate and launch
+    on the way is seen as well; the Triton kernels that they launch compute nothing.
     """
 
     supports_higher_order_operators = True  # a Triton kernel's launch is one
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_launch = isinstance(function, HigherOrderOperator)
+        description = None if is_launch else OPDEFS.get(function._schema.name)
+        if description is not None:
+            with self:
+                return description._abstract_fn(*args, **kwargs)
+        out = None if is_launch else function(*args, **kwargs)
+        if function in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            out = _as_from_cudnn(args, out)
+        self.see(function, args, kwargs, out)
+        return out
+
+    def see(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """A call of an operator of PyTorch's, or a launch, which gives None."""
+        raise NotImplementedError
+
+
+class Lifetimes(Watched):
+    """Records when the memory of every tensor that comes to life inside is taken and when it is used last."""
 
     def __init__(self):
         super().__init__()
@@ -188,16 +208,8 @@ class Lifetimes(TorchDispatchMode):
         self._spans: list[list[int]] = []  # bytes, first and last use
         self._span_of = WeakIdKeyDictionary()  # by storage
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        description = None if isinstance(function, HigherOrderOperator) else OPDEFS.get(function._schema.name)
-        if description is not None:
-            with self:
-                return description._abstract_fn(*args, **kwargs)
-        out = None if isinstance(function, HigherOrderOperator) else function(*args, **kwargs)
+    def see(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         self._now += 1
-        if function in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
-            out = _as_from_cudnn(args, out)
         given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for storage in given:
             if storage in self._span_of:
@@ -206,7 +218,6 @@ class Lifetimes(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor.untyped_storage(), known)
-        return out
 
     def _take(self, storage: torch.UntypedStorage, given: set[int]) -> None:
         if storage in self._span_of or id(storage) in given:  # a view, or changed in place

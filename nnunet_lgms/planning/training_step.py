@@ -79,9 +79,8 @@ def planned_training_step(
     from nnunet_lgms.nnunet.loss import cross_entropy_and_dice, nnunets_cross_entropy_and_dice
 
     is_ours = isinstance(network, LGMSNet)
-    loss = (cross_entropy_and_dice if is_ours else nnunets_cross_entropy_and_dice)(
-        label_manager(n_classes), True, False
-    )
+    loss_of = cross_entropy_and_dice if is_ours else nnunets_cross_entropy_and_dice
+    loss = loss_of(label_manager(n_classes), batch_dice=True, ddp=False)
     if fast and not (is_ours and use_kernels(torch.empty(0, device=device))):
         loss.dc = torch.compile(loss.dc)
     targets: list[Tensor] = []  # drawn in the first step, which tells the sizes of the outputs

@@ -18,6 +18,7 @@ from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST, HALF, channels_last
 from nnunet_lgms.ops.triton.norm_act_kernels import channels_first, known_divisor, places
 
+MAX_CLASSES = 256  # a program holds voxels with all of theirs
 TILE = 1024  # logits that a program holds
 WARP_LANES = 32  # channels next to each other that threads of one warp reduce
 RUN = 32  # voxels that are read in one go from contiguous logits, also of many classes
@@ -25,10 +26,10 @@ WARPS = 2048  # of the forward pass, whose programs sum over a slice of a sample
 
 
 def fits(logits: Tensor, labels: Tensor) -> bool:
-    """Whether the kernels serve logits and labels: two classes or more, 16 or 32 bits, offsets of 32 bits."""
+    """Whether the kernels serve logits and labels: 2 to MAX_CLASSES classes, 16 or 32 bits, offsets of 32 bits."""
     return (
         logits.ndim in CHANNELS_LAST
-        and logits.shape[1] > 1
+        and 1 < logits.shape[1] <= MAX_CLASSES
         and logits.dtype in (*HALF, torch.float32)
         and (channels_last(logits) or logits.is_contiguous())
         and 0 < logits.numel() < 2**31
