@@ -21,7 +21,6 @@ BEGIN, END = "<!-- evidence: made by benchmarks/evidence.py report; a test compa
 NOT_RUN = "not run"
 REFERENCES = Path(__file__).with_name("references.json")
 MIRRORED = "validation-mirrored"
-STU = SETS["stu"].name
 #: whose header holds a nominal spacing: no distance counts
 WITHOUT_SPACING = "sets_acdc"
 #: stages that are trained no more, and what they are about
@@ -32,16 +31,14 @@ OLDER = {
     "ablations_busi": "Ablations, BUSI, the published levels",
     "ablations_hippocampus": "Ablations, hippocampus, the planned levels",
 }
-#: lines of the README's table and of the picture: title, stages that measure it (see `headlines`), scores
+#: lines of the README's table and of the picture: title, stage, scores
 HEADLINES = [
-    *(
-        (row.about.split(";")[0], [stage], MIRRORED)
-        for stage, row in STAGES.items()
-        if stage.removeprefix("sets_") not in OLDER
-    ),
-    ("BUSI, breast ultrasound", ["sets_busi", "busi"], MIRRORED),
-    ("the same on STU, another hospital", ["sets_busi", "busi"], f"{STU}-mirrored"),
-    ("hippocampus, MRI", ["sets_hippocampus", "hippocampus"], MIRRORED),
+    line
+    for stage, row in STAGES.items()
+    for line in (
+        (row.about.split(";")[0], stage, MIRRORED),
+        *((f"zero-shot on {SETS[name].title}", stage, f"{SETS[name].name}-mirrored") for name in row.unseen),
+    )
 ]
 #: who is tested against whom
 NETWORKS = ("lgmsnet", "lgmsnet_nnunetda", "published")
@@ -61,10 +58,10 @@ PICTURES = """![differences of Dice to nnU-Net's U-Net with intervals, a panel a
 
 ![the worst hippocampus cases](evidence_worst_cases.png)"""
 SEVEN_SETS = (
-    "All networks of a set take equally many steps, in 2D with equal batches; the last epoch is evaluated. LGMSNet, "
-    "nnU-Net's U-Net and ResEnc M have the plans of nnU-Net's own planners and the recipes of their trainers. Training "
-    'k is split k where a set has several splits, else seed k; "seeds" are the k that were run. ACDC\'s header holds a '
-    "nominal spacing, so no distance of it counts."
+    "All networks of a set take equally many steps, in 2D with equal batches; in 3D ResEnc M's planner gives it larger "
+    "ones. The last epoch is evaluated. LGMSNet, nnU-Net's U-Net and ResEnc M have the plans of nnU-Net's own planners "
+    'and the recipes of their trainers. Training k is split k where a set has several splits, else seed k; "seeds" are '
+    "the k that were run. ACDC's header holds a nominal spacing, so no distance of it counts."
 )
 TESTED = (
     "Differences of Dice, mirrored as nnU-Net predicts by default, with 95 % bootstrap intervals over cases, and p of "
@@ -227,6 +224,7 @@ def scores_table(results: Results, stage: str, epochs: int, scores: str) -> list
     columns = [
         ("parameters", lambda runs: f"{runs[0]['parameters'] / 1e6:.2f} M"),
         ("epochs × steps", lambda runs: f"{epochs} × {runs[0]['iterations_per_epoch']}"),
+        ("batch", lambda runs: str(runs[0]["batch_size"])),
         ("seeds", lambda runs: ", ".join(str(run["run"]["seed"]) for run in runs)),
         ("IoU", lambda runs: with_interval(mean_of(runs, scores, "IoU"))),
         ("Dice", lambda runs: with_interval(mean_of(runs, scores))),
@@ -254,7 +252,7 @@ def reference_lines(results: Results) -> list[str]:
     """The authors' figures for the paper's first split of BUSI and for STU, and ours."""
     authors, lines = read_json(REFERENCES), []
     runs = results.longest("busi", "published")
-    for data, title, scores in (("busi", "BUSI, split 1", "validation"), ("stu", "STU", STU)):
+    for data, title, scores in (("busi", "BUSI, split 1", "validation"), ("stu", "STU", SETS["stu"].name)):
         ranges = (f"{m} {' to '.join(f'{v:.3f}' for v in authors[data][m])}" for m in ("IoU", "Dice"))
         ours = (f"{m} {mean_of(runs, scores, m).mean:.3f}" for m in ("IoU", "Dice"))
         lines.append(f"- {title}: {', '.join(ranges)}; ours, {MODELS['published'].title}: {', '.join(ours)}")
@@ -296,41 +294,46 @@ def readme_with(readme: str, folder: Path) -> str:
         raise ValueError(f"The README needs the lines {BEGIN!r} and {END!r}, once each.")
     before, rest = readme.split(BEGIN)
     where = (
-        "[All runs, tests, ablations and costs](benchmarks/results/evidence.md); [model card](docs/explanation/"
+        "[All runs, tests and ablations](benchmarks/results/evidence.md); [model card](docs/explanation/"
         "model_card.md)."
     )
     section = [*readme_accuracy(Results(folder)), "", *readme_cost(read_json(folder / "gpu.json")), "", where]
     return "\n".join([before + BEGIN, *section, END]) + rest.split(END)[1]
 
 
-def headlines(results: Results) -> Iterator[tuple[str, str, dict[str, Runs]]]:
-    """Title, scores and the runs of each model, for every data set on which the U-Net was trained.
-
-    Where several stages measure a set, the one with the most of the README's networks stands for it, else the newest.
-    """
-    for title, stages, scores in HEADLINES:
-        found = [{name: results.longest(stage, name) for name in ("nnunet", *SHOWN)} for stage in stages]
-        found = [models for models in found if models["nnunet"]]
-        if found:  # of equals, max takes the first, which is the newest
-            yield title, scores, max(found, key=lambda models: sum(bool(models[name]) for name in NETWORKS[:2]))
+def headlines(results: Results) -> Iterator[tuple[str, str, dict[str, tuple[Runs, Runs]]]]:
+    """Title, scores, and for each network its runs and the U-Net's beside them: of the newest stage that has both."""
+    for title, stage, scores in HEADLINES:
+        pairs = {}
+        for of in (stage.removeprefix("sets_"), stage):  # the newest last
+            if theirs := results.longest(of, "nnunet"):
+                runs = {name: results.longest(of, name) for name in ("nnunet", *SHOWN)}
+                pairs |= {name: (ours, theirs) for name, ours in runs.items() if ours}
+        if pairs:
+            yield title, scores, pairs
 
 
 def readme_accuracy(results: Results) -> list[str]:
     """Dice as nnU-Net predicts by default."""
-    rows, steps = [], []
-    for title, scores, models in headlines(results):
-        baseline = models["nnunet"]
-        cells = [
-            f"{mean_of(ours, scores).mean:.3f} ({gain(ours, baseline, scores)})" if ours else NOT_RUN
-            for ours in (models["lgmsnet"], models["lgmsnet_nnunetda"])
-        ]
-        rows.append([title, *cells, f"{mean_of(baseline, scores).mean:.3f}"])
-        steps += [run["iterations"] for run in baseline]
+    rows, steps, older = [], [], ""
+    for title, scores, pairs in headlines(results):
+        baseline, _ = pairs["nnunet"]
+        cells = []
+        for ours, theirs in (pairs.get(name, ((), baseline)) for name in NETWORKS[:2]):
+            cells.append(f"{mean_of(ours, scores).mean:.3f} ({gain(ours, theirs, scores)})" if ours else NOT_RUN)
+            steps += [run["iterations"] for run in theirs]
+            if theirs != baseline:
+                cells[-1] += " \\*"
+                older = " \\* Older trainings, beside their own U-Net."
+        rivals = (pairs.get(name, ((), ()))[0] for name in RIVALS)
+        rivals = ", ".join(f"{mean_of(runs, scores).mean:.3f}" if runs else NOT_RUN for runs in rivals)
+        rows.append([title, *cells, rivals])
+    names = "LGMSNet, paper's augmentation | LGMSNet, nnU-Net's augmentation"
     return [
-        *table("Dice | LGMSNet, paper's augmentation | LGMSNet, nnU-Net's augmentation | nnU-Net's U-Net", rows),
+        *table(f"Dice | {names} | {', '.join(RIVALS.values())}", rows),
         "",
         f"One training each of {min(steps):,} to {max(steps):,} steps (nnU-Net's default: 250,000); in brackets the "
-        "difference to the U-Net, 95 % interval over cases: where it contains 0, none was shown.",
+        f"difference to the U-Net, 95 % interval: with 0 inside, none was shown.{older}",
     ]
 
 
@@ -348,7 +351,7 @@ def readme_cost(measured: list[dict]) -> list[str]:
         cells = []
         for key, unit, digits in (("train_ms", "ms", 1), ("infer_ms", "ms", 1), ("train_gib", "GiB", 2)):
             a, b = (row[key][0] if isinstance(row[key], list) else row[key] for row in pair)
-            cells.append(f"{a:.{digits}f} / {b:.{digits}f} {unit} = {a / b:.2f}")
+            cells.append(f"{a / b:.2f} ({a:.{digits}f}/{b:.{digits}f} {unit})")
         rows.append([title, *cells])
         devices[pair[0]["device"]] = None
     return table(f"LGMSNet / U-Net, {', '.join(devices)} | training step | prediction | training memory", rows)
@@ -366,9 +369,9 @@ def draw(folder: Path) -> None:
         1, len(SHOWN), figsize=(12, 1.2 + 0.35 * len(lines)), sharex=True, sharey=True, layout="constrained"
     )
     for axis, name in zip(axes, SHOWN):
-        for y, (_, scores, models) in enumerate(lines):
-            if models[name]:
-                diff = difference(models[name], models["nnunet"], scores)
+        for y, (_, scores, pairs) in enumerate(lines):
+            if name in pairs:
+                diff = difference(*pairs[name], scores)
                 ends = [[diff.mean - diff.low], [diff.high - diff.mean]]
                 axis.errorbar(diff.mean, y, xerr=ends, fmt="o", capsize=3, color="C0")
             else:
@@ -377,6 +380,7 @@ def draw(folder: Path) -> None:
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_title(MODELS[name].title.replace(", ", ",\n", 1), fontsize=9)
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(range(len(lines)), [title for title, _, _ in lines])
     axes[0].invert_yaxis()
     figure.supxlabel(

@@ -20,7 +20,8 @@ class Model:
         title: what the tables call it.
         trainer: nnU-Net's or the plugin's, by name.
         plans: as `plans.py` writes them.
-        workers: processes that prepare its batches: colour images and nnU-Net's augmentation take the most.
+        workers: processes that prepare its batches: colour images, nnU-Net's augmentation and ResEnc M's batches in 3D,
+            up to seven times the others', take the most.
     """
 
     title: str
@@ -32,7 +33,7 @@ class Model:
 MODELS = {  # in the order of worth
     "lgmsnet": Model("LGMSNet, nnU-Net's planned levels"),
     "nnunet": Model("nnU-Net's U-Net, nnU-Net's recipe", "nnUNetTrainer", workers=5),
-    "resenc_m": Model("nnU-Net's ResEnc M, nnU-Net's recipe", "nnUNetTrainer", RESENC),
+    "resenc_m": Model("nnU-Net's ResEnc M, nnU-Net's recipe", "nnUNetTrainer", RESENC, workers=8),
     "lgmsnet_nnunetda": Model(
         "LGMSNet, planned levels, nnU-Net's augmentation", "nnUNetTrainerLGMSNet_nnUNetDA", workers=5
     ),

@@ -107,7 +107,7 @@ SETS = {
     ),
     "acdc": DataSet(
         104, "ACDC", "acdc", VOLUMES, MRI, ("RV", "myocardium", "LV"), five_folds(r"(?P<patient>patient\d+)_.*"),
-        "ACDC, cine MRI of the heart; 80 volumes of 40 patients, five folds of patients", folds=5
+        "ACDC, cardiac MRI; 80 volumes of 40 patients, five folds of patients", folds=5
     ),
     "isic": DataSet(
         105, "ISIC2017", "isic2017", FLAT, RGB, ("lesion",), listed("train.txt", "val.txt"),
@@ -120,7 +120,7 @@ SETS = {
     ),
     "hippocampus": DataSet(
         4, "Hippocampus", "hippocampus", VOLUMES, MRI, ("anterior", "posterior"), five_folds(),
-        "hippocampus, MRI, Medical Segmentation Decathlon; 230 volumes, five folds", folds=5,
+        "hippocampus, MRI; Medical Segmentation Decathlon, 230 volumes, five folds", folds=5,
         images="imagesTr", masks="labelsTr"
     ),
     "chaos": DataSet(
