@@ -100,7 +100,7 @@ class LogitsPredictor(nnUNetPredictor):
             n_cases: of the list, with those that are predicted already.
             first: gives the grid of the first of them, which stands for all.
         """
-        if self.device.type != "cuda" or not hasattr(self.network, "few_predictions"):  # nothing would be compiled
+        if self.device.type != "cuda" or self._expects_few is None:  # nothing would be compiled
             return False
         from nnunet_lgms.ops.backend import are_asked_for
 
@@ -116,10 +116,15 @@ class LogitsPredictor(nnUNetPredictor):
         copies = 2 ** len(self._mirrored_axes() or ()) * len(self.list_of_parameters or [None])
         return n_cases * n_windows(shape, patch, self.tile_step_size) * copies * math.prod(patch) < LITTLE
 
+    @property
+    def _expects_few(self) -> bool | None:
+        """Whether the network was told that few predictions are to come; None for one that does not ask."""
+        return getattr(self.network, "few_predictions", None)
+
     def _expect(self, little: bool) -> None:
         """Tells a network that asks for it how much is to come."""
         little = little and self._little_fits
-        if hasattr(self.network, "few_predictions") and self.network.few_predictions != little:
+        if self._expects_few not in (None, little):
             self.network.few_predictions = little
             self._largest_batches = (0, 0)
 
@@ -225,7 +230,7 @@ class LogitsPredictor(nnUNetPredictor):
     def _batches(self, device: torch.device, n_windows: int) -> tuple[int, int]:
         """Windows, and windows with mirrored copies, that go through the network together."""
         voxels = VOXELS.get(device.type, VOXELS["cpu"])
-        if device.type == "cuda" and getattr(self.network, "few_predictions", False):
+        if device.type == "cuda" and self._expects_few:
             voxels //= WITHOUT_KERNELS
         copies = 2 ** len(self._mirrored_axes() or ())
         return windows_at_once(self.configuration_manager.patch_size, copies, n_windows, voxels)
@@ -248,7 +253,7 @@ class LogitsPredictor(nnUNetPredictor):
 
     def _compilation(self) -> contextlib.AbstractContextManager[None]:
         """Workers that compile kernels, for a network that has some and takes them."""
-        if getattr(self.network, "few_predictions", True):
+        if self._expects_few is not False:
             return contextlib.nullcontext()
         from nnunet_lgms.ops.compiling import workers_begin
 
@@ -270,8 +275,7 @@ class LogitsPredictor(nnUNetPredictor):
                     parts = [self.network(part) for part in x.split(batch)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except RuntimeError as error:
-                without_kernels = getattr(self.network, "few_predictions", False)
-                if not out_of_memory(error) or (batch == 1 and not without_kernels):
+                if not out_of_memory(error) or (batch == 1 and not self._expects_few):
                     raise
             if batch > 1:
                 self._largest_batch = batch // 2
