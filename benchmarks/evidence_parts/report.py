@@ -294,8 +294,7 @@ def readme_with(readme: str, folder: Path) -> str:
         raise ValueError(f"The README needs the lines {BEGIN!r} and {END!r}, once each.")
     before, rest = readme.split(BEGIN)
     where = (
-        "[All runs, tests and ablations](benchmarks/results/evidence.md); [model card](docs/explanation/"
-        "model_card.md)."
+        "[All runs, tests and ablations](benchmarks/results/evidence.md); [model card](docs/explanation/model_card.md)."
     )
     section = [*readme_accuracy(Results(folder)), "", *readme_cost(read_json(folder / "gpu.json")), "", where]
     return "\n".join([before + BEGIN, *section, END]) + rest.split(END)[1]
