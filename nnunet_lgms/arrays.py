@@ -1,4 +1,4 @@
-"""Images that are given as arrays, checked before anything is computed with them."""
+"""Images as arrays, checked before anything is computed with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 FLAT_SPACING = 999.0  # nnU-Net's spacing across a flat image, of no meaning
+LARGEST = 1e18  # nnU-Net's variance of larger values is infinite, and makes every voxel 0
 
 
 def checked_image(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple[np.ndarray, tuple[float, ...], bool]:
@@ -40,9 +41,21 @@ def checked_image(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple
             "The image holds NaN, infinity or more than float32 can hold, which would make every label background: "
             "clean it first."
         )
+    check_values(samples, "The image")
     if flat := samples.ndim == 3:
         samples, spacing = samples[:, None], (FLAT_SPACING, *spacing)
     return samples, spacing, flat
+
+
+def check_values(samples: np.ndarray, name: str) -> None:
+    """Raises ValueError if an image (C, ...) holds what would make every label background; ``name`` is its subject."""
+    if not all(np.isfinite(channel).all() for channel in samples):
+        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
+    if not all(-LARGEST < channel.min() and channel.max() < LARGEST for channel in samples):
+        raise ValueError(
+            f"{name} holds values beyond {LARGEST:g}, which would make every label background: replace them; "
+            "they stand for padding, maybe."
+        )
 
 
 def is_flat(properties: Mapping[str, Any]) -> bool:

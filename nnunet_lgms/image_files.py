@@ -2,7 +2,8 @@
 
 Readers hide both. SimpleITK reads NIfTI, GIPL, BMP and JPEG files that were cut short without a word, as zeros or as
 whatever its memory held before, and gives 0 for every NaN of a NIfTI file; tifffile leaves out the pages of a TIFF file
-that are not there. Needs numpy alone, and a MiB of memory, whatever the size of the image.
+that are not there. Needs numpy alone, and a MiB of memory, whatever the size of the image; the orientation of pictures
+needs Pillow, and decodes them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ NIFTI_FLOATS = {16: 4, 64: 8, 1536: 16, 32: 4, 1792: 8, 2048: 16}
 GIPL_MAGIC = (4026526128, 719555000)
 GIPL_TYPES = {1: 1, 7: 1, 8: 1, 15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+ORIENTATION = 0x0112  # EXIF's
 
 
 def check_image_file(path: Path) -> None:
@@ -37,7 +39,8 @@ def check_image_file(path: Path) -> None:
     what is cut short themselves. What is not known is left to its reader.
 
     Raises:
-        ValueError: it is damaged or was cut short, or it is NIfTI and holds NaN or infinity; one sentence.
+        ValueError: it is damaged or was cut short, or it is NIfTI and holds NaN, infinity, or a spacing that
+            is 0 or no number; one sentence.
         OSError: it cannot be read.
     """
     try:
@@ -45,6 +48,10 @@ def check_image_file(path: Path) -> None:
             head = file.read(HEADER)
             file.seek(0)
             nifti = _nifti(head)
+            if nifti and not all(0 < abs(mm) < math.inf for mm in nifti.spacing):  # some write them below 0
+                raise ValueError(
+                    f"{path} has a spacing of {nifti.spacing} mm, of which readers make 1: correct its header."
+                )
             if nifti and not nifti.is_pair:
                 _check_voxels(file, nifti, path)
             elif head[252:256] in [struct.pack(">I", magic) for magic in GIPL_MAGIC]:
@@ -64,6 +71,29 @@ def check_image_file(path: Path) -> None:
             _check_pair(header, voxels)
     except (EOFError, gzip.BadGzipFile, zlib.error, _CutShort) as error:
         raise ValueError(f"{path} cannot be read: it is damaged or was cut short ({error}); get it anew.") from error
+
+
+def says_to_turn(path: Path) -> bool:
+    """Whether a readable picture says that viewers should turn or mirror it."""
+    from PIL import Image
+
+    with path.open("rb") as file, Image.open(file) as image:
+        said = image.getexif().get(ORIENTATION, 1)  # of a TIFF, which Pillow turns when loading
+        image.load()  # a PNG may say so behind its pixels
+        return not {said, image.getexif().get(ORIENTATION, 1)} <= {0, 1}
+
+
+def check_orientation(path: Path) -> None:
+    """Raises ValueError if a picture says that it is to be turned, which nnU-Net's reader does not do."""
+    try:
+        turned = says_to_turn(path)
+    except Exception:  # a kind that Pillow does not know
+        return
+    if turned:
+        raise ValueError(
+            f"{path} says that viewers turn it (EXIF orientation), as `nnunet_lgms convert` does and nnU-Net's reader "
+            "does not: save it turned first."
+        )
 
 
 class _CutShort(Exception):
@@ -100,12 +130,13 @@ class _Layout:
     sizes: tuple[str, int]  # the number of axes, and the voxels of each
     kind: tuple[str, int]  # NIfTI's number of the type, and the bits of a voxel
     start: tuple[str, int]  # where the voxels start
+    spacing: tuple[str, int]  # mm of each axis, behind a number of another meaning
     magic: int
 
 
 NIFTI_LAYOUTS = (  # NIfTI-1 and Analyze, NIfTI-2
-    _Layout(348, sizes=("8h", 40), kind=("2h", 70), start=("f", 108), magic=344),
-    _Layout(540, sizes=("8q", 16), kind=("2h", 12), start=("q", 168), magic=4),
+    _Layout(348, sizes=("8h", 40), kind=("2h", 70), start=("f", 108), spacing=("8f", 76), magic=344),
+    _Layout(540, sizes=("8q", 16), kind=("2h", 12), start=("q", 168), spacing=("8d", 104), magic=4),
 )
 
 
@@ -117,6 +148,7 @@ class _Nifti:
     start: int
     n_bytes: int
     float_type: str | None
+    spacing: tuple[float, ...]  # of the axes of space that have more than one voxel
 
 
 def _nifti(head: bytes) -> _Nifti | None:
@@ -139,7 +171,8 @@ def _nifti(head: bytes) -> _Nifti | None:
     n_bytes = math.prod(max(n, 1) for n in sizes[:n_axes]) * bits // 8
     float_type = f"{order}f{NIFTI_FLOATS[kind]}" if kind in NIFTI_FLOATS else None
     is_pair = head[layout.magic : layout.magic + 3] not in (b"n+1", b"n+2")
-    return _Nifti(is_pair, max(int(start), 0), n_bytes, float_type)
+    spacing = tuple(mm for mm, n in zip(field(*layout.spacing)[1:4], sizes[: min(n_axes, 3)]) if n > 1)
+    return _Nifti(is_pair, max(int(start), 0), n_bytes, float_type, spacing)
 
 
 def _check_voxels(file: BinaryIO, nifti: _Nifti, path: Path) -> None:

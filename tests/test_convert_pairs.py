@@ -13,7 +13,8 @@ from nnunet_lgms.data.convert import convert
 from nnunet_lgms.data.datasets import DESCRIPTIONS
 from nnunet_lgms.data.find import find_cases
 from nnunet_lgms.data.masks import read_mask
-from nnunet_lgms.data.pictures import open_picture, says_to_turn
+from nnunet_lgms.data.pictures import open_picture
+from nnunet_lgms.image_files import says_to_turn
 
 MASK = disc(3)
 ZERO = np.zeros_like(MASK, np.uint8)

@@ -55,8 +55,9 @@ REASONS = (
     "complex numbers",
     "several values a voxel",
     "no place in space",
-    "whose squares float32 cannot hold",
+    "holds values beyond 1e+18",
     "a spacing of",
+    "viewers turn it",
 )
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ def test_predict_refuses(model: Path, tmp_path: Path, monkeypatch):
         nnunet_lgms.predict(model, samples, device="cpu")
 
 
+def predict_with_pytorch(picture: Path):
+    return nnunet_lgms.predict("isic", picture, device="cpu")
+
+
+def predict_with_the_runtime(picture: Path):
+    pytest.importorskip("imageio")
+    from nnunet_lgms.runtime.images import read_case
+
+    return read_case([picture], SimpleNamespace(reader="NaturalImage2DIO", channel_names=["red", "green", "blue"]))
+
+
 @pytest.fixture
 def volumes(model: Path, tmp_path: Path):
     """Writes a volume with one bad voxel as each kind of NIfTI file; the model reads them with nnU-Net's default."""
@@ -149,6 +161,35 @@ def test_predict_refuses_a_nifti_file_that_is_not_finite(model: Path, volumes, v
 def test_finite_nifti_files_are_predicted(model: Path, volumes):
     for file in volumes(1e10)[:2]:
         assert nnunet_lgms.predict(model, file, device="cpu").shape == (3, 30, 32)
+
+
+@pytest.mark.parametrize("value", [-3.4e38, 1e30])
+def test_predict_refuses_values_whose_variance_is_infinite(model: Path, volumes, value: float):
+    """They would make every other voxel 0; -3.4e38 is what some programs pad with."""
+    for file in volumes(value)[:2]:
+        with pytest.raises(ValueError, match=r"holds values beyond 1e\+18, which would make every label background"):
+            nnunet_lgms.predict(model, file, device="cpu")
+
+
+@pytest.mark.parametrize("mm", [0.0, np.nan, np.inf])
+def test_predict_refuses_a_nifti_file_without_spacing(model: Path, volumes, mm: float):
+    """Readers make 1 mm of 0, some with a warning."""
+    file = volumes(1.0)[0]
+    content = bytearray(file.read_bytes())
+    content[84:88] = np.float32(mm).tobytes()  # of the second axis
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"has a spacing of \(1\.0, (0\.0|nan|inf), 1\.0\) mm, .*: correct its header"):
+        nnunet_lgms.predict(model, file, device="cpu")
+
+
+@pytest.mark.parametrize("predict", [predict_with_pytorch, predict_with_the_runtime])
+def test_predict_refuses_a_picture_that_viewers_turn(tmp_path: Path, predict):
+    """The model learned from pictures that were converted, and so turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png", exif=exif)
+    with pytest.raises(ValueError, match=r"a\.png says that viewers turn it \(EXIF orientation\)"):
+        predict(tmp_path / "a.png")
 
 
 def test_no_code_in_a_model_is_run(model: Path, tmp_path: Path):

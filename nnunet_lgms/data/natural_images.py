@@ -16,8 +16,9 @@ from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
 from nnunet_lgms.data.masks import read_label_map, read_mask
-from nnunet_lgms.data.pictures import samples_of, says_to_turn
+from nnunet_lgms.data.pictures import samples_of
 from nnunet_lgms.files import atomic_write
+from nnunet_lgms.image_files import says_to_turn
 
 _ASPECT_TOLERANCE = 0.01  # a relative difference that rounding to whole pixels explains
 

@@ -12,7 +12,6 @@ from nnunet_lgms.image_files import check_image_file
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
-_ORIENTATION = 0x0112
 
 GREY = 16
 """Channels of grey pixels differ by no more; JPEG keeps colours to a few levels."""
@@ -45,14 +44,6 @@ def open_picture(path: Path, *, deep: bool = False) -> Image.Image:
         kind = "16 bits a channel" if halved else f"pixels of type {turned.mode}"
         raise ValueError(f"{path} has {kind}, expected 8 bits a channel")
     return turned
-
-
-def says_to_turn(path: Path) -> bool:
-    """Whether a readable picture says that viewers should turn or mirror it."""
-    with path.open("rb") as file, Image.open(file) as image:
-        said = image.getexif().get(_ORIENTATION, 1)  # of a TIFF, which Pillow turns when loading
-        image.load()  # a PNG may say so behind its pixels
-        return not {said, image.getexif().get(_ORIENTATION, 1)} <= {0, 1}
 
 
 def samples_of(path: Path, channels: int, *, deep: bool = False) -> np.ndarray:

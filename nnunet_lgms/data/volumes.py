@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_lgms.arrays import check_values
 from nnunet_lgms.data.description import DatasetDescription
 from nnunet_lgms.data.find import Case
 from nnunet_lgms.data.inspection import Inspection
@@ -39,8 +40,10 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
             continue
         digest.update(str(samples.shape).encode())
         digest.update(np.ascontiguousarray(samples))
-        if not np.isfinite(samples).all():
-            problems.append(f"the image {path} has voxels that are NaN or infinite, which no network learns from")
+        try:
+            check_values(samples, f"the image {path}")
+        except ValueError as error:
+            problems.append(str(error).rstrip("."))
         if grid and (difference := grid.differences(place)):
             problems.append(f"the images {case.image} and {path} have different {difference}")
         grid = grid or place

@@ -13,12 +13,12 @@ from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_lgms.arrays import is_flat
+from nnunet_lgms.arrays import check_values, is_flat
 from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.files import atomic_write, ignores_case, one_line
-from nnunet_lgms.image_files import check_image_file
+from nnunet_lgms.image_files import check_image_file, check_orientation
 from nnunet_lgms.names import alike
-from nnunet_lgms.nnunet_files import image_files
+from nnunet_lgms.nnunet_files import WITHOUT_SPACING, image_files
 
 
 class CasesFailed(ValueError):
@@ -99,10 +99,12 @@ def read_case(
             raise ValueError(f"{name} cannot be read as the model's training images were ({reason}).") from error
         for check in checked:
             check.result()
+    if type(reader).__name__ in WITHOUT_SPACING:
+        for file in read:
+            check_orientation(Path(file))
     check_channels(samples, dataset_json, name)
     check_axes(is_flat(properties), configuration, name)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
+    check_values(samples, name)
     if not all(0 < mm < np.inf for mm in properties["spacing"]):
         raise ValueError(f"{name} has a spacing of {tuple(properties['spacing'])} mm: correct its header.")
     return samples, labels, properties

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_lgms.arrays import check_values
 from nnunet_lgms.files import one_line
-from nnunet_lgms.image_files import check_image_file
+from nnunet_lgms.image_files import check_image_file, check_orientation
 from nnunet_lgms.runtime.description import Description
 from nnunet_lgms.runtime.readers import READERS, Reader
-
-LARGEST = 1e18  # nnU-Net's variance of larger values is infinite
 
 
 @dataclass
@@ -79,10 +78,9 @@ def _read(file: Path, description: Description) -> tuple[np.ndarray, tuple[float
         raise ValueError(f"The image {file} has no voxels: its shape is {samples.shape[1:]}.")
     if not all(0 < mm < np.inf for mm in spacing):
         raise ValueError(f"The image {file} has a spacing of {spacing} mm (z, y, x): correct its header.")
-    if not all(np.isfinite(plane).all() for plane in samples):
-        raise ValueError(f"The image {file} holds NaN or infinity: correct it before it is predicted.")
-    if not all(-LARGEST < plane.min() and plane.max() < LARGEST for plane in samples):
-        raise ValueError(f"The image {file} holds values beyond {LARGEST:g}, whose squares float32 cannot hold.")
+    check_values(samples, f"The image {file}")
+    if description.reader == "NaturalImage2DIO":
+        check_orientation(file)
     return samples, spacing, geometry
 
 
