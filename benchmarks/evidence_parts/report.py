@@ -66,7 +66,8 @@ SEVEN_SETS = (
 TESTED = (
     "Differences of Dice, mirrored as nnU-Net predicts by default, with 95 % bootstrap intervals over cases, and p of "
     "Wilcoxon's signed-rank test over the cases, adjusted by Holm's method for all rows that have the same two "
-    "networks. Where there is one training, what another would give is in neither."
+    "networks, by which a set counts as ahead or behind; the tables of the sets go by the intervals, so the two can "
+    "differ. Where there is one training, what another would give is in neither."
 )
 RECIPES = (
     "LGMSNet with the recipe of the paper's 2D experiments, `nnUNetTrainerLGMSNet`, and with that of its released 3D "
@@ -331,7 +332,7 @@ def readme_accuracy(results: Results) -> list[str]:
     return [
         *table(f"Dice | {names} | {', '.join(RIVALS.values())}", rows),
         "",
-        f"One training each of {min(steps):,} to {max(steps):,} steps (nnU-Net's default: 250,000); in brackets the "
+        f"One training each, {min(steps):,} to {max(steps):,} steps (nnU-Net's default: 250,000); in brackets the "
         f"difference to the U-Net, 95 % interval: with 0 inside, none was shown.{older}",
     ]
 
@@ -353,7 +354,8 @@ def readme_cost(measured: list[dict]) -> list[str]:
             cells.append(f"{a / b:.2f} ({a:.{digits}f}/{b:.{digits}f} {unit})")
         rows.append([title, *cells])
         devices[pair[0]["device"]] = None
-    return table(f"LGMSNet / U-Net, {', '.join(devices)} | training step | prediction | training memory", rows)
+    networks = f"LGMSNet, five levels / U-Net, {', '.join(devices)}"
+    return table(f"{networks} | training step | prediction | training memory", rows)
 
 
 def draw(folder: Path) -> None:
