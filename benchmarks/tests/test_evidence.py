@@ -94,7 +94,7 @@ def test_tables_hold_means_intervals_and_what_is_within_noise(tmp_path):
     assert report.stage_lines(results, "sets_isic")[0] == "Not run."
     accuracy = report.readme_accuracy(results)
     assert line_of(accuracy, "BUSI").endswith("| 0.575 (+0.000 [+0.000, +0.000]) | not run | 0.575, not run |")
-    assert "One training each of 280 to 280 steps" in accuracy[-1]
+    assert "One training each, 280 to 280 steps" in accuracy[-1]
     report.draw(tmp_path)
     assert (tmp_path / "evidence.png").stat().st_size > 5000
 
