@@ -392,6 +392,60 @@ def test_unknown_labels_are_refused(volumes: tuple[Path, Path], capsys):
     assert "case_2" not in error  # labels 2 and 3 are in references, though they are not evaluated
 
 
+def _masks(folder: Path, value: int, seeds=(1, 2, 3)) -> Path:
+    for seed in seeds:
+        save(folder / f"case_{seed}.png", disc(seed) * np.uint8(value))
+    return folder
+
+
+def test_a_reference_with_values_that_no_label_has_is_refused(tmp_path: Path, capsys):
+    """A mask of 0 and 255 among those of 0 and 1 would count as background, with a Dice of 0."""
+    predictions, references = _masks(tmp_path / "predictions", 1), _masks(tmp_path / "references", 1)
+    save(references / "case_2.png", disc(2) * np.uint8(255))
+    error = _refused(capsys, predictions, references, "--labels", "lesion=1")
+    assert f"the reference {references / 'case_2.png'} has the value(s) 255, which no label has" in error
+    assert "1 reference(s) hold values" in error and "background=255, or ignore=255" in error
+    assert "case_1" not in error and not (predictions / "evaluation").exists()
+    content = {"labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".png", "channel_names": {"0": "x"}}
+    (predictions / "dataset.json").write_text(json.dumps(content))
+    save(predictions / "case_1.png", disc(1) * np.uint8(255))  # on both sides, but no label of the dataset.json
+    error = _refused(capsys, predictions, references)
+    assert "has the value(s) 255" in error and "model, case_1: the prediction has label(s) 255" in error
+
+
+@pytest.mark.parametrize("word, precision", [("background=255", 0.5), ("ignore=255", 1)])
+def test_the_command_line_says_what_other_values_are(tmp_path: Path, capsys, word: str, precision: float):
+    left = np.zeros((8, 8), np.uint8)
+    left[:, :4] = 1
+    save(tmp_path / "predictions/a.png", np.ones((8, 8), np.uint8))
+    save(tmp_path / "references/a.png", np.where(left, 1, 255).astype(np.uint8))
+    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "references"), "--labels", "x=1", word]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert ("255, the ignore label, nothing is counted" in capsys.readouterr().out) == (word == "ignore=255")
+    (row,) = csv.DictReader((tmp_path / "out/cases.csv").open())
+    assert float(row["Precision"]) == precision
+    assert list(json.loads((tmp_path / "out/summary.json").read_text())["labels"]) == ["x"]
+
+
+def test_labels_that_were_not_asked_for_are_told(volumes: tuple[Path, Path], tmp_path: Path, capsys):
+    words = ["evaluate", *map(str, volumes), "--labels", "1", "--bootstrap", "50", "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "Note: The references also hold 2, 3, which no label has" in capsys.readouterr().out
+    content = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}, "file_ending": ".nii.gz"}
+    (volumes[0] / "dataset.json").write_text(json.dumps(content))
+    assert main(words) == 0
+    assert "Note" not in capsys.readouterr().out
+
+
+def test_labels_of_a_selection_keep_the_ignore_label_of_the_dataset():
+    described = LabelSet.from_dataset_json({"labels": {"background": 0, "kidney": [1, 2], "tumour": 2, "ignore": 4}})
+    chosen = LabelSet.parse(["tumour=2"], described)
+    assert chosen.regions == {"tumour": (2,)} and chosen.ignore == 4 and chosen.background == {0, 1}
+    assert LabelSet.parse(["void=4"], described).ignore is None
+    assert LabelSet.parse(["tumour=2", "ignore=9"], described).ignore == 9
+    assert described.only({"tumour": (2,)}) == LabelSet({"tumour": (2,)}, 4, frozenset({0, 1}))
+
+
 def test_damaged_and_fractional_files_are_refused(volumes: tuple[Path, Path], capsys):
     predictions, references = volumes
     (predictions / "case_0.nii.gz").write_bytes(b"no image")

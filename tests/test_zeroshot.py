@@ -178,6 +178,17 @@ def _validation(model: Path, dataset: Path, cases, fold: int = 0) -> None:
         shutil.copy(dataset / f"labelsTr/case_{case}.png", folder)
 
 
+@needs_evaluation
+def test_references_with_other_values_are_refused_before_prediction(model: Path, tmp_path: Path, capsys):
+    dataset = tiny_model.raw_dataset(tmp_path / "raw" / AWAY)
+    path = dataset / "labelsTr/case_2.png"
+    Image.fromarray(np.asarray(Image.open(path)) * np.uint8(127)).save(path)
+    with pytest.raises(ValueError, match="1 of 4 references hold values that no label of their dataset.json has"):
+        zero_shot(model, [dataset], tmp_path / "out", device="cpu", workers=1)
+    assert f"the reference {path} has the value(s) 127, which no label has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @needs_evaluation
 def test_zeroshot_table(tmp_path: Path, capsys):

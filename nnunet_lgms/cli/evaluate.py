@@ -17,7 +17,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("predictions", metavar="PREDICTIONS", type=Path, help="folder with predicted label files")
     parser.add_argument("references", metavar="REFERENCES", type=Path, help="folder with reference label files")
     labels = parser.add_mutually_exclusive_group()
-    labels.add_argument("--labels", nargs="+", metavar="LABEL", help="1, kidney=1, or the region masses=2,3")
+    labels.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="1, kidney=1, or the region masses=2,3; "
+        "background=4 for what counts as background, ignore=255 for what is not annotated",
+    )
     labels.add_argument("--dataset", metavar="DATASET", help="number or name in nnUNet_raw, or path of a dataset.json")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: PREDICTIONS/evaluation")
     parser.add_argument("--name", default="model", help="name of the model of PREDICTIONS (default: model)")
@@ -117,6 +123,11 @@ def _what_to_evaluate(args: argparse.Namespace):
         raise ValueError(
             f"There is no dataset.json beside the predictions, {args.predictions}: give --labels or --dataset."
         )
-    labels = LabelSet.parse(args.labels) if args.labels else LabelSet.from_dataset_json(content)
+    if args.labels:
+        of_references = [f for f in (args.references, args.references.parent) if (f / "dataset.json").is_file()]
+        description = read_dataset_json(of_references[0]) if of_references else content
+        labels = LabelSet.parse(args.labels, LabelSet.from_dataset_json(description) if description else None)
+    else:
+        labels = LabelSet.from_dataset_json(content)
     reader = Reader.of_dataset(content) if content else Reader(file_ending_of(args.predictions))
     return labels, reader, images

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nnunet_lgms.dataset_json import channel_names, read_dataset_json
-from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
+from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, check_references, evaluate
 from nnunet_lgms.evaluation.kept import discard_outdated, made_by
 from nnunet_lgms.evaluation.label_mapping import LabelMapping, map_labels
 from nnunet_lgms.evaluation.labels import LabelSet
@@ -101,7 +101,7 @@ def zero_shot(
     if not folds:
         raise ValueError(f"No fold of {model_folder} is named: leave folds out for all that are trained.")
     model = read_dataset_json(model_folder)
-    prepared = [_prepare(model_folder, model, dataset, mapping) for dataset in datasets]
+    prepared = [_prepare(model_folder, model, dataset, mapping, workers) for dataset in datasets]
     options = {"tolerance": tolerance, "n_resamples": n_resamples, "workers": workers}
     with locked(output / ".zeroshot.lock", f"zeroshot into {output}", wait=wait):
         return _zero_shot(model_folder, model, prepared, output, folds, checkpoint, options, device)
@@ -145,7 +145,7 @@ def _zero_shot(
 
 
 def _prepare(
-    model_folder: Path, model: Mapping, dataset: Path, mapping: Mapping[str, Mapping] | None
+    model_folder: Path, model: Mapping, dataset: Path, mapping: Mapping[str, Mapping] | None, workers: int | None
 ) -> tuple[Path, LabelMapping]:
     """Everything about an unseen dataset that can be wrong, before hours of prediction."""
     content = read_dataset_json(dataset)
@@ -174,7 +174,9 @@ def _prepare(
     if not images or (without := sorted(images.keys() - labels.keys())):
         missing = f"no label for {len(without)} image(s), such as {without[0]}" if images else "no images"
         raise ValueError(f"{dataset} has {missing}: complete it, as nnU-Net trains on it.")
-    return dataset, map_labels(model, content, dataset.name, mapping)
+    label_mapping = map_labels(model, content, dataset.name, mapping)
+    check_references({case: labels[case] for case in images}, label_mapping.target, Reader.of_dataset(content), workers)
+    return dataset, label_mapping
 
 
 def _predict(predictor, cases: Mapping[str, Sequence[Path]], target: Path, workers: int | None) -> None:
