@@ -103,6 +103,12 @@ def test_a_label_that_no_file_has_is_told(volumes: tuple[Path, Path], capsys):
     [
         (["--labels", "-1"], "--labels"),
         (["--labels=x=-1"], "--labels 'x=-1' is not understood"),
+        (["--labels", "a=1", "b=1"], "--labels gives b and a the same value, 1"),
+        (["--labels", "a=2,3", "b=3,2"], "--labels gives b and a the same value"),
+        (["--labels", "a=1,2", "background=2"], "gives the value 2 to background or ignore and to another label"),
+        (["--labels", "a=1,2", "ignore=2"], "gives the value 2 to background or ignore and to another label"),
+        (["--labels", "a=1", "ignore=2,3"], "--labels gives ignore 2 values"),
+        (["--labels", "background=1"], "no label to evaluate"),
         (["--labels", "70000"], "--labels '70000' is not understood"),
         (["--labels", "1", "--images", "/nowhere"], "--images /nowhere is no folder"),
         (["--labels", "1", "--nsd-tolerance", "nan"], "NSD tolerance is nan"),

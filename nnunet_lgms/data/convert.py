@@ -309,9 +309,19 @@ def _checked_cases(
     for kind, text in _REMARKS.items():
         if of_kind := [case.identifier for case, seen in zip(complete, inspections) if getattr(seen, kind)]:
             remarks.append(f"{len(of_kind)} case(s) {text}, such as {of_kind[0]}.")
+    held = frozenset().union(*(seen.labels for seen in inspections))
+    if absent := [name for name, value in description.labels.items() if value != 0 and not held & _values(value)]:
+        remarks.append(
+            f"no mask holds the label(s) {', '.join(absent)}: the network cannot learn them from these cases."
+        )
     if description.note:
         remarks.append(description.note)
     return found.cases, sorted(problems), remarks
+
+
+def _values(label: int | Sequence[int]) -> set[int]:
+    """Of a label, or of a region."""
+    return {label} if isinstance(label, int) else set(label)
 
 
 def _names_on_disk(identifiers: Sequence[str], raw: Path) -> tuple[list[Problem], list[str]]:

@@ -81,6 +81,10 @@ class LabelSet:
             name = name or "+".join(str(v) for v in region)
             if name in regions:
                 raise ValueError(f"--labels names {name} twice.")
+            if same := next((other for other in regions if set(regions[other]) == set(region)), None):
+                raise ValueError(
+                    f"--labels gives {name} and {same} the same value, {values}: each label needs values of its own."
+                )
             regions[name] = region
         background = frozenset(regions.pop("background", ())) | {0} - {v for region in regions.values() for v in region}
         ignored = regions.pop("ignore", ())
