@@ -306,6 +306,7 @@ def test_what_cannot_be(tmp_path: Path, capsys, words: list[str], said: str):
     assert _convert(tmp_path, *words) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert any(part in last for part in said.split("|")), last
+    assert not list(tmp_path.glob("raw/*Dataset007_*")) and not (tmp_path / "pre").exists()
 
 
 def test_options_of_a_folder_are_for_folders(tmp_path: Path, capsys):
