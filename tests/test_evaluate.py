@@ -109,6 +109,7 @@ def test_a_label_that_no_file_has_is_told(volumes: tuple[Path, Path], capsys):
         (["--labels", "a=1,2", "ignore=2"], "gives the value 2 to background or ignore and to another label"),
         (["--labels", "a=1", "ignore=2,3"], "--labels gives ignore 2 values"),
         (["--labels", "background=1"], "no label to evaluate"),
+        (["--labels", "1", "--bootstrap", "1"], "--bootstrap 1 is not possible: give a number of at least 40"),
         (["--labels", "70000"], "--labels '70000' is not understood"),
         (["--labels", "1", "--images", "/nowhere"], "--images /nowhere is no folder"),
         (["--labels", "1", "--nsd-tolerance", "nan"], "NSD tolerance is nan"),
@@ -308,7 +309,7 @@ def test_one_slice_is_flat_along_whichever_axis(axis: int, tmp_path: Path):
 def test_files_with_capitals_are_taken_and_hidden_ones_left_out(volumes: tuple[Path, Path], tmp_path: Path, capsys):
     """Finder leaves `._` files beside all that it copies; some scanners write .NII.GZ."""
     predictions, references = volumes
-    words = ["evaluate", str(predictions), str(references), "--labels", "1", "--bootstrap", "9", "-o"]
+    words = ["evaluate", str(predictions), str(references), "--labels", "1", "--bootstrap", "50", "-o"]
     assert main([*words, str(tmp_path / "before")]) == 0
     for folder in volumes:
         (folder / "case_0.nii.gz").rename(folder / "scan[0] (ü).NII.GZ")
@@ -335,7 +336,7 @@ def test_predictions_in_another_order_of_axes(reader: str, same: bool, tmp_path:
             nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), tmp_path / folder / f"c{case}.nii.gz")
     content = {"labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz", "overwrite_image_reader_writer": reader}
     (tmp_path / "predictions/dataset.json").write_text(json.dumps(content))
-    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "references"), "--bootstrap", "9"]
+    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "references"), "--bootstrap", "50"]
     assert main(words) == (0 if same else 2)
     if same:
         rows = csv.DictReader((tmp_path / "predictions/evaluation/cases.csv").open())
@@ -479,6 +480,20 @@ def test_folders_that_do_not_fit_are_refused(volumes: tuple[Path, Path], tmp_pat
     (tmp_path / "empty/case_4.nii.gz").rename(references / "case_4.nii.gz")
     error = _refused(capsys, predictions, references, "--labels", 1, "--compare", f"other={references}")
     assert "Model model lacks 1 case(s) that another model has, such as case_4" in error
+
+
+def test_a_folder_is_not_compared_with_itself(volumes: tuple[Path, Path], tmp_path: Path, capsys):
+    predictions, references = volumes
+    link = tmp_path / "link"
+    link.symlink_to(references)
+    for same in (references, link):
+        assert "are one folder, so that every Dice would be 1" in _refused(capsys, same, references, "--labels", 1)
+    link.unlink()
+    link.symlink_to(predictions)
+    for same in (predictions, link):
+        words = [predictions, references, "--labels", 1, "--compare", f"truth={references}", "--compare", f"b={same}"]
+        assert f"--compare b={same} is the folder of model once more" in _refused(capsys, *words)
+    assert not (predictions / "evaluation").exists() and not (references / "evaluation").exists()
 
 
 def test_missing_extra_is_named(volumes: tuple[Path, Path], monkeypatch):
