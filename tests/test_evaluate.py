@@ -444,6 +444,21 @@ def test_labels_that_were_not_asked_for_are_told(volumes: tuple[Path, Path], tmp
     assert "Note" not in capsys.readouterr().out
 
 
+def test_the_ignore_label_of_the_references_stays_one(tmp_path: Path, capsys):
+    """Its dataset.json lies above labelsTr; with --labels the ignored half was counted as a false positive."""
+    reference = np.ones((8, 8), np.uint8)
+    reference[:, 4:] = 2
+    save(tmp_path / "predictions/a.png", np.ones((8, 8), np.uint8))
+    save(tmp_path / "raw/labelsTr/a.png", reference)
+    content = {"labels": {"background": 0, "x": 1, "ignore": 2}, "file_ending": ".png", "channel_names": {"0": "x"}}
+    (tmp_path / "raw/dataset.json").write_text(json.dumps(content))
+    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "raw/labelsTr"), "--labels", "x=1"]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert "Note: Where the references hold 2, the ignore label, nothing is counted." in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "out/cases.csv").open())
+    assert float(row["Dice"]) == 1
+
+
 def test_labels_of_a_selection_keep_the_ignore_label_of_the_dataset():
     described = LabelSet.from_dataset_json({"labels": {"background": 0, "kidney": [1, 2], "tumour": 2, "ignore": 4}})
     chosen = LabelSet.parse(["tumour=2"], described)
