@@ -101,7 +101,7 @@ def zero_shot(
     if not folds:
         raise ValueError(f"No fold of {model_folder} is named: leave folds out for all that are trained.")
     model = read_dataset_json(model_folder)
-    prepared = [_prepare(model_folder, model, dataset, mapping, workers) for dataset in datasets]
+    prepared = [_prepare(model_folder, model, dataset, mapping) for dataset in datasets]
     options = {"tolerance": tolerance, "n_resamples": n_resamples, "workers": workers}
     with locked(output / ".zeroshot.lock", f"zeroshot into {output}", wait=wait):
         return _zero_shot(model_folder, model, prepared, output, folds, checkpoint, options, device)
@@ -117,6 +117,13 @@ def _zero_shot(
     options: Mapping,
     device: str | None,
 ) -> ZeroShot:
+    for dataset, label_mapping in prepared:  # what is wrong with them is said before hours of prediction
+        images = image_files(dataset / "imagesTr", model["file_ending"])
+        labels = cases_in(dataset / "labelsTr", model["file_ending"])
+        references = {case: labels[case] for case in images}
+        check_references(
+            references, label_mapping.target, Reader.of_dataset(read_dataset_json(dataset)), options["workers"]
+        )
     for fold in folds:
         predictor = load_predictor(model_folder, folds=[fold], checkpoint=checkpoint, device=device)
         for dataset, _ in prepared:
@@ -145,7 +152,7 @@ def _zero_shot(
 
 
 def _prepare(
-    model_folder: Path, model: Mapping, dataset: Path, mapping: Mapping[str, Mapping] | None, workers: int | None
+    model_folder: Path, model: Mapping, dataset: Path, mapping: Mapping[str, Mapping] | None
 ) -> tuple[Path, LabelMapping]:
     """Everything about an unseen dataset that can be wrong, before hours of prediction."""
     content = read_dataset_json(dataset)
@@ -174,9 +181,7 @@ def _prepare(
     if not images or (without := sorted(images.keys() - labels.keys())):
         missing = f"no label for {len(without)} image(s), such as {without[0]}" if images else "no images"
         raise ValueError(f"{dataset} has {missing}: complete it, as nnU-Net trains on it.")
-    label_mapping = map_labels(model, content, dataset.name, mapping)
-    check_references({case: labels[case] for case in images}, label_mapping.target, Reader.of_dataset(content), workers)
-    return dataset, label_mapping
+    return dataset, map_labels(model, content, dataset.name, mapping)
 
 
 def _predict(predictor, cases: Mapping[str, Sequence[Path]], target: Path, workers: int | None) -> None:
