@@ -56,7 +56,7 @@ def test_the_command_writes_a_row_an_object_and_a_picture(tmp_path, capsys):
         sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / kind / "a.nii.gz"))
     folders = [str(tmp_path / kind) for kind in ("predicted", "reference")]
     out = tmp_path / "out"
-    assert main(["evaluate", *folders, "--labels", "lesion=1", "--by-size", "-o", str(out), "--bootstrap", "10"]) == 0
+    assert main(["evaluate", *folders, "--labels", "lesion=1", "--by-size", "-o", str(out), "--bootstrap", "50"]) == 0
     said = capsys.readouterr().out
     assert "diameter (mm)" in said and "model, lesion" in said
     rows = list(csv.DictReader((out / "by_size.csv").open()))

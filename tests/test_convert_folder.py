@@ -124,6 +124,22 @@ def test_labels_of_volumes_become_consecutive_on_their_own_grid(tmp_path: Path):
     np.testing.assert_allclose(after.affine, tilted, atol=1e-5)
 
 
+def test_a_label_that_no_mask_holds_is_told(tmp_path: Path, capsys):
+    _volumes(tmp_path)
+    for number in (1, 2):
+        save(tmp_path / f"flat/{number}.png", picture(number, 1))
+        save(tmp_path / f"maps/{number}.png", disc(number).astype(np.uint8))
+    said = "Note: no mask holds the label(s) zzz: "
+    for more in (["zzz=9", "two=2"], ["two=2"]):
+        assert (
+            _convert(tmp_path, *NAMES, "--labels", "one=1", *more, "--channels", "T1", "T2", "--id", f"{len(more)}")
+            == 0
+        )
+        assert (said in capsys.readouterr().out) == (len(more) == 2)
+    assert _convert(tmp_path, "--labels", "zzz=9", "x=1", images="flat", masks="maps") == 0
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii", ".NII.GZ"])
 def test_any_format_that_nnunet_reads(tmp_path: Path, ending: str):
     for number in (1, 2):
@@ -268,6 +284,9 @@ def test_the_checks_are_those_of_the_papers_data_sets(tmp_path: Path, capsys):
     [
         (["--labels", "x"], "--labels 'x' is not understood: write liver=1, or cup=128, or lesion=#ff0000"),
         (["--labels", "background=0"], "is not understood"),
+        (["--labels", "a=1", "a=2"], "--labels names a twice"),
+        (["--labels", "liver=255", "tumour=255"], "--labels gives liver and tumour the same value, 255"),
+        (["--labels", "liver=#ff0000", "tumour=#FF0000"], "--labels gives liver and tumour the same value, #FF0000"),
         (["--name", "a b"], "cannot be a folder of nnU-Net"),
         (["--image-names", "a.png"], "has no {case}"),
         (["--mask-names", "{name}.png"], "has {name}: there are {case}, {channel}"),
@@ -287,6 +306,7 @@ def test_what_cannot_be(tmp_path: Path, capsys, words: list[str], said: str):
     assert _convert(tmp_path, *words) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert any(part in last for part in said.split("|")), last
+    assert not list(tmp_path.glob("raw/*Dataset007_*")) and not (tmp_path / "pre").exists()
 
 
 def test_options_of_a_folder_are_for_folders(tmp_path: Path, capsys):

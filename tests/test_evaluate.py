@@ -103,6 +103,13 @@ def test_a_label_that_no_file_has_is_told(volumes: tuple[Path, Path], capsys):
     [
         (["--labels", "-1"], "--labels"),
         (["--labels=x=-1"], "--labels 'x=-1' is not understood"),
+        (["--labels", "a=1", "b=1"], "--labels gives b and a the same value, 1"),
+        (["--labels", "a=2,3", "b=3,2"], "--labels gives b and a the same value"),
+        (["--labels", "a=1,2", "background=2"], "gives the value 2 to background or ignore and to another label"),
+        (["--labels", "a=1,2", "ignore=2"], "gives the value 2 to background or ignore and to another label"),
+        (["--labels", "a=1", "ignore=2,3"], "--labels gives ignore 2 values"),
+        (["--labels", "background=1"], "no label to evaluate"),
+        (["--labels", "1", "--bootstrap", "1"], "--bootstrap 1 is not possible: give a number of at least 40"),
         (["--labels", "70000"], "--labels '70000' is not understood"),
         (["--labels", "1", "--images", "/nowhere"], "--images /nowhere is no folder"),
         (["--labels", "1", "--nsd-tolerance", "nan"], "NSD tolerance is nan"),
@@ -302,7 +309,7 @@ def test_one_slice_is_flat_along_whichever_axis(axis: int, tmp_path: Path):
 def test_files_with_capitals_are_taken_and_hidden_ones_left_out(volumes: tuple[Path, Path], tmp_path: Path, capsys):
     """Finder leaves `._` files beside all that it copies; some scanners write .NII.GZ."""
     predictions, references = volumes
-    words = ["evaluate", str(predictions), str(references), "--labels", "1", "--bootstrap", "9", "-o"]
+    words = ["evaluate", str(predictions), str(references), "--labels", "1", "--bootstrap", "50", "-o"]
     assert main([*words, str(tmp_path / "before")]) == 0
     for folder in volumes:
         (folder / "case_0.nii.gz").rename(folder / "scan[0] (ü).NII.GZ")
@@ -329,7 +336,7 @@ def test_predictions_in_another_order_of_axes(reader: str, same: bool, tmp_path:
             nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), tmp_path / folder / f"c{case}.nii.gz")
     content = {"labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz", "overwrite_image_reader_writer": reader}
     (tmp_path / "predictions/dataset.json").write_text(json.dumps(content))
-    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "references"), "--bootstrap", "9"]
+    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "references"), "--bootstrap", "50"]
     assert main(words) == (0 if same else 2)
     if same:
         rows = csv.DictReader((tmp_path / "predictions/evaluation/cases.csv").open())
@@ -392,6 +399,75 @@ def test_unknown_labels_are_refused(volumes: tuple[Path, Path], capsys):
     assert "case_2" not in error  # labels 2 and 3 are in references, though they are not evaluated
 
 
+def _masks(folder: Path, value: int, seeds=(1, 2, 3)) -> Path:
+    for seed in seeds:
+        save(folder / f"case_{seed}.png", disc(seed) * np.uint8(value))
+    return folder
+
+
+def test_a_reference_with_values_that_no_label_has_is_refused(tmp_path: Path, capsys):
+    """A mask of 0 and 255 among those of 0 and 1 would count as background, with a Dice of 0."""
+    predictions, references = _masks(tmp_path / "predictions", 1), _masks(tmp_path / "references", 1)
+    save(references / "case_2.png", disc(2) * np.uint8(255))
+    error = _refused(capsys, predictions, references, "--labels", "lesion=1")
+    assert f"the reference {references / 'case_2.png'} has the value(s) 255, which no label has" in error
+    assert "1 reference(s) hold values" in error and "background=255, or ignore=255" in error
+    assert "case_1" not in error and not (predictions / "evaluation").exists()
+    content = {"labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".png", "channel_names": {"0": "x"}}
+    (predictions / "dataset.json").write_text(json.dumps(content))
+    save(predictions / "case_1.png", disc(1) * np.uint8(255))  # on both sides, but no label of the dataset.json
+    error = _refused(capsys, predictions, references)
+    assert "has the value(s) 255" in error and "model, case_1: the prediction has label(s) 255" in error
+
+
+@pytest.mark.parametrize("word, precision", [("background=255", 0.5), ("ignore=255", 1)])
+def test_the_command_line_says_what_other_values_are(tmp_path: Path, capsys, word: str, precision: float):
+    left = np.zeros((8, 8), np.uint8)
+    left[:, :4] = 1
+    save(tmp_path / "predictions/a.png", np.ones((8, 8), np.uint8))
+    save(tmp_path / "references/a.png", np.where(left, 1, 255).astype(np.uint8))
+    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "references"), "--labels", "x=1", word]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert ("255, the ignore label, nothing is counted" in capsys.readouterr().out) == (word == "ignore=255")
+    (row,) = csv.DictReader((tmp_path / "out/cases.csv").open())
+    assert float(row["Precision"]) == precision
+    assert list(json.loads((tmp_path / "out/summary.json").read_text())["labels"]) == ["x"]
+
+
+def test_labels_that_were_not_asked_for_are_told(volumes: tuple[Path, Path], tmp_path: Path, capsys):
+    words = ["evaluate", *map(str, volumes), "--labels", "1", "--bootstrap", "50", "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "Note: The references also hold 2, 3, which no label has" in capsys.readouterr().out
+    content = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}, "file_ending": ".nii.gz"}
+    (volumes[0] / "dataset.json").write_text(json.dumps(content))
+    assert main(words) == 0
+    assert "Note" not in capsys.readouterr().out
+
+
+def test_the_ignore_label_of_the_references_stays_one(tmp_path: Path, capsys):
+    """Its dataset.json lies above labelsTr; with --labels the ignored half was counted as a false positive."""
+    reference = np.ones((8, 8), np.uint8)
+    reference[:, 4:] = 2
+    save(tmp_path / "predictions/a.png", np.ones((8, 8), np.uint8))
+    save(tmp_path / "raw/labelsTr/a.png", reference)
+    content = {"labels": {"background": 0, "x": 1, "ignore": 2}, "file_ending": ".png", "channel_names": {"0": "x"}}
+    (tmp_path / "raw/dataset.json").write_text(json.dumps(content))
+    words = ["evaluate", str(tmp_path / "predictions"), str(tmp_path / "raw/labelsTr"), "--labels", "x=1"]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert "Note: Where the references hold 2, the ignore label, nothing is counted." in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "out/cases.csv").open())
+    assert float(row["Dice"]) == 1
+
+
+def test_labels_of_a_selection_keep_the_ignore_label_of_the_dataset():
+    described = LabelSet.from_dataset_json({"labels": {"background": 0, "kidney": [1, 2], "tumour": 2, "ignore": 4}})
+    chosen = LabelSet.parse(["tumour=2"], described)
+    assert chosen.regions == {"tumour": (2,)} and chosen.ignore == 4 and chosen.background == {0, 1}
+    assert LabelSet.parse(["void=4"], described).ignore is None
+    assert LabelSet.parse(["tumour=2", "ignore=9"], described).ignore == 9
+    assert described.only({"tumour": (2,)}) == LabelSet({"tumour": (2,)}, 4, frozenset({0, 1}))
+
+
 def test_damaged_and_fractional_files_are_refused(volumes: tuple[Path, Path], capsys):
     predictions, references = volumes
     (predictions / "case_0.nii.gz").write_bytes(b"no image")
@@ -419,6 +495,20 @@ def test_folders_that_do_not_fit_are_refused(volumes: tuple[Path, Path], tmp_pat
     (tmp_path / "empty/case_4.nii.gz").rename(references / "case_4.nii.gz")
     error = _refused(capsys, predictions, references, "--labels", 1, "--compare", f"other={references}")
     assert "Model model lacks 1 case(s) that another model has, such as case_4" in error
+
+
+def test_a_folder_is_not_compared_with_itself(volumes: tuple[Path, Path], tmp_path: Path, capsys):
+    predictions, references = volumes
+    link = tmp_path / "link"
+    link.symlink_to(references)
+    for same in (references, link):
+        assert "are one folder, so that every Dice would be 1" in _refused(capsys, same, references, "--labels", 1)
+    link.unlink()
+    link.symlink_to(predictions)
+    for same in (predictions, link):
+        words = [predictions, references, "--labels", 1, "--compare", f"truth={references}", "--compare", f"b={same}"]
+        assert f"--compare b={same} is the folder of model once more" in _refused(capsys, *words)
+    assert not (predictions / "evaluation").exists() and not (references / "evaluation").exists()
 
 
 def test_missing_extra_is_named(volumes: tuple[Path, Path], monkeypatch):

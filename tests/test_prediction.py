@@ -374,7 +374,9 @@ def test_wrong_options_are_said_in_one_sentence(volume: tuple[Path, Path], tmp_p
         return capsys.readouterr().err
 
     assert "Which model?" in refused(*images, *out)
-    assert "either by its folder" in refused(*images, *out, "-m", str(model), "-d", "903")
+    for more in (["-d", "903"], ["-c", "2d"], ["-tr", "nnUNetTrainer"], ["-p", "nnUNetPlans"]):
+        said = refused(*images, *out, "-m", str(model), *more)
+        assert "either by its folder" in said and f"leave out -m or {' '.join(more)}" in said
     assert "nnUNet_results is not set" in refused(*images, *out, "-d", "903", "-c", "2d")
     assert "-step_size 0: give more than 0" in refused(*images, *out, "-m", str(model), "-step_size", "0")
     assert "-part_id 2 of -num_parts 2" in refused(*images, *out, "-m", str(model), "-num_parts", "2", "-part_id", "2")

@@ -128,7 +128,7 @@ def test_surface_dice_of_several_distances_is_that_of_each():
 def _report(predictions: Path) -> Path:
     words = ["evaluate", predictions / "ours", predictions / "references", "--images", predictions / "images"]
     compared = f"a model with a rather long name={predictions / 'a model with a rather long name'}"
-    assert main([*map(str, words), "--name", "ours", "--compare", compared, "--bootstrap", "20"]) == 0
+    assert main([*map(str, words), "--name", "ours", "--compare", compared, "--bootstrap", "50"]) == 0
     return predictions / "ours/evaluation/report.html"
 
 
@@ -155,7 +155,7 @@ def test_the_keyboard_leads_through_the_slices_of_a_volume(tmp_path: Path):
     for name, labels in (("references", reference), ("ours", wrong)):
         (tmp_path / name).mkdir()
         sitk.WriteImage(sitk.GetImageFromArray(labels), tmp_path / name / "case.nii.gz")
-    words = ["evaluate", tmp_path / "ours", tmp_path / "references", "--labels", "organ=1", "--bootstrap", "9"]
+    words = ["evaluate", tmp_path / "ours", tmp_path / "references", "--labels", "organ=1", "--bootstrap", "50"]
     assert main(list(map(str, words))) == 0
     with opened(tmp_path / "ours/evaluation/report.html", LAPTOP) as page:
         slider, view = page.get_by_label("slice of case"), page.locator(".slices")

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         size=args.size,
         skip_bad=args.skip_bad,
         workers=args.workers,
+        splits_in=preprocessed,
         **more,
     )
     if conversion.skipped:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+LEAST_RESAMPLES = 40
+"""Below it no sample lies in the 2.5 % beside a 95 % interval."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -17,7 +20,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("predictions", metavar="PREDICTIONS", type=Path, help="folder with predicted label files")
     parser.add_argument("references", metavar="REFERENCES", type=Path, help="folder with reference label files")
     labels = parser.add_mutually_exclusive_group()
-    labels.add_argument("--labels", nargs="+", metavar="LABEL", help="1, kidney=1, or the region masses=2,3")
+    labels.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="1, kidney=1, or the region masses=2,3; "
+        "background=4 for what counts as background, ignore=255 for what is not annotated",
+    )
     labels.add_argument("--dataset", metavar="DATASET", help="number or name in nnUNet_raw, or path of a dataset.json")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: PREDICTIONS/evaluation")
     parser.add_argument("--name", default="model", help="name of the model of PREDICTIONS (default: model)")
@@ -40,11 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_lgms.evaluation.output import evaluate_into, terminal_table
 
     output = _output_folder(args)
-    for option, value, least in (
-        ("--workers", args.workers, 1),
-        ("--bootstrap", args.bootstrap, 1),
-        ("--worst", args.worst, 0),
-    ):
+    check_bootstrap(args.bootstrap)
+    for option, value, least in (("--workers", args.workers, 1), ("--worst", args.worst, 0)):
         if value is not None and value < least:
             raise ValueError(f"{option} {value} is not possible: give a number of at least {least}.")
     if args.images and not args.images.is_dir():
@@ -77,6 +83,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_bootstrap(n_resamples: int) -> None:
+    """See that a 95 % interval can be made of so many samples."""
+    if n_resamples < LEAST_RESAMPLES:
+        raise ValueError(
+            f"--bootstrap {n_resamples} is not possible: give a number of at least {LEAST_RESAMPLES}, of which a 95 % "
+            "interval leaves out one sample at each end; the default is 2000."
+        )
+
+
 def _output_folder(args: argparse.Namespace) -> Path:
     """Where the tables go; nnU-Net keeps a summary.json of its own beside label files, which must not be lost."""
     output = args.output or args.predictions / "evaluation"
@@ -86,11 +101,19 @@ def _output_folder(args: argparse.Namespace) -> Path:
 
 
 def _models(args: argparse.Namespace) -> dict[str, Path]:
+    """Name → folder of each model's predictions; a folder that is compared with itself shows nothing."""
+    if args.predictions.resolve() == args.references.resolve():
+        raise ValueError(
+            f"{args.predictions} and {args.references} are one folder, so that every Dice would be 1: give the "
+            "predictions, then their references."
+        )
     models = {args.name: args.predictions}
     for word in args.compare:
         name, separator, folder = word.partition("=")
         if not (name and separator and folder) or name in models:
             raise ValueError(f"--compare {word} is not understood: write NAME=FOLDER, with a new NAME for each model.")
+        if same := next((other for other in models if models[other].resolve() == Path(folder).resolve()), None):
+            raise ValueError(f"--compare {word} is the folder of {same} once more: give the one of another model.")
         models[name] = Path(folder)
     return models
 
@@ -117,6 +140,11 @@ def _what_to_evaluate(args: argparse.Namespace):
         raise ValueError(
             f"There is no dataset.json beside the predictions, {args.predictions}: give --labels or --dataset."
         )
-    labels = LabelSet.parse(args.labels) if args.labels else LabelSet.from_dataset_json(content)
+    if args.labels:
+        of_references = [f for f in (args.references, args.references.parent) if (f / "dataset.json").is_file()]
+        description = read_dataset_json(of_references[0]) if of_references else content
+        labels = LabelSet.parse(args.labels, LabelSet.from_dataset_json(description) if description else None)
+    else:
+        labels = LabelSet.from_dataset_json(content)
     reader = Reader.of_dataset(content) if content else Reader(file_ending_of(args.predictions))
     return labels, reader, images

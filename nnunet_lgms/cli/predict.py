@@ -35,8 +35,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     model.add_argument("-d", dest="dataset", metavar="DATASET", help="number or name, below $nnUNet_results")
     model.add_argument("-c", dest="configuration", metavar="CONFIG", help="2d, 3d_fullres, …")
-    model.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="(%(default)s)")
-    model.add_argument("-tr", dest="trainer", default="nnUNetTrainer", metavar="TRAINER", help="(%(default)s)")
+    model.add_argument("-p", dest="plans", metavar="PLANS", help="with -d (nnUNetPlans)")
+    model.add_argument("-tr", dest="trainer", metavar="TRAINER", help="with -d (nnUNetTrainer)")
     model.add_argument(
         "-f",
         dest="folds",
@@ -124,16 +124,20 @@ def _model_folder(args: argparse.Namespace) -> Path:
     from nnunet_lgms.nnunet_folders import model_path, nnunet_folder
 
     if args.model_folder is not None:
-        if args.dataset or args.configuration:
-            raise ValueError("Give the model either by its folder, -m, or by -d, -c, -p and -tr.")
+        by_name = {"-d": args.dataset, "-c": args.configuration, "-p": args.plans, "-tr": args.trainer}
+        if said := [f"{option} {value}" for option, value in by_name.items() if value is not None]:
+            raise ValueError(
+                f"Give the model either by its folder, -m, or by -d, -c, -p and -tr: leave out -m or {' '.join(said)}."
+            )
         return model_path(args.model_folder)
     if not (args.dataset and args.configuration):
         raise ValueError("Which model? Give its folder with -m, or the data set with -d and the configuration with -c.")
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
     nnunet_folder("nnUNet_results")
+    trainer, plans = args.trainer or "nnUNetTrainer", args.plans or "nnUNetPlans"
     try:
-        return Path(get_output_folder(args.dataset, args.trainer, args.plans, args.configuration))
+        return Path(get_output_folder(args.dataset, trainer, plans, args.configuration))
     except RuntimeError as error:  # no data set of that number, or several
         raise ValueError(str(error)) from error
 

@@ -36,14 +36,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nnunet_lgms.cli.evaluate import check_bootstrap
     from nnunet_lgms.evaluation.label_mapping import read_mapping_file
     from nnunet_lgms.evaluation.zeroshot import table, zero_shot
     from nnunet_lgms.inference import trained_folds
     from nnunet_lgms.nnunet_folders import raw_dataset
 
-    for option, value in (("--workers", args.workers), ("--bootstrap", args.bootstrap)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} {value} is not possible: give a number of at least 1.")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers {args.workers} is not possible: give a number of at least 1.")
+    check_bootstrap(args.bootstrap)
     trained_folds(args.model_folder, args.checkpoint)
     output = args.output or args.model_folder / "zeroshot"
     result = zero_shot(

@@ -84,6 +84,7 @@ def convert(
     wait: bool = False,
     find: Callable[[], Found] | None = None,
     options: Sequence[str] = (),
+    splits_in: Path | None = None,
 ) -> Conversion:
     """Convert one dataset to `raw/DatasetXXX_Title`.
 
@@ -103,10 +104,11 @@ def convert(
         wait: let another conversion to this number end first, instead of refusing.
         find: finds the pairs; default: those of the description's layouts below `source`.
         options: what `find` and the description hang on, beside their names; written down with the settings.
+        splits_in: nnU-Net's `nnUNet_preprocessed` folder, where `write_splits` is to follow: that it can is seen first.
 
     Raises:
         ValueError: the source is not this dataset, pairs are faulty (they are listed on stderr), the number is taken,
-            nnU-Net's check fails, or another conversion to this number is running.
+            nnU-Net's check fails, there can be no such splits, or another conversion to this number is running.
         OSError: the disk is full or not writable.
     """
     workers = workers or default_workers()
@@ -122,7 +124,7 @@ def convert(
             find=find,
             options=options,
         )
-        return ahead if isinstance(ahead, Conversion) else _convert(description, source, ahead, workers)
+        return ahead if isinstance(ahead, Conversion) else _convert(description, source, ahead, workers, splits_in)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def prospect(
     return _already_there(folder, settings, files) if folder.exists() else Prospect(folder, settings, found, files)
 
 
-def _convert(description: DatasetDescription, source: Path, ahead: Prospect, workers: int) -> Conversion:
+def _convert(
+    description: DatasetDescription, source: Path, ahead: Prospect, workers: int, splits_in: Path | None
+) -> Conversion:
     folder, settings, files = ahead.folder, ahead.settings, ahead.files
     cases, problems, remarks = _checked_cases(description, ahead.found, workers)
     on_disk, remark = _names_on_disk([case.identifier for case in cases], folder.parent)
@@ -192,6 +196,8 @@ def _convert(description: DatasetDescription, source: Path, ahead: Prospect, wor
     good = [case for case in cases if case.identifier not in bad]
     if not good:
         raise ValueError(f"No case of {description.title} in {source} can be converted.")
+    if splits_in is not None:
+        splits_to_write(description, [case.identifier for case in good], _splits_file(splits_in, folder))
 
     partial_folder = folder.with_name(f".{folder.name}.partial")
     _prepare(partial_folder, settings, files)
@@ -223,13 +229,17 @@ def write_splits(description: DatasetDescription, conversion: Conversion, prepro
     Raises:
         ValueError: a fold would be empty, or other splits are already there.
     """
-    path = preprocessed / conversion.folder.name / "splits_final.json"
+    path = _splits_file(preprocessed, conversion.folder)
     splits = splits_to_write(description, conversion.identifiers, path)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(splits, indent=2))
     return path
+
+
+def _splits_file(preprocessed: Path, dataset: Path) -> Path:
+    return preprocessed / dataset.name / "splits_final.json"
 
 
 def splits_to_write(description: DatasetDescription, identifiers: Sequence[str], path: Path) -> list[Split]:
@@ -309,9 +319,19 @@ def _checked_cases(
     for kind, text in _REMARKS.items():
         if of_kind := [case.identifier for case, seen in zip(complete, inspections) if getattr(seen, kind)]:
             remarks.append(f"{len(of_kind)} case(s) {text}, such as {of_kind[0]}.")
+    held = frozenset().union(*(seen.labels for seen in inspections))
+    if absent := [name for name, value in description.labels.items() if value != 0 and not held & _values(value)]:
+        remarks.append(
+            f"no mask holds the label(s) {', '.join(absent)}: the network cannot learn them from these cases."
+        )
     if description.note:
         remarks.append(description.note)
     return found.cases, sorted(problems), remarks
+
+
+def _values(label: int | Sequence[int]) -> set[int]:
+    """Of a label, or of a region."""
+    return {label} if isinstance(label, int) else set(label)
 
 
 def _names_on_disk(identifiers: Sequence[str], raw: Path) -> tuple[list[Problem], list[str]]:

@@ -60,7 +60,7 @@ def describe(
     files = sorted(files_below(images))
     ending = _usual_ending(images, files, reader)
     flat = reader == "NaturalImage2DIO" if reader else ending in PICTURES and not _is_stack(images, files, ending)
-    values = dict(map(_label, labels))
+    values = _label_values(labels)
     if not flat and not values:
         raise ValueError("Volumes need --labels, such as --labels liver=1 tumour=2: no value is guessed.")
     if not channels:
@@ -291,6 +291,25 @@ def _usual_affixes(images: dict[str, dict[str, Path]], masks: dict[str, Path]) -
         return re.compile("(?P<case>.+)")
     before, behind = max(by_affixes, key=lambda pair: (by_affixes[pair], -len(pair[0] + pair[1])))
     return re.compile(f"{re.escape(before)}(?P<case>.+){re.escape(behind)}")
+
+
+def _label_values(words: Sequence[str]) -> dict[str, int | tuple[int, int, int]]:
+    """Name → value or colour.
+
+    Raises:
+        ValueError: a word is none, or a name or a value comes twice.
+    """
+    values: dict[str, int | tuple[int, int, int]] = {}
+    for name, value in map(_label, words):
+        if name in values:
+            raise ValueError(f"--labels names {name} twice: give every label one name and one value.")
+        if same := next((other for other in values if values[other] == value), None):
+            given = words[len(values)].rpartition("=")[2]
+            raise ValueError(
+                f"--labels gives {same} and {name} the same value, {given}: each label needs a value of its own."
+            )
+        values[name] = value
+    return values
 
 
 def _label(word: str) -> tuple[str, int | tuple[int, int, int]]:

@@ -15,6 +15,7 @@ class Inspection:
         empty: whether the mask is empty.
         full: whether a mask marks the whole picture.
         turned: whether image or mask had to be turned, as their files say.
+        labels: nnU-Net's label values that the masks hold.
     """
 
     problems: tuple[str, ...]
@@ -22,3 +23,4 @@ class Inspection:
     empty: bool = False
     full: bool = False
     turned: bool = False
+    labels: frozenset[int] = frozenset()

@@ -40,7 +40,7 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
     readable = not problems
     if len(case.masks) > 1 and description.label_of:
         problems.append(f"expected one label map, found {len(case.masks)}")
-    sizes, empty, full = set(), True, False
+    sizes, empty, full, labels = set(), True, False, set()
     for path in case.masks:
         try:
             mask = _labels_of(path, description)
@@ -49,6 +49,7 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
             continue
         sizes.add(mask.shape)
         empty &= not mask.any()
+        labels.update(np.unique(mask).tolist())
         full |= bool(mask.all())
         if shape and not _sizes_agree(shape[:2], mask.shape, description.image_follows_mask):
             turned = " as its orientation turns it" if says_to_turn(case.image) else ""
@@ -56,7 +57,7 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
     if len(sizes) > 1:
         problems.append(f"its masks differ in size: {', '.join(_size(size) for size in sorted(sizes))} pixels")
     turned = not problems and any(map(says_to_turn, (*case.images, *case.masks)))
-    return Inspection(tuple(problems), digest.hexdigest() if readable else None, empty, full, turned)
+    return Inspection(tuple(problems), digest.hexdigest() if readable else None, empty, full, turned, frozenset(labels))
 
 
 def write(

@@ -51,13 +51,20 @@ def inspect(case: Case, description: DatasetDescription) -> Inspection:
         if n_channels != len(description.channel_names) or case.channels and len(samples) != 1:
             problems.append(f"{path} has {n_channels} channel(s), expected {', '.join(description.channel_names)}")
     readable = grid is not None and not any("cannot be read" in problem for problem in problems)
-    empty = full = False
+    present: list[int] = []
     if len(case.masks) != 1:
         problems.append(f"expected one label file, found {len(case.masks)}")
     else:
-        found, empty, full = _inspect_label(case.masks[0], grid, description, reader, spacing)
+        found, present = _inspect_label(case.masks[0], grid, description, reader, spacing)
         problems += found
-    return Inspection(tuple(problems), digest.hexdigest() if readable else None, empty, full)
+    label_of = description.label_of or {}
+    return Inspection(
+        tuple(problems),
+        digest.hexdigest() if readable else None,
+        empty=bool(present) and not any(present),
+        full=bool(present) and 0 not in present,
+        labels=frozenset(label_of.get(value, value) for value in present),
+    )
 
 
 def spacing_file(stack: Path) -> Path | None:
@@ -86,12 +93,12 @@ def _is_mm(value: object) -> bool:
 
 def _inspect_label(
     path: Path, image: Grid | None, description: DatasetDescription, reader: Reader, spacing: tuple[float, ...] | None
-) -> tuple[list[str], bool, bool]:
-    """What is wrong with a label file, whether it is empty, and whether it has no background."""
+) -> tuple[list[str], list[int]]:
+    """What is wrong with a label file, and its values."""
     try:
         label = reader.read_labels(path)
     except ValueError as error:
-        return [str(error)], False, False
+        return [str(error)], []
     problems = []
     place = replace(label.grid, spacing=spacing) if spacing and not spacing_file(path) else label.grid
     if image and (difference := image.differences(place)):
@@ -103,7 +110,7 @@ def _inspect_label(
             f"the label file {path} has the value(s) {', '.join(map(str, unknown))}, "
             f"allowed are {', '.join(map(str, allowed))}"
         )
-    return problems, not any(present), 0 not in present
+    return problems, present
 
 
 def write(

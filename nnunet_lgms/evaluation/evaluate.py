@@ -108,9 +108,9 @@ def evaluate(
         workers: number of threads; default: one per core, at most 8.
 
     Raises:
-        ValueError: a folder has no files, cases are missing, a prediction lies on another grid than its reference, or
-            holds labels that neither `labels` nor any reference knows (all are listed on stderr); or no file holds any
-            of `labels`, but others.
+        ValueError: a folder has no files, cases are missing, a prediction lies on another grid than its reference, or a
+            file holds values that `labels` does not know and, where it is a selection, no file of the other side holds
+            either (all are listed on stderr); or no file holds any of `labels`, but others.
         RequirementError: the extra `[evaluation]` is not installed.
     """
     require_evaluation_extra()
@@ -129,8 +129,8 @@ def evaluate(
     workers = workers or default_workers()
     outcomes = parallel_map(_evaluate_case, list(tasks.values()), workers, "evaluating", threads=True)
     results = dict(zip(tasks, outcomes))
-    _raise_problems(results, labels)
-    remarks += _absent_labels(results.values(), labels)
+    _raise_problems(results, known, labels)
+    remarks += _absent_labels(results.values(), labels) + _left_out(results.values(), labels)
     values = {model: np.stack([results[model, case].values for case in cases]) for model in models}
     return Evaluation(
         models=dict(models),
@@ -210,22 +210,74 @@ def _evaluate_case(task: _Task) -> _Result:
     )
 
 
-def _raise_problems(results: Mapping[tuple[str, str], _Result], labels: LabelSet) -> None:
+def _raise_problems(
+    results: Mapping[tuple[str, str], _Result], references: Mapping[str, Path], labels: LabelSet
+) -> None:
     """All faulty cases at once, before anything is written."""
-    known = labels.values.union(*(result.annotated for result in results.values()))
+    known_in_references = known_in_predictions = labels.values | {labels.ignore}
+    if labels.is_selection:  # then a value is known that both sides hold: one of their labels that was not asked for
+        known_in_references = known_in_references.union(*(result.predicted for result in results.values()))
+        known_in_predictions = known_in_predictions.union(*(result.annotated for result in results.values()))
+    faulty = {}
+    for (_, case), result in results.items():
+        if unknown := sorted(result.annotated - known_in_references):
+            faulty[case] = f"  {_no_label_has(references[case], unknown)}"
     problems = []
     for (model, case), result in results.items():
         if result.problem:
             problems.append(f"  {model}, {case}: {result.problem}")
-        elif unknown := sorted(result.predicted - known):
-            values = ", ".join(str(value) for value in unknown)
-            problems.append(f"  {model}, {case}: the prediction has label(s) {values}, which no reference knows")
+        elif unknown := sorted(result.predicted - known_in_predictions):
+            problems.append(
+                f"  {model}, {case}: the prediction has label(s) {_listed(unknown)}, which no reference knows"
+            )
+    if faulty or problems:
+        print("\n".join([*faulty.values(), *problems]), file=sys.stderr)
+    if faulty:
+        raise ValueError(
+            f"{len(faulty)} reference(s) hold values that no label has (listed above), so nothing was written: write "
+            f"them with the labels' values, or say with --labels what the others are, such as background=255, or "
+            f"ignore=255 for what is not annotated."
+        )
     if problems:
-        print("\n".join(problems), file=sys.stderr)
         raise ValueError(
             f"{len(problems)} prediction(s) cannot be evaluated (listed above), so nothing was written: predict on the "
             f"references' own grid, and map labels that differ before evaluating."
         )
+
+
+def check_references(files: Mapping[str, Path], labels: LabelSet, reader: Reader, workers: int | None = None) -> None:
+    """See that references hold no other values than labels have, which could not be told from background.
+
+    Args:
+        files: case → reference.
+        labels: all that they may hold.
+        reader: nnU-Net's reader of these files.
+        workers: number of threads; default: one per core, at most 8.
+
+    Raises:
+        ValueError: some hold others, or cannot be read (they are listed on stderr).
+    """
+
+    def problem(path: Path) -> str:
+        try:
+            values = np.unique(reader.read_labels(path).labels).tolist()
+        except ValueError as error:
+            return str(error)
+        unknown = sorted(set(values) - labels.values - {labels.ignore})
+        return _no_label_has(path, unknown) if unknown else ""
+
+    workers = workers or default_workers()
+    found = parallel_map(problem, list(files.values()), workers, "checking references", threads=True)
+    if problems := [text for text in found if text]:
+        print("\n".join(f"  {text}" for text in problems), file=sys.stderr)
+        raise ValueError(
+            f"{len(problems)} of {len(files)} references hold values that no label of their dataset.json has, or "
+            f"cannot be read (listed above): write them anew, or name the values in the dataset.json."
+        )
+
+
+def _no_label_has(reference: Path, values: Sequence[int]) -> str:
+    return f"the reference {reference} has the value(s) {_listed(values)}, which no label has"
 
 
 def _absent_labels(results: Iterable[_Result], labels: LabelSet) -> tuple[str, ...]:
@@ -240,6 +292,19 @@ def _absent_labels(results: Iterable[_Result], labels: LabelSet) -> tuple[str, .
     if absent:
         return (f"No prediction and no reference holds {_listed(absent)}: not evaluated, all metrics are undefined.",)
     return ()
+
+
+def _left_out(results: Iterable[_Result], labels: LabelSet) -> tuple[str, ...]:
+    """Remarks on what a selection of labels leaves out, as a selection may be meant as all."""
+    if not labels.is_selection:
+        return ()
+    annotated = frozenset().union(*(result.annotated for result in results))
+    remarks = []
+    if others := sorted(annotated - labels.values - {labels.ignore}):
+        remarks.append(f"The references also hold {_listed(others)}, which no label has: it counts as background.")
+    if labels.ignore in annotated:
+        remarks.append(f"Where the references hold {labels.ignore}, the ignore label, nothing is counted.")
+    return tuple(remarks)
 
 
 def _listed(items: Sequence) -> str:

@@ -82,12 +82,9 @@ def map_labels(model: Mapping, dataset: Mapping, name: str, file_content: Mappin
             f"{', '.join(theirs.regions)}: say in a mapping file (--mapping) what they become."
         )
     reached = set(values.values())
-    target = LabelSet(
-        {label: region for label, region in theirs.regions.items() if set(region) & reached}, theirs.ignore
-    )
-    source = LabelSet(
-        {label: tuple(v for v in values if values[v] in region) for label, region in target.regions.items()},
-        ours.ignore,
+    target = theirs.only({label: region for label, region in theirs.regions.items() if set(region) & reached})
+    source = ours.only(
+        {label: tuple(v for v in values if values[v] in region) for label, region in target.regions.items()}
     )
     if not target.regions:
         raise ValueError(f"No label of the model becomes a label of {name}: there is nothing to evaluate.")

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nnunet_lgms.dataset_json import channel_names, read_dataset_json
-from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, evaluate
+from nnunet_lgms.evaluation.evaluate import FOREGROUND, Evaluation, check_references, evaluate
 from nnunet_lgms.evaluation.kept import discard_outdated, made_by
 from nnunet_lgms.evaluation.label_mapping import LabelMapping, map_labels
 from nnunet_lgms.evaluation.labels import LabelSet
@@ -117,6 +117,13 @@ def _zero_shot(
     options: Mapping,
     device: str | None,
 ) -> ZeroShot:
+    for dataset, label_mapping in prepared:  # what is wrong with them is said before hours of prediction
+        images = image_files(dataset / "imagesTr", model["file_ending"])
+        labels = cases_in(dataset / "labelsTr", model["file_ending"])
+        references = {case: labels[case] for case in images}
+        check_references(
+            references, label_mapping.target, Reader.of_dataset(read_dataset_json(dataset)), options["workers"]
+        )
     for fold in folds:
         predictor = load_predictor(model_folder, folds=[fold], checkpoint=checkpoint, device=device)
         for dataset, _ in prepared:
