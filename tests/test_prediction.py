@@ -364,6 +364,56 @@ def test_a_broken_case_is_named_and_the_others_go_on(volume: tuple[Path, Path], 
     assert "[1/1] b" in capsys.readouterr().err
 
 
+def test_channels_are_those_of_their_numbers(
+    volume: tuple[Path, Path], flat: tuple[Path, Path], tmp_path: Path, capsys
+):
+    """A case without channel 0, or with a gap, is refused by name, and the others go on."""
+    model, file = volume
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("one_0000", "two_0001"):
+        shutil.copy(file, images / f"{name}.nii.gz")
+
+    def predicted(model: Path, images: Path, out: str) -> tuple[str, list[str]]:
+        words = ["-i", str(images), "-o", str(tmp_path / out), "-m", str(model), "-device", "cpu", "--disable_tta"]
+        assert main(["predict", *words]) == 1
+        labels = sorted(f.name for f in (tmp_path / out).iterdir() if f.suffix != ".json")
+        return capsys.readouterr().err, labels
+
+    said, labels = predicted(model, images, "volumes")
+    assert "[2/2] two: The channels of two are two_0001.nii.gz, not two_0000.nii.gz: give every channel once" in said
+    assert labels == ["one.nii.gz"]
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in (
+        "all_0000",
+        "all_0001",
+        "all_0002",
+        "gap_0000",
+        "gap_0002",
+        "gap_0003",
+        "off_0001",
+        "off_0002",
+        "off_0003",
+    ):
+        Image.fromarray(np.full((32, 32), 7, np.uint8)).save(pictures / f"{name}.png")
+    said, labels = predicted(flat[0], pictures, "flat")
+    assert "not gap_0000.png, gap_0001.png, gap_0002.png" in said and "The channels of off are off_0001.png" in said
+    assert labels == ["all.png"]
+
+    with pytest.raises(ValueError, match="The channels of two are"):
+        load_predictor(model, device="cpu").predict_from_files(str(images), None)
+    swapped = [pictures / f"all_000{channel}.png" for channel in (0, 2, 1)]
+    with pytest.raises(ValueError, match="not all_0000.png, all_0001.png, all_0002.png: give every channel once"):
+        nnunet_lgms.predict(flat[0], swapped, device="cpu")
+    # files that somebody lists may be called as they are
+    nnunet_lgms.predict(model, images / "two_0001.nii.gz", device="cpu")
+    for channel, name in enumerate(("red", "green", "blue")):
+        shutil.copy(pictures / f"all_000{channel}.png", pictures / f"{name}.png")
+    nnunet_lgms.predict(flat[0], [pictures / f"{name}.png" for name in ("red", "green", "blue")], device="cpu")
+
+
 def test_wrong_options_are_said_in_one_sentence(volume: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch):
     model, file = volume
     monkeypatch.delenv("nnUNet_results", raising=False)

@@ -203,6 +203,8 @@ def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):
     for images in ([str(tmp_path)], channels, channels[::-1], channels[:1] * 2):
         assert main(["runtime", model, "-i", *images, "-o", str(tmp_path / "out")]) == 2
         assert "give every channel once, in the order of their numbers" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="give every channel once"):
+        Predictor(model).predict(channels)
     assert main(["runtime", model, "-i", str(image), "-o", str(tmp_path / "out"), "--threads", "99999"]) == 2
     assert "this machine has 1 to" in capsys.readouterr().err
 

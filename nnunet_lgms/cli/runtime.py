@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from nnunet_lgms.channel_files import check_channel_files
 from nnunet_lgms.files import files_in
 from nnunet_lgms.sentences import sentence
 
@@ -123,7 +124,7 @@ def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
         name = images[0].name
         case = re.sub(r"_\d{4}$", "", name[: -len(ending)] if name.lower().endswith(ending.lower()) else name)
         if len(images) > 1:
-            _check_channels(case, images, ending)
+            check_channel_files(case, images, ending)
         return {case: images}
     cases: dict[str, list[Path]] = {}
     for file in files_in(images[0], ending):
@@ -132,17 +133,8 @@ def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
     if not cases:
         raise ValueError(f"{images[0]} has no images named CASE_0000{ending}, as nnU-Net names channels.")
     for case, files in cases.items():
-        _check_channels(case, files, ending)
+        check_channel_files(case, files, ending)
     return cases
-
-
-def _check_channels(case: str, files: list[Path], ending: str) -> None:
-    expected = [f"{case}_{channel:04d}{ending}" for channel in range(len(files))]
-    if (given := [file.name for file in files]) != expected:
-        raise ValueError(
-            f"The channels of {case} are {', '.join(given)}, not {', '.join(expected)}: give every channel once, in "
-            "the order of their numbers."
-        )
 
 
 def _progress(title: str):

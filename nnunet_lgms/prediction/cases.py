@@ -14,6 +14,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_lgms.arrays import is_flat
+from nnunet_lgms.channel_files import check_listed_channels
 from nnunet_lgms.dataset_json import channel_names
 from nnunet_lgms.files import atomic_write, ignores_case, one_line
 from nnunet_lgms.image_files import check_image_file
@@ -58,6 +59,7 @@ def read_case(
     configuration: ConfigurationManager,
     dataset_json: dict,
     name: str | None = None,
+    case: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """An image, the labels of a cascade's previous stage, and what nnU-Net's reader knows of it.
 
@@ -68,13 +70,16 @@ def read_case(
         configuration: of the model.
         dataset_json: of the model.
         name: what messages call the image; default: its file.
+        case: what the case is called, if that is known.
 
     Returns:
         (C, Z, Y, X) float32; (1, Z, Y, X) or None; properties.
 
     Raises:
-        ValueError: a file is missing, damaged, not finite or of another kind than the training's; one sentence.
+        ValueError: a file is missing, damaged, not finite, of another kind than the training's, or of another
+            channel than its place says; one sentence.
     """
+    check_listed_channels([Path(file) for file in files], case)
     reader = plans.image_reader_writer_class()
     read = [*files, *([previous] if previous else [])]
     for file in read:

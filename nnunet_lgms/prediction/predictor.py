@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nnunet_lgms.channel_files import check_channel_files
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import one_line, read_json
@@ -126,7 +127,11 @@ class Predictor(CasePredictor):
         images, outputs = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
         ending = self.dataset_json["file_ending"]
         if isinstance(images, str):
-            images = [list(map(str, files)) for files in find_cases(Path(images), ending).values()]
+            cases = find_cases(Path(images), ending)
+            if outputs is None:  # which otherwise name the cases, each of which is checked when it is read
+                for case, files in cases.items():
+                    check_channel_files(case, files, ending)
+            images = [list(map(str, files)) for files in cases.values()]
         images = images[part_id::num_parts]
         names = [os.path.basename(files[0])[: -(len(ending) + 5)] for files in images]
         if isinstance(outputs, str):
@@ -186,6 +191,7 @@ class Predictor(CasePredictor):
                     self.plans_manager,
                     self.configuration_manager,
                     self.dataset_json,
+                    case=name,
                 )
             with self.stages.measured("preprocess", name):
                 return self._preprocess(*case), case[2]
