@@ -32,6 +32,7 @@ from PIL import Image
 
 import nnunet_lgms
 from nnunet_lgms import inference
+from nnunet_lgms.channel_files import images_left_out
 from nnunet_lgms.cli import main
 from nnunet_lgms.inference import load_predictor
 from nnunet_lgms.prediction import logits, one_case, resampling, sliding_window
@@ -380,7 +381,9 @@ def test_channels_are_those_of_their_numbers(
         labels = sorted(f.name for f in (tmp_path / out).iterdir() if f.suffix != ".json")
         return capsys.readouterr().err, labels
 
+    shutil.copy(file, images / "CAP_0000.NII.GZ")
     said, labels = predicted(model, images, "volumes")
+    assert "rename CAP_0000.NII.GZ to CAP_0000.nii.gz." in said
     assert "[2/2] two: The channels of two are two_0001.nii.gz, not two_0000.nii.gz: give every channel once" in said
     assert labels == ["one.nii.gz"]
 
@@ -412,6 +415,33 @@ def test_channels_are_those_of_their_numbers(
     for channel, name in enumerate(("red", "green", "blue")):
         shutil.copy(pictures / f"all_000{channel}.png", pictures / f"{name}.png")
     nnunet_lgms.predict(flat[0], [pictures / f"{name}.png" for name in ("red", "green", "blue")], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("ending", "name", "said"),
+    [
+        (".nii.gz", "noidx.nii.gz", "rename noidx.nii.gz to noidx_0000.nii.gz."),
+        (".nii.gz", "x_00000.nii.gz", "rename x_00000.nii.gz to x_00000_0000.nii.gz."),
+        (".nii.gz", "y_000.nii.gz", "rename y_000.nii.gz to y_000_0000.nii.gz."),
+        (".nii.gz", "CAP_0000.NII.GZ", "rename CAP_0000.NII.GZ to CAP_0000.nii.gz."),
+        (".nii.gz", "gz_0001.nii", "convert gz_0001.nii to gz_0001.nii.gz."),
+        (".png", "jpg_0000.jpg", "convert jpg_0000.jpg to jpg_0000.png."),
+        (".png", "bmp.bmp", "convert bmp.bmp to bmp_0000.png."),
+        (".own", "a.own", "rename a.own to a_0000.own."),
+    ],
+)
+def test_what_looks_like_an_image_and_is_left_out_is_named(tmp_path: Path, ending: str, name: str, said: str):
+    for other in ("a_0000" + ending, "dataset.json", "notes.txt", "._a.nii.gz", ".hidden.png", name):
+        (tmp_path / other).touch()
+    (tmp_path / "folder.png").mkdir()
+    line = images_left_out(tmp_path, ending)
+    assert line.startswith(f"1 file of {tmp_path} looks like an image and is left out") and line.endswith(said)
+    (tmp_path / "z.nii.gz").touch()
+    line = images_left_out(tmp_path, ending)
+    assert line.startswith(f"2 files of {tmp_path} look like images") and line.endswith(said)
+    (tmp_path / "z.nii.gz").unlink()
+    (tmp_path / name).unlink()
+    assert images_left_out(tmp_path, ending) == ""
 
 
 def test_wrong_options_are_said_in_one_sentence(volume: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nnunet_lgms.channel_files import check_channel_files
+from nnunet_lgms.channel_files import check_channel_files, images_left_out
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import one_line, read_json
@@ -131,6 +131,8 @@ class Predictor(CasePredictor):
             if outputs is None:  # which otherwise name the cases, each of which is checked when it is read
                 for case, files in cases.items():
                     check_channel_files(case, files, ending)
+            if left_out := images_left_out(Path(images), ending):
+                self.talk(left_out)
             images = [list(map(str, files)) for files in cases.values()]
         images = images[part_id::num_parts]
         names = [os.path.basename(files[0])[: -(len(ending) + 5)] for files in images]
