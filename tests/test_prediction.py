@@ -417,6 +417,63 @@ def test_channels_are_those_of_their_numbers(
     nnunet_lgms.predict(flat[0], [pictures / f"{name}.png" for name in ("red", "green", "blue")], device="cpu")
 
 
+def test_only_labels_of_the_same_model_are_gone_on_with(volume: tuple[Path, Path], tmp_path: Path, capsys):
+    model, file = volume
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(file, images / f"{name}_0000.nii.gz")
+    _by_nnunet(model, [[images / "a_0000.nii.gz"]], out)  # which does not say of what trainer, configuration and folds
+
+    def predict(model: Path, *more: str) -> tuple[int, str]:
+        words = ["-i", str(images), "-o", str(out), "-device", "cpu", "--disable_tta", "--continue_prediction"]
+        code = main(["predict", *words, "-m", str(model), *more])
+        return code, capsys.readouterr().err
+
+    def copy(name: str, file: str, **changes) -> Path:
+        other = shutil.copytree(model, tmp_path / name)
+        content = json.loads((other / file).read_text())
+        (other / file).write_text(json.dumps(content | changes))
+        return other
+
+    def refused(model: Path, *more: str) -> str:
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        code, said = predict(model, *more)
+        assert code == 2 and "holds predictions of another model" in said
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+        return said
+
+    dataset = copy("dataset", "plans.json", dataset_name="Dataset904_Other")
+    assert "dataset_name 'Dataset903_Tiny', and this model has 'Dataset904_Other'" in refused(dataset)
+    labels = copy("labels", "dataset.json", labels={"background": 0, "c": 1, "b": 2, "a": 3})
+    assert "its dataset.json has labels" in refused(labels)
+    configurations = json.loads((model / "plans.json").read_text())["configurations"]
+    coarser = {"3d_fullres": configurations["3d_fullres"] | {"spacing": [2.0, 2.0, 2.0]}}
+    assert "its plans.json has spacing" in refused(copy("spacing", "plans.json", configurations=coarser))
+
+    more = copy("more", "plans.json", configurations=configurations | {"another": {"inherits_from": "3d_fullres"}})
+    code, said = predict(more)  # what was planned beside it does not matter
+    assert code == 0 and "1 of 2 cases are predicted already" in said
+    shutil.copytree(more / "fold_0", more / "fold_1")
+    shutil.copy(more / "fold_0/checkpoint_final.pth", more / "fold_0/checkpoint_best.pth")
+    assert "has folds ['0'], and this model has ['0', '1']" in refused(more, "-f", "0", "1")
+    assert "has checkpoint 'checkpoint_final.pth'" in refused(more, "-chk", "checkpoint_best.pth")
+    with pytest.raises(ValueError, match="another model"):
+        load_predictor(dataset, device="cpu").predict_from_files(
+            [[str(images / "a_0000.nii.gz")]], [str(out / "a")], overwrite=False
+        )
+
+    whole = (out / "a.nii.gz").read_bytes()
+    for junk in (b"", b"junk", whole[: len(whole) // 2]):
+        (out / "a.nii.gz").write_bytes(junk)
+        code, said = predict(model)
+        assert code == 0 and "a.nii.gz is no label map that can be read: it is predicted anew." in said
+        assert "1 of 2 cases are predicted already" in said and "[1/1] a" in said
+    for labels in out.glob("*.nii.gz"):
+        labels.unlink()
+    assert predict(dataset)[0] == 0  # nothing would be kept
+
+
 @pytest.mark.parametrize(
     ("ending", "name", "said"),
     [

@@ -16,10 +16,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_lgms.arrays import is_flat
 from nnunet_lgms.channel_files import check_listed_channels
 from nnunet_lgms.dataset_json import channel_names
-from nnunet_lgms.files import atomic_write, ignores_case, one_line
+from nnunet_lgms.files import atomic_write, files_in, ignores_case, one_line
 from nnunet_lgms.image_files import check_image_file
 from nnunet_lgms.names import alike
 from nnunet_lgms.nnunet_files import image_files
+from nnunet_lgms.prediction.amount import grid_of
 
 
 class CasesFailed(ValueError):
@@ -203,6 +204,23 @@ def check_outputs(outputs: Sequence[str], ending: str) -> None:
 def finished(output: str, ending: str, with_probabilities: bool) -> bool:
     """Whether all files of a case are there."""
     return all(Path(output + end).is_file() for end in ([ending, ".npz"] if with_probabilities else [ending]))
+
+
+def has_labels(outputs: str | Sequence[str], ending: str) -> bool:
+    """Whether labels are there already: in a folder, or of these paths without the ending."""
+    if not isinstance(outputs, str):
+        return any(Path(output + ending).is_file() for output in outputs)
+    return Path(outputs).is_dir() and bool(files_in(Path(outputs), ending))
+
+
+def is_readable(file: str, reader: BaseReaderWriter) -> bool:
+    """Whether a label map is whole; nnU-Net writes into the file itself, which a call that was killed leaves cut."""
+    try:
+        check_image_file(Path(file))
+        grid_of([file], reader)
+    except Exception:  # readers raise whatever their libraries raise
+        return False
+    return True
 
 
 def remove_leftovers(outputs: Sequence[str], ending: str) -> None:
