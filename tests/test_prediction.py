@@ -32,6 +32,7 @@ from PIL import Image
 
 import nnunet_lgms
 from nnunet_lgms import inference
+from nnunet_lgms.channel_files import images_left_out
 from nnunet_lgms.cli import main
 from nnunet_lgms.inference import load_predictor
 from nnunet_lgms.prediction import logits, one_case, resampling, sliding_window
@@ -362,6 +363,142 @@ def test_a_broken_case_is_named_and_the_others_go_on(volume: tuple[Path, Path], 
     assert (out / "a.nii.gz").stat().st_mtime_ns == before
     assert main([*words, "-num_parts", "2", "-part_id", "1"]) == 0
     assert "[1/1] b" in capsys.readouterr().err
+
+
+def test_channels_are_those_of_their_numbers(
+    volume: tuple[Path, Path], flat: tuple[Path, Path], tmp_path: Path, capsys
+):
+    """A case without channel 0, or with a gap, is refused by name, and the others go on."""
+    model, file = volume
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("one_0000", "two_0001"):
+        shutil.copy(file, images / f"{name}.nii.gz")
+
+    def predicted(model: Path, images: Path, out: str) -> tuple[str, list[str]]:
+        words = ["-i", str(images), "-o", str(tmp_path / out), "-m", str(model), "-device", "cpu", "--disable_tta"]
+        assert main(["predict", *words]) == 1
+        labels = sorted(f.name for f in (tmp_path / out).iterdir() if f.suffix != ".json")
+        return capsys.readouterr().err, labels
+
+    shutil.copy(file, images / "CAP_0000.NII.GZ")
+    said, labels = predicted(model, images, "volumes")
+    assert "rename CAP_0000.NII.GZ to CAP_0000.nii.gz." in said
+    assert "[2/2] two: The channels of two are two_0001.nii.gz, not two_0000.nii.gz: give every channel once" in said
+    assert labels == ["one.nii.gz"]
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in (
+        "all_0000",
+        "all_0001",
+        "all_0002",
+        "gap_0000",
+        "gap_0002",
+        "gap_0003",
+        "off_0001",
+        "off_0002",
+        "off_0003",
+    ):
+        Image.fromarray(np.full((32, 32), 7, np.uint8)).save(pictures / f"{name}.png")
+    said, labels = predicted(flat[0], pictures, "flat")
+    assert "not gap_0000.png, gap_0001.png, gap_0002.png" in said and "The channels of off are off_0001.png" in said
+    assert labels == ["all.png"]
+
+    with pytest.raises(ValueError, match="The channels of two are"):
+        load_predictor(model, device="cpu").predict_from_files(str(images), None)
+    swapped = [pictures / f"all_000{channel}.png" for channel in (0, 2, 1)]
+    with pytest.raises(ValueError, match="not all_0000.png, all_0001.png, all_0002.png: give every channel once"):
+        nnunet_lgms.predict(flat[0], swapped, device="cpu")
+    # files that somebody lists may be called as they are
+    nnunet_lgms.predict(model, images / "two_0001.nii.gz", device="cpu")
+    for channel, name in enumerate(("red", "green", "blue")):
+        shutil.copy(pictures / f"all_000{channel}.png", pictures / f"{name}.png")
+    nnunet_lgms.predict(flat[0], [pictures / f"{name}.png" for name in ("red", "green", "blue")], device="cpu")
+
+
+def test_only_labels_of_the_same_model_are_gone_on_with(volume: tuple[Path, Path], tmp_path: Path, capsys):
+    model, file = volume
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(file, images / f"{name}_0000.nii.gz")
+    _by_nnunet(model, [[images / "a_0000.nii.gz"]], out)  # which does not say of what trainer, configuration and folds
+
+    def predict(model: Path, *more: str) -> tuple[int, str]:
+        words = ["-i", str(images), "-o", str(out), "-device", "cpu", "--disable_tta", "--continue_prediction"]
+        code = main(["predict", *words, "-m", str(model), *more])
+        return code, capsys.readouterr().err
+
+    def copy(name: str, file: str, **changes) -> Path:
+        other = shutil.copytree(model, tmp_path / name)
+        content = json.loads((other / file).read_text())
+        (other / file).write_text(json.dumps(content | changes))
+        return other
+
+    def refused(model: Path, *more: str) -> str:
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        code, said = predict(model, *more)
+        assert code == 2 and "holds predictions of another model" in said
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+        return said
+
+    dataset = copy("dataset", "plans.json", dataset_name="Dataset904_Other")
+    assert "dataset_name 'Dataset903_Tiny', and this model has 'Dataset904_Other'" in refused(dataset)
+    labels = copy("labels", "dataset.json", labels={"background": 0, "c": 1, "b": 2, "a": 3})
+    assert "its dataset.json has labels" in refused(labels)
+    configurations = json.loads((model / "plans.json").read_text())["configurations"]
+    coarser = {"3d_fullres": configurations["3d_fullres"] | {"spacing": [2.0, 2.0, 2.0]}}
+    assert "its plans.json has spacing" in refused(copy("spacing", "plans.json", configurations=coarser))
+
+    more = copy("more", "plans.json", configurations=configurations | {"another": {"inherits_from": "3d_fullres"}})
+    code, said = predict(more)  # what was planned beside it does not matter
+    assert code == 0 and "1 of 2 cases are predicted already" in said
+    shutil.copytree(more / "fold_0", more / "fold_1")
+    shutil.copy(more / "fold_0/checkpoint_final.pth", more / "fold_0/checkpoint_best.pth")
+    assert "has folds ['0'], and this model has ['0', '1']" in refused(more, "-f", "0", "1")
+    assert "has checkpoint 'checkpoint_final.pth'" in refused(more, "-chk", "checkpoint_best.pth")
+    with pytest.raises(ValueError, match="another model"):
+        load_predictor(dataset, device="cpu").predict_from_files(
+            [[str(images / "a_0000.nii.gz")]], [str(out / "a")], overwrite=False
+        )
+
+    whole = (out / "a.nii.gz").read_bytes()
+    for junk in (b"", b"junk", whole[: len(whole) // 2]):
+        (out / "a.nii.gz").write_bytes(junk)
+        code, said = predict(model)
+        assert code == 0 and "a.nii.gz is no label map that can be read: it is predicted anew." in said
+        assert "1 of 2 cases are predicted already" in said and "[1/1] a" in said
+    for labels in out.glob("*.nii.gz"):
+        labels.unlink()
+    assert predict(dataset)[0] == 0  # nothing would be kept
+
+
+@pytest.mark.parametrize(
+    ("ending", "name", "said"),
+    [
+        (".nii.gz", "noidx.nii.gz", "rename noidx.nii.gz to noidx_0000.nii.gz."),
+        (".nii.gz", "x_00000.nii.gz", "rename x_00000.nii.gz to x_00000_0000.nii.gz."),
+        (".nii.gz", "y_000.nii.gz", "rename y_000.nii.gz to y_000_0000.nii.gz."),
+        (".nii.gz", "CAP_0000.NII.GZ", "rename CAP_0000.NII.GZ to CAP_0000.nii.gz."),
+        (".nii.gz", "gz_0001.nii", "convert gz_0001.nii to gz_0001.nii.gz."),
+        (".png", "jpg_0000.jpg", "convert jpg_0000.jpg to jpg_0000.png."),
+        (".png", "bmp.bmp", "convert bmp.bmp to bmp_0000.png."),
+        (".own", "a.own", "rename a.own to a_0000.own."),
+    ],
+)
+def test_what_looks_like_an_image_and_is_left_out_is_named(tmp_path: Path, ending: str, name: str, said: str):
+    for other in ("a_0000" + ending, "dataset.json", "notes.txt", "._a.nii.gz", ".hidden.png", name):
+        (tmp_path / other).touch()
+    (tmp_path / "folder.png").mkdir()
+    line = images_left_out(tmp_path, ending)
+    assert line.startswith(f"1 file of {tmp_path} looks like an image and is left out") and line.endswith(said)
+    (tmp_path / "z.nii.gz").touch()
+    line = images_left_out(tmp_path, ending)
+    assert line.startswith(f"2 files of {tmp_path} look like images") and line.endswith(said)
+    (tmp_path / "z.nii.gz").unlink()
+    (tmp_path / name).unlink()
+    assert images_left_out(tmp_path, ending) == ""
 
 
 def test_wrong_options_are_said_in_one_sentence(volume: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch):

@@ -203,6 +203,13 @@ def test_no_image_is_replaced_and_no_channel_left_out(tmp_path, capsys):
     for images in ([str(tmp_path)], channels, channels[::-1], channels[:1] * 2):
         assert main(["runtime", model, "-i", *images, "-o", str(tmp_path / "out")]) == 2
         assert "give every channel once, in the order of their numbers" in capsys.readouterr().err
+    (tmp_path / "images").mkdir()
+    for name in ("a_0000", "b"):
+        sitk.WriteImage(sitk.ReadImage(str(image)), tmp_path / f"images/{name}.nii.gz")
+    assert main(["runtime", model, "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]) == 0
+    assert "looks like an image and is left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="give every channel once"):
+        Predictor(model).predict(channels)
     assert main(["runtime", model, "-i", str(image), "-o", str(tmp_path / "out"), "--threads", "99999"]) == 2
     assert "this machine has 1 to" in capsys.readouterr().err
 

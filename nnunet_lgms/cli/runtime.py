@@ -9,11 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from nnunet_lgms.channel_files import IMAGE_ENDINGS, check_channel_files, images_left_out
 from nnunet_lgms.files import files_in
 from nnunet_lgms.sentences import sentence
-
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
-"""Of image files; a folder is not called so by anybody who means a folder."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -71,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"-o {folder} is a file, or lies below one: give a folder.") from None
+    if args.images[0].is_dir() and (left_out := images_left_out(args.images[0], ending)):
+        print(left_out, file=sys.stderr)
     failed = []
     for number, (name, files) in enumerate(cases.items(), start=1):
         begin = time.perf_counter()
@@ -106,7 +106,7 @@ def targets_of(cases: list[str], output: Path, ending: str) -> dict[str, Path]:
         if len(cases) > 1:
             raise ValueError(f"-o {output} is one file, and there are {len(cases)} cases: give a folder.")
         return {cases[0]: output}
-    if output.name.lower().endswith(ENDINGS):
+    if output.name.lower().endswith(IMAGE_ENDINGS):
         raise ValueError(f"-o {output} is no folder, and this model's files end in {ending}: name it so, or a folder.")
     return {case: output / f"{case}{ending}" for case in cases}
 
@@ -123,7 +123,7 @@ def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
         name = images[0].name
         case = re.sub(r"_\d{4}$", "", name[: -len(ending)] if name.lower().endswith(ending.lower()) else name)
         if len(images) > 1:
-            _check_channels(case, images, ending)
+            check_channel_files(case, images, ending)
         return {case: images}
     cases: dict[str, list[Path]] = {}
     for file in files_in(images[0], ending):
@@ -132,17 +132,8 @@ def find_cases(images: list[Path], ending: str) -> dict[str, list[Path]]:
     if not cases:
         raise ValueError(f"{images[0]} has no images named CASE_0000{ending}, as nnU-Net names channels.")
     for case, files in cases.items():
-        _check_channels(case, files, ending)
+        check_channel_files(case, files, ending)
     return cases
-
-
-def _check_channels(case: str, files: list[Path], ending: str) -> None:
-    expected = [f"{case}_{channel:04d}{ending}" for channel in range(len(files))]
-    if (given := [file.name for file in files]) != expected:
-        raise ValueError(
-            f"The channels of {case} are {', '.join(given)}, not {', '.join(expected)}: give every channel once, in "
-            "the order of their numbers."
-        )
 
 
 def _progress(title: str):

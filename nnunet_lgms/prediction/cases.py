@@ -14,11 +14,13 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_lgms.arrays import check_values, is_flat
+from nnunet_lgms.channel_files import check_listed_channels
 from nnunet_lgms.dataset_json import channel_names
-from nnunet_lgms.files import atomic_write, ignores_case, one_line
+from nnunet_lgms.files import atomic_write, files_in, ignores_case, one_line
 from nnunet_lgms.image_files import check_image_file, check_orientation
 from nnunet_lgms.names import alike
 from nnunet_lgms.nnunet_files import WITHOUT_SPACING, image_files
+from nnunet_lgms.prediction.amount import grid_of
 
 
 class CasesFailed(ValueError):
@@ -58,6 +60,7 @@ def read_case(
     configuration: ConfigurationManager,
     dataset_json: dict,
     name: str | None = None,
+    case: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """An image, the labels of a cascade's previous stage, and what nnU-Net's reader knows of it.
 
@@ -68,13 +71,16 @@ def read_case(
         configuration: of the model.
         dataset_json: of the model.
         name: what messages call the image; default: its file.
+        case: what the case is called, if that is known.
 
     Returns:
         (C, Z, Y, X) float32; (1, Z, Y, X) or None; properties.
 
     Raises:
-        ValueError: a file is missing, damaged, not finite or of another kind than the training's; one sentence.
+        ValueError: a file is missing, damaged, not finite, of another kind than the training's, or of another
+            channel than its place says; one sentence.
     """
+    check_listed_channels([Path(file) for file in files], case)
     reader = plans.image_reader_writer_class()
     read = [*files, *([previous] if previous else [])]
     for file in read:
@@ -200,6 +206,23 @@ def check_outputs(outputs: Sequence[str], ending: str) -> None:
 def finished(output: str, ending: str, with_probabilities: bool) -> bool:
     """Whether all files of a case are there."""
     return all(Path(output + end).is_file() for end in ([ending, ".npz"] if with_probabilities else [ending]))
+
+
+def has_labels(outputs: str | Sequence[str], ending: str) -> bool:
+    """Whether labels are there already: in a folder, or of these paths without the ending."""
+    if not isinstance(outputs, str):
+        return any(Path(output + ending).is_file() for output in outputs)
+    return Path(outputs).is_dir() and bool(files_in(Path(outputs), ending))
+
+
+def is_readable(file: str, reader: BaseReaderWriter) -> bool:
+    """Whether a label map is whole; nnU-Net writes into the file itself, which a call that was killed leaves cut."""
+    try:
+        check_image_file(Path(file))
+        grid_of([file], reader)
+    except Exception:  # readers raise whatever their libraries raise
+        return False
+    return True
 
 
 def remove_leftovers(outputs: Sequence[str], ending: str) -> None:

@@ -9,8 +9,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nnunet_lgms.channel_files import check_channel_files, images_left_out
 from nnunet_lgms.checkpoint import read_checkpoint
 from nnunet_lgms.dataset_json import read_dataset_json
 from nnunet_lgms.files import one_line, read_json
@@ -31,12 +33,15 @@ from nnunet_lgms.prediction.cases import (
     check_outputs,
     find_cases,
     finished,
+    has_labels,
+    is_readable,
     read_case,
     remove_leftovers,
 )
 from nnunet_lgms.prediction.logits import MANY
 from nnunet_lgms.prediction.one_case import CasePredictor
 from nnunet_lgms.prediction.pipeline import Behind, ahead
+from nnunet_lgms.prediction.same_model import check_same_model, write_model
 
 #: nnU-Net's own number of threads and processes for reading and for writing
 THREADS = 3
@@ -61,6 +66,7 @@ class Predictor(CasePredictor):
     """
 
     _list_is_little = False
+    _model: dict[str, Any] | None = None
 
     # ---- the model
 
@@ -90,6 +96,12 @@ class Predictor(CasePredictor):
             first["trainer_name"],
             first.get("inference_allowed_mirroring_axes"),
         )
+        self._model = {
+            "trainer": first["trainer_name"],
+            "configuration": first["init_args"]["configuration"],
+            "folds": sorted(map(str, use_folds)),
+            "checkpoint": checkpoint_name,
+        }
 
     def _build(self, trainer: str, plans: PlansManager, configuration: Any, dataset_json: dict) -> nn.Module:
         build = self.known_networks(trainer)
@@ -113,6 +125,41 @@ class Predictor(CasePredictor):
 
     # ---- lists of cases
 
+    def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = THREADS,
+        num_processes_segmentation_export: int = THREADS,
+        folder_with_segs_from_prev_stage: str | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+    ) -> list | None:
+        """As its parent's; labels that are kept have to be of this model.
+
+        Raises:
+            ValueError: labels that are there are of another model, or outputs are not as they should be.
+            CasesFailed: some cases could not be predicted; the others are.
+        """
+        outputs, ending = output_folder_or_list_of_truncated_output_files, self.dataset_json["file_ending"]
+        if outputs and not overwrite:  # before plans and description are written over
+            folder = Path(outputs if isinstance(outputs, str) else os.path.dirname(outputs[0]))
+            if has_labels(outputs, ending):
+                check_same_model(folder, self.plans_manager.plans, self.dataset_json, self._model)
+        return super().predict_from_files(
+            list_of_lists_or_source_folder,
+            outputs,
+            save_probabilities,
+            overwrite,
+            num_processes_preprocessing,
+            num_processes_segmentation_export,
+            folder_with_segs_from_prev_stage,
+            num_parts,
+            part_id,
+        )
+
     def _manage_input_and_output_lists(
         self,
         list_of_lists_or_source_folder: str | list[list[str]],
@@ -126,7 +173,13 @@ class Predictor(CasePredictor):
         images, outputs = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
         ending = self.dataset_json["file_ending"]
         if isinstance(images, str):
-            images = [list(map(str, files)) for files in find_cases(Path(images), ending).values()]
+            cases = find_cases(Path(images), ending)
+            if outputs is None:  # which otherwise name the cases, each of which is checked when it is read
+                for case, files in cases.items():
+                    check_channel_files(case, files, ending)
+            if left_out := images_left_out(Path(images), ending):
+                self.talk(left_out)
+            images = [list(map(str, files)) for files in cases.values()]
         images = images[part_id::num_parts]
         names = [os.path.basename(files[0])[: -(len(ending) + 5)] for files in images]
         if isinstance(outputs, str):
@@ -143,7 +196,15 @@ class Predictor(CasePredictor):
             return images, None, previous
         check_outputs(outputs, ending)
         remove_leftovers(outputs, ending)
-        left = [i for i, out in enumerate(outputs) if overwrite or not finished(out, ending, save_probabilities)]
+        if self._model is not None and outputs:
+            write_model(Path(outputs[0]).parent, self._model)
+        done = [] if overwrite else [out for out in outputs if finished(out, ending, save_probabilities)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            whole = set(compress(done, pool.map(lambda out: is_readable(out + ending, reader()), done)))
+        for output in done:
+            if output not in whole:
+                self.talk(f"{output}{ending} is no label map that can be read: it is predicted anew.")
+        left = [i for i, out in enumerate(outputs) if out not in whole]
         if len(left) < len(images):
             self.talk(f"{len(images) - len(left)} of {len(images)} cases are predicted already.")
         return [images[i] for i in left], [outputs[i] for i in left], [previous[i] for i in left]
@@ -186,6 +247,7 @@ class Predictor(CasePredictor):
                     self.plans_manager,
                     self.configuration_manager,
                     self.dataset_json,
+                    case=name,
                 )
             with self.stages.measured("preprocess", name):
                 return self._preprocess(*case), case[2]

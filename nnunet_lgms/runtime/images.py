@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_lgms.arrays import check_values
+from nnunet_lgms.channel_files import check_listed_channels
 from nnunet_lgms.files import one_line
 from nnunet_lgms.image_files import check_image_file, check_orientation
 from nnunet_lgms.runtime.description import Description
@@ -34,9 +35,11 @@ def read_case(files: Sequence[Path], description: Description) -> Case:
     """One image, a file a channel (or one file of several channels).
 
     Raises:
-        ValueError: a file is missing or unreadable, or channels, sizes or places are not what the model expects.
+        ValueError: a file is missing or unreadable, or channels, their numbers, sizes or places are not what the model
+            expects.
     """
     files = [Path(file) for file in files]
+    check_listed_channels(files)
     parts, spacings, geometries = zip(*(_read(file, description) for file in files))
     reader = READERS[description.reader]
     for file, part, spacing, geometry in zip(files, parts, spacings, geometries):
