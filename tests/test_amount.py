@@ -215,10 +215,12 @@ def test_a_zero_shot_test_that_goes_on_decides_as_it_began(flat, told, tmp_path:
     for voxels, answer in ((N_CASES * WINDOW, False), (N_CASES * WINDOW + 1, True)):
         for case in ("case_1", "case_3"):
             (tmp_path / f"{case}.png").unlink(missing_ok=True)
-        (tmp_path / "case_0.png").write_text("is there")
+        there = tmp_path / "case_0.png"
+        Image.new("L", (9, 9), 1).save(there)  # as no prediction would be
+        before = there.read_bytes()
         assert told(voxels, lambda predictor: zeroshot._predict(predictor, cases, tmp_path, workers)) is answer
         assert len(list(tmp_path.glob("case_*.png"))) == N_CASES
-        assert (tmp_path / "case_0.png").read_text() == "is there"
+        assert there.read_bytes() == before
 
 
 def test_of_what_is_not_counted_kernels_are_compiled(flat: tuple[Path, Path], told):
