@@ -522,6 +522,7 @@ def test_wrong_options_are_said_in_one_sentence(volume: tuple[Path, Path], tmp_p
     assert "has no fold_3" in refused(*images, *out, "-m", str(model), "-f", "3")
     (tmp_path / "none").mkdir()
     assert "has no images named CASE_0000.nii.gz" in refused("-i", str(tmp_path / "none"), *out, "-m", str(model))
+    assert not list(tmp_path.rglob("plans.json"))  # of a model that then predicts nothing
 
 
 class Small(torch.nn.Module):

@@ -144,7 +144,10 @@ class Predictor(CasePredictor):
             CasesFailed: some cases could not be predicted; the others are.
         """
         outputs, ending = output_folder_or_list_of_truncated_output_files, self.dataset_json["file_ending"]
-        if outputs and not overwrite:  # before plans and description are written over
+        # Both before plans and description are written over.
+        if isinstance(list_of_lists_or_source_folder, str):
+            find_cases(Path(list_of_lists_or_source_folder), ending)
+        if outputs and not overwrite:
             folder = Path(outputs if isinstance(outputs, str) else os.path.dirname(outputs[0]))
             if has_labels(outputs, ending):
                 check_same_model(folder, self.plans_manager.plans, self.dataset_json, self._model)
