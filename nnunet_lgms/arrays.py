@@ -36,26 +36,28 @@ def checked_image(samples: np.ndarray, spacing: Sequence[float] | None) -> tuple
     spacing = _checked_spacing((1.0, 1.0) if spacing is None else spacing, samples.ndim - 1)
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused
         samples = samples.astype(np.float32)
-    if not np.isfinite(samples).all():
-        raise ValueError(
-            "The image holds NaN, infinity or more than float32 can hold, which would make every label background: "
-            "clean it first."
-        )
-    check_values(samples, "The image")
+    check_values(samples, "The image", not_finite="NaN, infinity or more than float32 can hold")
     if flat := samples.ndim == 3:
         samples, spacing = samples[:, None], (FLAT_SPACING, *spacing)
     return samples, spacing, flat
 
 
-def check_values(samples: np.ndarray, name: str) -> None:
-    """Raises ValueError if an image (C, ...) holds what would make every label background; ``name`` is its subject."""
+def check_values(samples: np.ndarray, name: str, not_finite: str = "NaN or infinity") -> None:
+    """Raises ValueError if an image (C, ...) holds what would make every label background.
+
+    Args:
+        samples: real numbers.
+        name: the subject of the sentence.
+        not_finite: what it may hold that is not finite here.
+    """
+    if all(-LARGEST < channel.min() and channel.max() < LARGEST for channel in samples):  # NaN lies between nothing
+        return
     if not all(np.isfinite(channel).all() for channel in samples):
-        raise ValueError(f"{name} holds NaN or infinity, which would make every label background: clean it first.")
-    if not all(-LARGEST < channel.min() and channel.max() < LARGEST for channel in samples):
-        raise ValueError(
-            f"{name} holds values beyond {LARGEST:g}, which would make every label background: replace them; "
-            "they stand for padding, maybe."
-        )
+        raise ValueError(f"{name} holds {not_finite}, which would make every label background: clean it first.")
+    raise ValueError(
+        f"{name} holds values beyond {LARGEST:g}, which would make every label background: replace them; "
+        "they stand for padding, maybe."
+    )
 
 
 def is_flat(properties: Mapping[str, Any]) -> bool:

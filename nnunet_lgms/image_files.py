@@ -87,7 +87,7 @@ def check_orientation(path: Path) -> None:
     """Raises ValueError if a picture says that it is to be turned, which nnU-Net's reader does not do."""
     try:
         turned = says_to_turn(path)
-    except Exception:  # a kind that Pillow does not know
+    except Exception:  # Pillow raises almost anything for kinds that it does not know, and their reader may
         return
     if turned:
         raise ValueError(

@@ -37,8 +37,8 @@ class LabelSet:
 
     def only(self, regions: Mapping[str, tuple[int, ...]]) -> LabelSet:
         """The same files with other regions: values that are in none of them count as background."""
-        inside = {value for region in regions.values() for value in region}
-        return replace(self, regions=regions, background=self.values - inside)
+        others = replace(self, regions=regions)
+        return replace(others, background=self.values - others.foreground)
 
     @classmethod
     def from_dataset_json(cls, content: Mapping) -> LabelSet:

@@ -93,7 +93,10 @@ def read_case(
         _check_ending(file, reader, dataset_json["file_ending"])
     name = name or f"The image {files[0]}"
     with ThreadPoolExecutor(len(read)) as pool:  # both decompress the file, and libraries do it outside Python's lock
-        checked = [pool.submit(check_image_file, Path(file)) for file in read]
+        checks = [check_image_file]
+        if type(reader).__name__ in WITHOUT_SPACING:  # pictures
+            checks.append(check_orientation)
+        checked = [pool.submit(check, Path(file)) for file in read for check in checks]
         try:
             samples, properties = reader.read_images(list(files))
             labels = None if previous is None else reader.read_seg(previous)[0]
@@ -105,9 +108,6 @@ def read_case(
             raise ValueError(f"{name} cannot be read as the model's training images were ({reason}).") from error
         for check in checked:
             check.result()
-    if type(reader).__name__ in WITHOUT_SPACING:
-        for file in read:
-            check_orientation(Path(file))
     check_channels(samples, dataset_json, name)
     check_axes(is_flat(properties), configuration, name)
     check_values(samples, name)
