@@ -106,11 +106,18 @@ def _together(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[T
     """
     sizes = [weight.numel() for weight in weights]
     together = gradients[0].new_empty(sum(sizes))
-    strides = (torch.empty_like(weight, device="meta").stride() for weight in weights)  # made dense
-    parts = zip(together.split(sizes), weights, strides, strict=True)
-    parts = tuple(part.as_strided(weight.shape, stride) for part, weight, stride in parts)
-    torch._foreach_copy_(parts, gradients)
-    return together, parts
+    parts = together.split(sizes)
+    layouts = [torch.empty_like(weight, device="meta") for weight in weights]  # made dense
+    # Flat: where the strides of one pair differ, PyTorch copies all pairs one by one, two hundred launches.
+    flat = [_as_stored(gradient, layout) for gradient, layout in zip(gradients, layouts, strict=True)]
+    torch._foreach_copy_(parts, flat)
+    shaped = (part.as_strided(layout.shape, layout.stride()) for part, layout in zip(parts, layouts, strict=True))
+    return together, tuple(shaped)
+
+
+def _as_stored(x: Tensor, layout: Tensor) -> Tensor:
+    """The numbers of x, flat, in the order in which those of a dense tensor of its shape lie in memory."""
+    return x.permute(sorted(range(x.ndim), key=layout.stride, reverse=True)).flatten()
 
 
 class _Replay(torch.autograd.Function):
