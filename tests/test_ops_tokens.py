@@ -1,5 +1,5 @@
-"""The operators between maps and tokens: their kernels in Triton's interpreter on the CPU, and compiled where there is
-a GPU.
+"""The operators between maps and tokens, and the linear layer: their kernels in Triton's interpreter on the CPU, and
+compiled where there is a GPU.
 
 The interpreter must be chosen before Triton is imported, so one subprocess (this file run as a script) computes all
 cases and prints their relative errors against PyTorch in float64.
@@ -13,7 +13,7 @@ from interpreter import run_interpreted
 from torch import nn
 
 from nnunet_lgms.blocks.attention import SparseTransformer
-from nnunet_lgms.ops import kernels, tokens
+from nnunet_lgms.ops import kernels, linear, tokens
 from nnunet_lgms.ops.backend import as_on_gpu
 from nnunet_lgms.ops.memory_format import channels_last
 
@@ -74,13 +74,31 @@ def errors(case, device, dtype=torch.float32):
     return [relative(a, b) for a, b in zip(actual, expected, strict=True)]
 
 
+def errors_of_linear(device, dtype=torch.float32):
+    """Of result and gradients of a linear layer of tokens."""
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 36).to(device, dtype)
+    x, grad = (torch.randn(2, 4, 700, n).to(device, dtype) for n in (20, 36))
+
+    def results(layer, x, grad):
+        out = linear(x.requires_grad_(), layer)
+        return [out.detach(), *torch.autograd.grad(out, [x, *layer.parameters()], grad)]
+
+    with as_on_gpu():
+        actual = results(layer, x, grad)
+    assert all(a.dtype == dtype for a in actual)
+    with kernels("off"):
+        expected = results(layer.double(), x.detach().double(), grad.double())
+    return [relative(a, b) for a, b in zip(actual, expected, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     return run_interpreted(__file__)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "linear"])
 def test_interpreted_kernels_match_float64(interpreted, case):
     assert max(interpreted[case]) < 1e-5
 
@@ -102,6 +120,12 @@ def test_kernels_are_told_what_memory_they_get():
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_kernels_match_float64(case, dtype, limit):
     assert max(errors(case, "cuda", getattr(torch, dtype))) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 2e-3), ("bfloat16", 1e-2)])
+def test_linear_matches_float64(dtype, limit):
+    assert max(errors_of_linear("cuda", getattr(torch, dtype))) < limit
 
 
 @pytest.mark.gpu
@@ -142,4 +166,4 @@ def test_compiles_under_autocast():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({case: errors(case, "cpu") for case in CASES}))
+    print(json.dumps({"linear": errors_of_linear("cpu"), **{case: errors(case, "cpu") for case in CASES}}))

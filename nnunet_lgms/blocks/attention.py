@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_lgms.ops import add_norm, attention, fold_add, unfold_norm
+from nnunet_lgms.ops import add_norm, attention, fold_add, linear, unfold_norm
 from nnunet_lgms.ops.tokens import end_padding, padded_size, unfold_positions
 
 
@@ -49,7 +49,7 @@ class PositionGroupAttention(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, P, N, C) -> (B, P, N, C); ``mask`` (P, N) is True where a key may be attended."""
         qkv = self.qkv(tokens).unflatten(-1, (3, self.n_heads, self.head_dim))
-        return self.proj(attention(qkv, mask))
+        return linear(attention(qkv, mask), self.proj)
 
 
 class SparseTransformer(nn.Module):
@@ -85,7 +85,8 @@ class SparseTransformer(nn.Module):
 
         tokens, normed, rest = unfold_norm(x, self.norm1, self.patch)
         tokens, normed = add_norm(tokens, self.attention(normed, mask), self.norm2)
-        update = self.feed_forward(normed)
+        widen, activation, narrow = self.feed_forward
+        update = linear(activation(linear(normed, widen)), narrow)
         if branch is not None:
             rest = branch(rest)
         return fold_add(tokens, update, rest, self.patch, spatial)

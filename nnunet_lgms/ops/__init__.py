@@ -11,6 +11,7 @@ from nnunet_lgms.ops.concatenate import concatenate
 from nnunet_lgms.ops.conv import conv_norm_act, logits, same_conv
 from nnunet_lgms.ops.depthwise import multi_kernel_depthwise
 from nnunet_lgms.ops.layout import to_fastest_layout
+from nnunet_lgms.ops.linear import linear
 from nnunet_lgms.ops.max_pool import max_pool
 from nnunet_lgms.ops.norm_act import norm_act
 from nnunet_lgms.ops.recompute import keeping_little
@@ -28,6 +29,7 @@ __all__ = [
     "keeping_little",
     "kernels",
     "kernels_for",
+    "linear",
     "linear_upsample",
     "logits",
     "max_pool",

@@ -234,6 +234,10 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum_per_channel(grad: Tensor) -> Tensor:
+    if use_kernels(grad) and not torch.is_grad_enabled():  # the kernel has no gradient
+        from nnunet_lgms.ops.triton.norm_act import channel_sums
+
+        return channel_sums(grad)
     return grad.sum([0, *range(2, grad.dim())], dtype=_accumulator(grad.dtype))
 
 

@@ -37,6 +37,7 @@ from nnunet_lgms.ops.triton.norm_act_kernels import (
     over_samples,
     store_moments,
 )
+from nnunet_lgms.ops.triton.sums import sum_of_rows
 
 ELEMENTS = 4096  # of the wide map in a program
 WARPS = 4
@@ -147,9 +148,9 @@ def backward(grad: Tensor, x: Tensor, b: Bottleneck, specs: Sequence[tuple[str, 
     grad_weight1, grad_bias1, *means = merge_gradient_sums(grid1, sums1, b.norm1)
     grad_x = input_gradient(grid1, grad_y.movedim(-1, 1), x, b.norm1, *means, ACTIVATION, out=grad_y)
     return (
-        grad_x, over_samples(grad_weight1, b.norm1), over_samples(grad_bias1, b.norm1), grad_expand.sum(0),
-        grad_expand_bias.sum(0), over_samples(grad_weight2, b.norm2), over_samples(grad_bias2, b.norm2),
-        grad_squeeze.sum(0), grad_squeeze_bias.sum(0),
+        grad_x, over_samples(grad_weight1, b.norm1), over_samples(grad_bias1, b.norm1), sum_of_rows(grad_expand),
+        sum_of_rows(grad_expand_bias), over_samples(grad_weight2, b.norm2), over_samples(grad_bias2, b.norm2),
+        sum_of_rows(grad_squeeze), sum_of_rows(grad_squeeze_bias),
     )  # fmt: skip
 
 

@@ -192,6 +192,18 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.movedim(1, -1), weight.flatten(1).to(x.dtype), bias).movedim(-1, 1)
 
 
+def fits_linear(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether a layer of tokens gains by :func:`linear`: where it has a bias, for whose gradient somebody asks."""
+    return layer.bias is not None and torch.is_grad_enabled() and x.is_contiguous() and x.dtype != torch.float64
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The operator `linear`: tokens (..., C) are voxels of a map with channels innermost, the layer is a 1x1 kernel."""
+    x = x.to(compute_dtype(x))
+    rows = x.view(1, 1, -1, x.shape[-1]).movedim(-1, 1)
+    return _OwnGradients.apply(rows, weight[..., None, None], bias, 1).view(*x.shape[:-1], -1)
+
+
 class _OwnGradients(Function):
     """`_library_conv` with this package's gradients of a bias and of grouped weights.
 

@@ -27,6 +27,7 @@ from nnunet_lgms.ops.recompute import can_be_made_again
 from nnunet_lgms.ops.triton import norm_act_kernels as kernels
 from nnunet_lgms.ops.triton.layout import to_channels_last
 from nnunet_lgms.ops.triton.norm_act_kernels import Norm
+from nnunet_lgms.ops.triton.sums import sum_of_voxels
 
 
 def fits_map(x: Tensor, channels: int | None = None) -> bool:
@@ -111,13 +112,13 @@ def track(norm: nn.Module, mean: Tensor, variance: Tensor, unbiased: float, bias
 def channel_sums(x: Tensor) -> Tensor:
     """Sum of every channel, (B, C, *spatial) -> (C,) in float32."""
     if fits_map(x):
-        return _channel_means(x) * (x.numel() // x.shape[1])
+        return _channel_sums(x)
     return x.sum([0, *range(2, x.ndim)], dtype=torch.float32)
 
 
-@triton_op("nnunet_lgms::channel_means", mutates_args=())
-def _channel_means(x: Tensor) -> Tensor:
-    return kernels.moments(x, "batch", 1, "none")[0].view(-1)
+@triton_op("nnunet_lgms::channel_sums", mutates_args=())
+def _channel_sums(x: Tensor) -> Tensor:
+    return sum_of_voxels(x)
 
 
 @triton_op(

@@ -96,7 +96,9 @@ class LaunchGrid:
         self.tiles_grid = (triton.cdiv(self.voxels, tile_rows), self.batch)
         self.slices_grid = (self.slices, self.batch)
         self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": tile_rows}
-        self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows}
+        # What the warps of a program have summed of each channel is exchanged between them, which takes its time.
+        warps = 4 if self.lanes < 64 else 2
+        self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows, "num_warps": warps}
 
     def empty(self, x: Tensor, n: int, rows: int) -> list[Tensor]:
         """n buffers of (rows, C) in float32."""

@@ -20,6 +20,7 @@ from nnunet_lgms.ops.library import triton_op, wrap_triton
 from nnunet_lgms.ops.memory_format import HALF, channels_last, map_memory
 from nnunet_lgms.ops.triton.concatenate import copy_rest
 from nnunet_lgms.ops.triton.layout import to_channels_last
+from nnunet_lgms.ops.triton.sums import sum_of_rows
 
 MAX_CHANNELS = 512  # of a token: a program holds some of them at once
 TILE = 2048  # numbers that a program holds of a tensor
@@ -221,7 +222,7 @@ def _backward(
         grad_tokens, grad_normed, grad_rest, tokens, out, weight, sums, rows, steps, EPS=eps,
         TO_MAP=grad_rest is not None, **tile, **geometry,
     )  # fmt: skip
-    return sums.sum(0)
+    return sum_of_rows(sums)
 
 
 @triton.jit
