@@ -4,6 +4,7 @@ import copy
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_backward_passes_of_a_graph_add_up(in_place, expected):
 @pytest.fixture
 def without_cuda(monkeypatch):
     """What is recorded is computed, at once."""
-    graph = SimpleNamespace(pool=lambda: None, reset=lambda: None)
+    graph = SimpleNamespace(pool=lambda: None, reset=lambda: None, replay=lambda: None)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, stand_in in (("CUDAGraph", graph), ("Stream", stream), ("current_stream", stream)):
         monkeypatch.setattr(torch.cuda, name, lambda stand_in=stand_in: stand_in)
@@ -150,9 +151,12 @@ class Recorder:
 
     made = 0
 
-    def __init__(self, forward, x):
+    def __init__(self, forward, x, weights):
         Recorder.made += 1
         self.forward = forward
+
+    def weights_may_have_changed(self):
+        pass
 
     def __call__(self, x):
         return self.forward(x)
@@ -182,6 +186,46 @@ def test_predictions_are_recorded_when_a_shape_comes_again(recorder):
     for _ in range(3):  # what takes statistics of its own is no prediction
         network.train()(large)
     assert recorder.made == 2
+
+
+@torch.no_grad()
+def test_what_is_made_of_weights_is_made_again_when_they_may_have_changed(without_cuda, monkeypatch):
+    monkeypatch.setattr(GraphedLGMSNet, "_has_graphs", staticmethod(lambda x: True))
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    network, x = GraphedLGMSNet.paper(1, 2, dim=2).eval(), torch.zeros(1, 1, 16, 16)
+    weight = next(network.parameters())
+    network(x), network(x), network(x)
+    prediction, renewed = network._prediction, []
+    monkeypatch.setattr(prediction._of_weights, "renew", lambda: renewed.append(True))
+
+    def renewals(mode):
+        renewed.clear()
+        with mode():
+            network(x)
+        return len(renewed)
+
+    changes = [
+        lambda: None,
+        lambda: weight.mul_(2),
+        lambda: network.load_state_dict(network.state_dict()),
+        lambda: (weight.data.mul_(2), network.eval()),  # the former of which nobody knows
+        lambda: network.train().eval(),
+    ]
+    for mode in (torch.inference_mode, torch.no_grad):
+        for change in changes:
+            change()
+            assert [renewals(mode), renewals(mode)] == [change is not changes[0], 0]
+    assert network._prediction is prediction
+
+
+@torch.no_grad()
+def test_weights_that_do_not_tell_are_always_taken_as_changed(without_cuda):
+    with torch.inference_mode():
+        weights = [torch.zeros(3)]
+    prediction = recorded.RecordedPrediction(torch.relu, torch.zeros(3), weights)
+    renewed = prediction._of_weights.renew = MagicMock()
+    prediction(torch.ones(3)), prediction(torch.ones(3))
+    assert renewed.call_count == 2
 
 
 @torch.no_grad()
@@ -283,7 +327,7 @@ def test_pytorchs_operators_ask_for_no_number(dim, options, monkeypatch):
 
 @torch.no_grad()
 def test_a_graph_that_does_not_fit_is_done_without(recorder, monkeypatch):
-    def fails(forward, x):
+    def fails(forward, x, weights):
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(graphed, "RecordedPrediction", fails)
@@ -380,6 +424,15 @@ def test_predictions_on_graphs_are_predictions(dim):
             expected = [plain(x) for x in images]
         assert max(map(relative, results, expected)) < 1e-3
     assert network._prediction is not None
+    changes = [lambda p: p.mul_(0.9), lambda p: p.data.mul_(0.9), lambda p: p.copy_(p * 1.1)]
+    for change in changes:  # in place, also where it is not seen but by the call of eval() behind it
+        for of in (plain, network):
+            with torch.no_grad():
+                list(map(change, of.parameters()))
+            of.eval()
+        with torch.inference_mode(), torch.autocast("cuda"):
+            expected[0] = plain(images[0])
+            assert relative(network(images[0]), expected[0]) < 1e-3
     with torch.no_grad(), torch.autocast("cuda"):  # a tensor of inference mode stays usable outside of it
         assert relative(network(images[0]), expected[0]) < 1e-3
     network.half().float()

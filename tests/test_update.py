@@ -105,7 +105,9 @@ def test_steps_are_recorded_when_all_has_stayed_and_rates_are_those_of_the_step(
     assert what_was_done(recorded) == ["record", "replay"]
     assert [group["lr"] for group in groups] == [0.02, 0.1, 0.3]
     groups[0]["lr"], groups[1]["lr"] = 0.5, 0.25
+    versions = [p._version for p in recorded.parameters]
     assert what_was_done(recorded) == ["replay"]
+    assert all(p._version > before for p, before in zip(recorded.parameters, versions, strict=True))
     assert recorded.did == [("replay", pytest.approx([0.5, 0.25, 0.3]))]
 
 

@@ -12,8 +12,9 @@ Nothing here is computed in another way, and `torch.compile`, export, the CPU an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,6 +30,7 @@ from nnunet_lgms.graphs.recorded import RecordedPrediction, RecordedStep
 from nnunet_lgms.graphs.recording import can_be_recorded, in_all_or_none
 from nnunet_lgms.ops.backend import nothing_prepared, use_kernels
 from nnunet_lgms.ops.launch import only_compiling
+from nnunet_lgms.ops.of_weights import of_weights
 
 # Predictions of one kind that are computed before one is recorded: a graph takes as long as these to make.
 BEFORE_RECORDING = 2
@@ -40,7 +42,8 @@ class GraphedLGMSNet(LGMSNet):
     Graphs are made and replayed on NVIDIA GPUs, of the Triton kernels or of PyTorch's operators (see
     :func:`use_kernels`): neither asks the GPU for a number. Predictions are recorded by themselves, when inputs of the
     same shape come again and again, as windows of an image do; only the latest graph is kept. A graph ends when the
-    weights move to another place (``.to``, ``.half``), not when they change.
+    weights move to another place (``.to``, ``.half``), not when they change: what predictions make of the weights alone
+    is made again then. A change through ``weight.data`` is not seen before the next :meth:`train` or ``eval()``.
 
     Attributes:
         few_predictions: whether so few are to come that what is compiled or tried out for them takes longer than it
@@ -126,11 +129,17 @@ class GraphedLGMSNet(LGMSNet):
                     self._with_converted_weights(x)
         if self._prediction is None and self._computed == BEFORE_RECORDING:
             try:
-                self._prediction = RecordedPrediction(self._with_converted_weights, x)
+                self._prediction = RecordedPrediction(self._with_converted_weights, x, list(self.parameters()))
             except RuntimeError as error:  # out of memory, most likely, which a graph holds for as long as it lives
                 warnings.warn(f"Predictions are not recorded as a CUDA graph ({error}).", stacklevel=2)
         self._computed += 1
         return self._with_converted_weights(x) if self._prediction is None else self._prediction(x)
+
+    def train(self, mode: bool = True) -> GraphedLGMSNet:
+        """As PyTorch's; the next prediction looks at the weights anew, as not every change of them can be seen."""
+        if self._prediction is not None:
+            self._prediction.weights_may_have_changed()
+        return super().train(mode)
 
     def _with_converted_weights(
         self, x: Tensor, parameters: Mapping[str, Tensor] | None = None
@@ -146,7 +155,9 @@ class GraphedLGMSNet(LGMSNet):
             names = [f"{name}.weight" for name in modules]
             # A convolution's bias goes to operators that read it as it is.
             names += [f"{name}.bias" for name, m in modules.items() if isinstance(m, nn.Linear) and m.bias is not None]
-            converted = _Convert.apply(torch.get_autocast_dtype("cuda"), *(parameters[name] for name in names))
+            dtype, tensors = torch.get_autocast_dtype("cuda"), [parameters[name] for name in names]
+            convert = _Convert.apply if torch.is_grad_enabled() else partial(of_weights, _converted)
+            converted = convert(dtype, *tensors)
             parameters.update(zip(names, converted, strict=True))
         return functional_call(plain, parameters, (x,))
 
@@ -193,15 +204,15 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtype = tensors[0].dtype
-        return tuple(_converted(tensors, dtype))
+        return _converted(dtype, *tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_converted(gradients, ctx.dtype)
+        return None, *_converted(ctx.dtype, *gradients)
 
 
-def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    out = [torch.empty_like(t, dtype=dtype) for t in tensors]
+def _converted(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    out = tuple(torch.empty_like(t, dtype=dtype) for t in tensors)
     torch._foreach_copy_(out, tensors)
     return out

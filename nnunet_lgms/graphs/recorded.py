@@ -13,18 +13,37 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nnunet_lgms.graphs.recording import as_recorded, autocast_without_cache, memory_for, recording
 from nnunet_lgms.ops.exchange import without_exchange
 from nnunet_lgms.ops.launch import only_compiling
+from nnunet_lgms.ops.of_weights import MadeOfWeights
 
 
 class RecordedPrediction:
-    """A recorded forward pass, for inputs like x."""
+    """A recorded forward pass, for inputs like x, which makes nothing of the weights that can be made before."""
 
-    def __init__(self, forward: Callable, x: Tensor):
+    def __init__(self, forward: Callable, x: Tensor, weights: Sequence[Tensor]):
         self._input = memory_for(x)
         self._graph = torch.cuda.CUDAGraph()
-        with autocast_without_cache(), recording(self._graph, torch.cuda.Stream()):
-            self._output = forward(self._input)
+        self._of_weights = MadeOfWeights(weights)
+        self._weights = [w for w in weights if not w.is_inference()]
+        self._all_tell = len(self._weights) == len(weights)  # when they change; a tensor of inference mode does not
+        with autocast_without_cache():
+            with self._of_weights.making():
+                forward(self._input)
+            with self._of_weights.in_use(), recording(self._graph, torch.cuda.Stream()):
+                self._output = forward(self._input)
+        self._versions: list[int] | None = self._versions_now()
+
+    def weights_may_have_changed(self) -> None:
+        """In their place, without telling."""
+        self._versions = None
+
+    def _versions_now(self) -> list[int]:
+        return [w._version for w in self._weights]
 
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
+        versions = self._versions_now()
+        if versions != self._versions or not self._all_tell:
+            self._of_weights.renew()
+            self._versions = versions
         self._input.copy_(x)
         self._graph.replay()
         return tree_map(torch.clone, self._output)

@@ -71,6 +71,7 @@ class RecordedUpdate:
     def __init__(self, network: nn.Module, optimizer: FusedSGD, scaler: torch.amp.GradScaler | None = None):
         self.network, self.optimizer, self.scaler = network, optimizer, scaler
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._weights = [p for group in optimizer.param_groups for p in group["params"]]
         self._others = [p for p in network.parameters() if id(p) not in own]  # are clipped, too
         self._graph: torch.cuda.CUDAGraph | None = None
         self._state: Any = None  # in the step before
@@ -92,6 +93,7 @@ class RecordedUpdate:
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
+        torch.autograd.graph.increment_version(self._weights)  # of which a replay tells nobody
         return self._norm
 
     def is_of(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:

@@ -29,6 +29,7 @@ from nnunet_lgms.ops.cpu import depthwise as depthwise_cpu
 from nnunet_lgms.ops.layout import to_channels_first, to_channels_last
 from nnunet_lgms.ops.library import custom_op
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST
+from nnunet_lgms.ops.of_weights import of_weights
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Outputs along x that share one matrix product in the weight gradient on the CPU, and the most numbers that its copies
@@ -69,8 +70,7 @@ def multi_kernel_depthwise(
         x = x.to(torch.get_autocast_dtype(device))
     channels = [w.shape[0] for w in weights]
     kernels = [k for w in weights for k in w.shape[2:]]
-    parameters = [p.reshape(-1) for p in [*weights, *(biases or [])]]
-    parameters = parameters[0] if len(parameters) == 1 else torch.cat(parameters)
+    parameters = of_weights(_flat, *weights, *(biases or []))
     if depthwise_cpu.fits(x):
         return _convolve(x, parameters, channels, kernels, biases is not None, False, residual)
     # The operators want x-contiguous maps. A change of layout here, outside of them, is one that Inductor can fuse into
@@ -107,6 +107,12 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> Non
             f"multi_kernel_depthwise got biases of shapes {[tuple(b.shape) for b in biases]}; "
             f"give one of shape (channels,) for every weight, or None: {[(w.shape[0],) for w in weights]}."
         )
+
+
+def _flat(*parameters: Tensor) -> Tensor:
+    """All of them, one after the other."""
+    parameters = [p.reshape(-1) for p in parameters]
+    return parameters[0] if len(parameters) == 1 else torch.cat(parameters)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

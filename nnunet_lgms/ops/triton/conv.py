@@ -17,8 +17,9 @@ from torch.autograd import Function
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_lgms.ops.library import triton_op
-from nnunet_lgms.ops.memory_format import HALF, channels_last, compute_dtype
+from nnunet_lgms.ops.memory_format import HALF, as_channels_last, channels_last, compute_dtype
 from nnunet_lgms.ops.norms import statistics_known
+from nnunet_lgms.ops.of_weights import of_weights
 from nnunet_lgms.ops.recompute import can_be_made_again
 from nnunet_lgms.ops.triton import conv_kernels as kernels
 from nnunet_lgms.ops.triton.concatenate import concatenate
@@ -177,6 +178,9 @@ _narrow_conv.register_autograd(_backward, setup_context=_setup)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    if not torch.is_grad_enabled():
+        weight = of_weights(as_channels_last, weight)  # as cuDNN would in every prediction
+        bias = None if bias is None else of_weights(Tensor.to, bias, weight.dtype)
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
 
 
@@ -188,7 +192,7 @@ def _library_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    bias = None if bias is None else bias.to(x.dtype)  # as autocast does
+    bias = None if bias is None else of_weights(Tensor.to, bias, x.dtype)  # as autocast does
     return F.linear(x.movedim(1, -1), weight.flatten(1).to(x.dtype), bias).movedim(-1, 1)
 
 

@@ -40,6 +40,7 @@ from torch import Tensor
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import wrap_triton
 from nnunet_lgms.ops.memory_format import map_memory
+from nnunet_lgms.ops.of_weights import of_weights
 from nnunet_lgms.ops.triton import device
 from nnunet_lgms.ops.triton.activation import CODES, affine, after_norm, before_norm
 
@@ -232,12 +233,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """Convolves a part of the channels of x with the weights of a group to a part of those of the memory `out`."""
     t = grid.tiling
-    band = torch.empty((t.rows, t.run, t.n), dtype=x.dtype, device=x.device)
-    numbers = t.rows * t.run * t.n
-    launch(wrap_triton(_conv_band_kernel))[(triton.cdiv(numbers, BAND_NUMBERS),)](
-        weight.contiguous(), band, group * t.c_in * t.c_out * math.prod(weight.shape[2:]), int(mirrored), numbers,
-        t.run, t.n, t.lanes, t.c_in, t.c_out, t.kz, t.ky, t.kx, t.ty, t.tx, NUMBERS=BAND_NUMBERS,
-    )  # fmt: skip
+    band = of_weights(_band_matrices, weight, group, mirrored, t, x.dtype)
     norm, eps, activation, residual = (None,) * 4, 0.0, "none", None
     if epilogue is not None:
         *norm, eps, activation, residual = epilogue
@@ -247,6 +243,16 @@ def _launch(
         AFFINE=norm[2] is not None, ACT=CODES[activation], RESIDUAL=residual is not None, BLOCK=grid.block,
         **t.constants(), **grid.options,
     )  # fmt: skip
+
+
+def _band_matrices(weight: Tensor, group: int, mirrored: bool, t: Tiling, dtype: torch.dtype) -> Tensor:
+    """The band matrices of a group, (rows, run, N)."""
+    band = torch.empty((t.rows, t.run, t.n), dtype=dtype, device=weight.device)
+    launch(wrap_triton(_conv_band_kernel))[(triton.cdiv(band.numel(), BAND_NUMBERS),)](
+        weight.contiguous(), band, group * t.c_in * t.c_out * math.prod(weight.shape[2:]), int(mirrored), band.numel(),
+        t.run, t.n, t.lanes, t.c_in, t.c_out, t.kz, t.ky, t.kx, t.ty, t.tx, NUMBERS=BAND_NUMBERS,
+    )  # fmt: skip
+    return band
 
 
 @triton.jit(

@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nnunet_lgms.ops.launch import launch
+from nnunet_lgms.ops.of_weights import of_weights
 from nnunet_lgms.ops.triton import device
 
 PATCH = tl.constexpr(8)  # outputs per axis of a patch
@@ -374,16 +375,23 @@ def convolve(
     window = groups.window_width, groups.window_left
     tiles = groups.most_tiles(bk)
     out = torch.empty_like(x)
-    band = torch.empty(c * tiles * bk * 64, dtype=x.dtype, device=x.device)
+    band = of_weights(_band_matrices, parameters, groups, flip, bk, x.dtype)
     first_bias = parameters.numel() - c if has_bias else -1
-    launch(_depthwise_band_kernel)[(c, tiles)](
-        parameters, band, *groups.packed, int(flip), tiles, *window, bk, num_warps=4
-    )
     launch(_depthwise_forward_kernel)[(-(-patches // bm), c)](
         x, band, parameters, out, *groups.packed, first_bias, int(residual), tiles, c, d, h, w // unit, patches,
         *window, unit, bm, bz, bk, precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+def _band_matrices(parameters: Tensor, groups: _Groups, flip: bool, bk: int, dtype: torch.dtype) -> Tensor:
+    """The band matrices of all channels, of flat parameters."""
+    channels, tiles = sum(groups.channels), groups.most_tiles(bk)
+    band = torch.empty(channels * tiles * bk * 64, dtype=dtype, device=parameters.device)
+    launch(_depthwise_band_kernel)[(channels, tiles)](
+        parameters, band, *groups.packed, int(flip), tiles, groups.window_width, groups.window_left, bk, num_warps=4
+    )
+    return band
 
 
 def correlate(x: Tensor, grad: Tensor, channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
