@@ -48,6 +48,7 @@ from nnunet_lgms.ops.triton import (
     device,
     norm_act_kernels,
     softmax_sums,
+    sums,
 )
 from nnunet_lgms.planning.memory import OnGPU
 
@@ -144,6 +145,7 @@ def noting(shared_memory: int, major: int) -> Iterator[list[Version]]:
     with (
         patch.object(device, "sizes", lambda _: device.Device(108, shared_memory)),
         patch.object(bottleneck_kernels, "capability", lambda _: (major, 0)),
+        patch.object(norm_act_kernels, "capability", lambda _: (major, 0)),
         patch.object(launch._here, "asked_for", {}) as asked_for,
     ):
         yield versions
@@ -191,6 +193,18 @@ def widest_versions(shared_memory: int, major: int) -> list[Version]:
             for x in (contiguous, contiguous.to(memory_format=torch.channels_last_3d)):
                 labels = torch.empty((2, 1, 32, 128, 128), dtype=torch.int16, device="meta")
                 softmax_sums.softmax_sums(x.requires_grad_(), labels, classes).sum().backward()
+        for channels, dtype in (
+            (128, torch.float16),
+            (128, torch.float32),
+            (norm_act_kernels.MAX_CHANNELS, torch.float16),
+        ):
+            grad = torch.empty((2, channels, 32, 64, 64), dtype=dtype, device="meta")
+            grad = grad.to(memory_format=torch.channels_last_3d)
+            for x in (grad, grad.contiguous()):
+                for activation in ("gelu_first", "silu"):
+                    norm = norm_act_kernels.Norm(*norm_act_kernels.moments(x, "batch", 1, activation), None, None, 1e-5)
+                    norm_act_kernels.backward(grad, x, norm, "batch", 1, activation)
+                sums.sum_of_voxels(x)
         norm_act_kernels.merge_processes(torch.empty((8, 3, 256), device="meta"), 0)
     return [v for v in versions if v.name not in SMALL_KERNELS]
 

@@ -348,5 +348,6 @@ def test_compiled_prediction(workshop, organs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *a, **k: calls.append(1) or compile_(*a, backend="aot_eager", **k))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_compile", "t")
-        np.testing.assert_array_equal(workshop.predict(organs, tmp_path / "compiled"), expected)
+        compiled = workshop.predict(organs, tmp_path / "compiled")
+    assert (compiled != expected).mean() < 1e-3  # rounded in another order: a voxel in which two classes tie may turn
     assert calls

@@ -28,6 +28,8 @@ MOST_STACK = {
     "_depthwise_weight_gradient_kernel": 256,
     "_bottleneck_backward_kernel": 160,
     "_layer_norm_backward_kernel": 16,
+    "_moments_kernel": 16,
+    "_gradient_sums_kernel": 8,
     "_conv_sweep_kernel": 24,
     "_conv_weight_gradient_kernel": 8,
     "_conv_weight_reduce_kernel": 8,

@@ -93,7 +93,8 @@ class RecordedUpdate:
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
-        torch.autograd.graph.increment_version(self._weights)  # of which a replay tells nobody
+        for weight in self._weights:
+            torch.autograd.graph.increment_version(weight)  # of whose change a replay tells nobody
         return self._norm
 
     def is_of(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:

@@ -178,7 +178,7 @@ _narrow_conv.register_autograd(_backward, setup_context=_setup)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    if not torch.is_grad_enabled():
+    if channels_last(x) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         weight = of_weights(as_channels_last, weight)  # as cuDNN would in every prediction
         bias = None if bias is None else of_weights(Tensor.to, bias, weight.dtype)
     return CONV[x.ndim - 2](x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=groups)
@@ -205,7 +205,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The operator `linear`: tokens (..., C) are voxels of a map with channels innermost, the layer is a 1x1 kernel."""
     x = x.to(compute_dtype(x))
     rows = x.view(1, 1, -1, x.shape[-1]).movedim(-1, 1)
-    return _OwnGradients.apply(rows, weight[..., None, None], bias, 1).view(*x.shape[:-1], -1)
+    return _OwnGradients.apply(rows, weight[..., None, None], bias, 1).view(*x.shape[:-1], weight.shape[0])
 
 
 class _OwnGradients(Function):

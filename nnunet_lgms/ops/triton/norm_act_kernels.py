@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nnunet_lgms.ops.backend import capability
 from nnunet_lgms.ops.launch import launch
 from nnunet_lgms.ops.library import wrap_triton
 from nnunet_lgms.ops.memory_format import CHANNELS_LAST, channels_last, map_memory
@@ -32,6 +33,7 @@ TILE = 4096  # elements of a program that writes a map
 SUM_TILE = 8192  # bytes of a map that a program of the sums takes at once
 SUM_PROGRAMS = 512  # of the sums over a map, each for a slice of a sample
 MERGED = 8192  # slices x channels that are merged by one program, at most
+HOPPER = 9  # capability of the H100 and H200
 MERGED_CHANNELS = 8  # that one program merges: a sector of memory
 
 
@@ -96,8 +98,7 @@ class LaunchGrid:
         self.tiles_grid = (triton.cdiv(self.voxels, tile_rows), self.batch)
         self.slices_grid = (self.slices, self.batch)
         self.tile = {"C": self.channels, "LANES": self.lanes, "ROWS": tile_rows}
-        # What the warps of a program have summed of each channel is exchanged between them, which takes its time.
-        warps = 4 if self.lanes < 64 else 2
+        warps = _sum_warps(x, self.lanes)
         self.sum_tile = {"C": self.channels, "LANES": self.lanes, "ROWS": sum_rows, "num_warps": warps}
 
     def empty(self, x: Tensor, n: int, rows: int) -> list[Tensor]:
@@ -113,6 +114,15 @@ class LaunchGrid:
         shapes = (self.batch, self.slices, self.channels), (self.batch, self.slices, self.channels)
         shapes += ((self.batch, self.slices),)
         return [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
+
+
+def _sum_warps(x: Tensor, lanes: int) -> int:
+    """Warps of the sums' programs, which exchange what each has summed of every channel.
+
+    Of many channels that takes longer than the rest. Other GPUs were not measured, and on an RTX 50 each thread of two
+    warps would spill up to 96 bytes.
+    """
+    return 2 if lanes >= 64 and not channels_first(x) and capability(x.device)[0] == HOPPER else 4
 
 
 class Norm(NamedTuple):
