@@ -236,7 +236,14 @@ def test_graphs_end_when_weights_move_and_are_not_copied(recorder):
     network.load_state_dict(network.state_dict())
     network.to("cpu")
     assert network._prediction is not None
-    assert copy.deepcopy(network)._prediction is None
+    other = copy.deepcopy(network)
+    assert other._prediction is None
+    network.load_state_dict(other.state_dict(), assign=True)
+    assert network._prediction is None
+    for _ in range(3):
+        network(torch.zeros(1, 1, 16, 16))
+    torch.nn.Sequential(network).load_state_dict(torch.nn.Sequential(other).state_dict())
+    assert network._prediction is not None
     network.double()
     assert network._prediction is None
 

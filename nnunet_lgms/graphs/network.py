@@ -42,8 +42,9 @@ class GraphedLGMSNet(LGMSNet):
     Graphs are made and replayed on NVIDIA GPUs, of the Triton kernels or of PyTorch's operators (see
     :func:`use_kernels`): neither asks the GPU for a number. Predictions are recorded by themselves, when inputs of the
     same shape come again and again, as windows of an image do; only the latest graph is kept. A graph ends when the
-    weights move to another place (``.to``, ``.half``), not when they change: what predictions make of the weights alone
-    is made again then. A change through ``weight.data`` is not seen before the next :meth:`train` or ``eval()``.
+    weights move to another place (``.to``, ``.half``, ``load_state_dict(..., assign=True)``), not when they change:
+    what predictions make of the weights alone is made again then. A change through ``weight.data`` is not seen before
+    the next :meth:`train` or ``eval()``.
 
     Attributes:
         few_predictions: whether so few are to come that what is compiled or tried out for them takes longer than it
@@ -56,6 +57,7 @@ class GraphedLGMSNet(LGMSNet):
         super().__init__(*args, **kwargs)
         self._training_step: RecordedStep | None = None
         self.forget_graphs()
+        self.register_load_state_dict_post_hook(_end_graphs_of_weights_elsewhere)
 
     def forget_graphs(self) -> None:
         """Frees their memory; predictions are recorded anew, a training step by :meth:`record_training`."""
@@ -65,6 +67,7 @@ class GraphedLGMSNet(LGMSNet):
         self._prediction_kind: Hashable = None
         self._prediction: RecordedPrediction | None = None
         self._computed = 0  # predictions of this kind
+        self._places: list[int] | None = None  # of the weights in memory, when something was recorded
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """As :meth:`LGMSNet.forward`; in training, the result of a graph is overwritten by the next step."""
@@ -112,7 +115,7 @@ class GraphedLGMSNet(LGMSNet):
                 self._training_step.rehearse(self._with_converted_weights)
             with in_all_or_none(group, x.device):
                 self._training_step.record(self._with_converted_weights)
-            self._training_kind = self._kind(x)
+            self._training_kind, self._places = self._kind(x), self._places_now()
         except RuntimeError:
             self.forget_graphs()
             raise
@@ -130,6 +133,7 @@ class GraphedLGMSNet(LGMSNet):
         if self._prediction is None and self._computed == BEFORE_RECORDING:
             try:
                 self._prediction = RecordedPrediction(self._with_converted_weights, x, list(self.parameters()))
+                self._places = self._places_now()
             except RuntimeError as error:  # out of memory, most likely, which a graph holds for as long as it lives
                 warnings.warn(f"Predictions are not recorded as a CUDA graph ({error}).", stacklevel=2)
         self._computed += 1
@@ -168,19 +172,23 @@ class GraphedLGMSNet(LGMSNet):
         return x.shape, x.dtype, x.device, autocast, grad, self.training, self.decoder.deep_supervision
 
     def _apply(self, fn: Callable, recurse: bool = True) -> GraphedLGMSNet:
-        before = self._places()
         super()._apply(fn, recurse)
-        if self._places() != before:
-            self.forget_graphs()
+        _end_graphs_of_weights_elsewhere(self)
         return self
 
-    def _places(self) -> list[int]:
+    def _places_now(self) -> list[int]:
         return [t.data_ptr() for t in chain(self.parameters(), self.buffers())]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles record their own graphs."""
         graphs = "_training_kind", "_training_step", "_prediction_kind", "_prediction"
-        return {**self.__dict__, **dict.fromkeys(graphs), "_computed": 0}
+        return {**self.__dict__, **dict.fromkeys(graphs), "_places": None, "_computed": 0}
+
+
+def _end_graphs_of_weights_elsewhere(network: GraphedLGMSNet, *_: Any) -> None:
+    """After what may have moved weights: a conversion, or ``load_state_dict(..., assign=True)``."""
+    if network._places is not None and network._places != network._places_now():
+        network.forget_graphs()
 
 
 class _WithoutGraphs(nn.Module):
