@@ -71,7 +71,6 @@ class RecordedUpdate:
     def __init__(self, network: nn.Module, optimizer: FusedSGD, scaler: torch.amp.GradScaler | None = None):
         self.network, self.optimizer, self.scaler = network, optimizer, scaler
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._weights = [p for group in optimizer.param_groups for p in group["params"]]
         self._others = [p for p in network.parameters() if id(p) not in own]  # are clipped, too
         self._graph: torch.cuda.CUDAGraph | None = None
         self._state: Any = None  # in the step before
@@ -92,9 +91,9 @@ class RecordedUpdate:
             return self._launch()
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
+            for weight in group["params"]:
+                torch.autograd.graph.increment_version(weight)  # of whose change a replay tells nobody
         self._graph.replay()
-        for weight in self._weights:
-            torch.autograd.graph.increment_version(weight)  # of whose change a replay tells nobody
         return self._norm
 
     def is_of(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:

@@ -1,6 +1,6 @@
 """What predictions make of the weights alone, made once: rounded copies, layouts, the matrices of convolutions.
 
-A recorded prediction would make them whenever it is replayed, by some sixty of its two hundred kernels. Operators ask
+A recorded prediction would make them whenever it is replayed, by a fifth of its two hundred kernels. Operators ask
 for them by :func:`of_weights`; inside of :class:`MadeOfWeights` they are kept.
 """
 
